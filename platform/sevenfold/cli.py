@@ -1,0 +1,114 @@
+"""The command line: a person's words in, a recipe out. `jobs/*.py` come through here too."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from sevenfold import __version__
+from sevenfold.errors import InputError, RunError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit code: 0 done, 1 the run failed, 2 the input was wrong."""
+    parser = _Parser(prog="sevenfold", description="Pretrain, fine-tune and search language models on a Ray cluster.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
+    _corpus(commands)
+    for job, about in (
+        ("pretrain", "train a model on text"),
+        ("finetune", "fine-tune a model"),
+        ("sweep", "search the hyperparameters that a recipe's `search` names"),
+    ):
+        _recipe_job(commands, job, about)
+    _evaluate(commands)
+    args = parser.parse_args(argv)
+    return _guarded(lambda: args.run(args))
+
+
+def job(name: str) -> None:
+    """What a script in jobs/ runs: `sevenfold NAME` with the script's own arguments."""
+    sys.exit(main([name, *sys.argv[1:]]))
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise SystemExit(_fail(f"{self.prog}: {message}; see {self.prog} --help", InputError.exit_code))
+
+
+def _guarded(work: Callable[[], None]) -> int:
+    try:
+        work()
+    except (InputError, RunError) as e:
+        return _fail(str(e), e.exit_code)
+    except KeyboardInterrupt:
+        return _fail("stopped; run the same command again to go on from the last checkpoint", RunError.exit_code)
+    return 0
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+def _corpus(commands: Any) -> None:
+    parser = commands.add_parser("corpus", help="write a corpus that needs no download")
+    parser.add_argument("which", choices=["python"], help="python: the source of this Python installation")
+    parser.add_argument("--out", default="corpus/python", help="new folder for it (default: %(default)s)")
+    parser.add_argument("--max-mb", type=float, default=48, help="most text to take (default: %(default)s)")
+
+    def run(args: argparse.Namespace) -> None:
+        from sevenfold import storage
+        from sevenfold.data.corpus import build_python
+
+        made = build_python(storage.locate(args.out), args.max_mb)
+        print(
+            f"{made.root}: {made.documents:,} documents, {made.text_mb:.1f} MB of text, {made.heldout_documents} of them "
+            f"held out; {made.summaries:,} docstring summaries"
+        )
+
+    parser.set_defaults(run=run)
+
+
+def _recipe_job(commands: Any, name: str, about: str) -> None:
+    parser = commands.add_parser(name, help=about)
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument("--dry-run", action="store_true", help="print the recipe and what follows from it; start nothing")
+    parser.add_argument("-v", "--verbose", action="store_true", help="let Ray speak")
+
+    def run(args: argparse.Namespace) -> None:
+        from sevenfold.recipe import parse
+
+        recipe = parse(args.recipe, args.overrides)
+        import importlib
+
+        if args.dry_run:
+            from sevenfold.runs.dry import describe
+
+            print(describe(recipe))
+        else:
+            importlib.import_module(f"sevenfold.runs.{name}").run(recipe, args.verbose)
+
+    parser.set_defaults(run=run)
+
+
+def _evaluate(commands: Any) -> None:
+    parser = commands.add_parser("evaluate", help="measure finished runs on their held-out documents")
+    parser.add_argument("runs", nargs="+", help="folders of runs")
+    parser.add_argument("--workers", type=int, default=2, help="processes that hold the model (default: %(default)s)")
+    parser.add_argument("-v", "--verbose", action="store_true", help="let Ray speak")
+
+    def run(args: argparse.Namespace) -> None:
+        from sevenfold.runs import evaluate
+
+        for path in args.runs:
+            evaluate.run(path, args.verbose, args.workers)
+
+    parser.set_defaults(run=run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Completions of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+@torch.no_grad()
+def complete(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int, *,
+    temperature: float = 0.0, seed: int = 0, batch_size: int = 32, synced: bool = False,
+) -> list[str]:  # fmt: skip
+    """Continues each prompt (token ids) until its end-of-text token or max_new_tokens.
+
+    Args:
+        temperature: 0 takes the likeliest token; above, draws from the 50 likeliest.
+        synced: the model is sharded, and every rank calls this with as many prompts: none stops before the others.
+    """
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or None,
+        top_k=50 if temperature > 0 else None, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    out: list[str] = []
+    for i in range(0, len(prompts), batch_size):
+        batch = prompts[i : i + batch_size]
+        width = max(map(len, batch))
+        ids = torch.full((len(batch), width), config.pad_token_id, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for j, prompt in enumerate(batch):
+            ids[j, width - len(prompt) :] = torch.tensor(prompt)
+            mask[j, width - len(prompt) :] = 1
+        made = model.generate(  # type: ignore[operator]
+            input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, synced_gpus=synced
+        )
+        out += tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+    model.train(training)
+    return out

@@ -1,0 +1,318 @@
+"""The recipe: every setting of a run, typed. What a field means and its unit stand beside it.
+
+A recipe is YAML, changed on the command line by `key.path=value`; an unknown key names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from sevenfold.errors import InputError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class Source(Section):
+    """Text in parquet shards: a file, a folder of shards or a glob, local or on any fsspec storage."""
+
+    path: str = Field(description="File, folder or glob; relative paths: see storage.locate")
+    text: str = Field("text", description="Column that holds a document (objective causal)")
+    prompt: str = Field("prompt", description="Column that holds what is asked (objective sft)")
+    completion: str = Field("completion", description="Column that holds what is learnt (objective sft)")
+
+
+class Data(Section):
+    corpus: Literal["python"] | None = Field(None, description="Corpus to make first where it is not there yet")
+    sources: list[Source] = Field(min_length=1)
+    validation: list[Source] = Field([], description="Held-out documents, never trained on")
+    sequence_length: int = Field(gt=1, description="Tokens a row, and the model's context in training")
+    lanes: int | None = Field(
+        None, gt=0, description="Streams that the data order is dealt into; default min(64, global_batch)"
+    )
+    executor: Literal["ray", "inline"] = Field(
+        "ray", description="Who makes the rows: Ray Data tasks, or a thread of the worker"
+    )
+
+
+class Tokenizer(Section):
+    path: str | None = Field(None, description="Folder of a Hugging Face tokenizer; default: the one beside model.path")
+    vocab_size: int | None = Field(None, ge=300, description="Train a byte-level BPE of this size on the sources")
+    train_mb: float = Field(16, gt=0, description="Text that it is trained on, MB")
+
+
+class Model(Section):
+    config: dict[str, Any] | None = Field(None, description="transformers config of a new model: model_type and its fields")
+    path: str | None = Field(None, description="Folder of a model to start from: a run of ours or any Hugging Face directory")
+
+    @model_validator(mode="after")
+    def _one(self) -> Model:
+        if (self.config is None) == (self.path is None):
+            raise ValueError("give either config (a new model) or path (one to start from)")
+        if self.config is not None and "model_type" not in self.config:
+            raise ValueError("config needs model_type, for example llama")
+        return self
+
+
+class Adapter(Section):
+    """LoRA (arXiv 2106.09685), by peft: the base is frozen."""
+
+    rank: int = Field(8, gt=0)
+    alpha: int = Field(16, gt=0, description="Scale: the update counts alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: str | list[str] = Field("all-linear", description="As in peft's LoraConfig")
+
+
+class Train(Section):
+    global_batch: int = Field(gt=0, description="Rows an optimizer step, over all workers")
+    micro_batch: int = Field(gt=0, description="Rows a worker's forward pass holds at once")
+    steps: int | None = Field(None, gt=0)
+    tokens: int | None = Field(None, gt=0, description="Instead of steps: rounded up to whole steps")
+    max_grad_norm: float = Field(1.0, gt=0)
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="Of parameters in forward and backward; shards and sums stay float32"
+    )
+    log_every: int = Field(10, gt=0, description="Steps between log lines")
+
+    @model_validator(mode="after")
+    def _one(self) -> Train:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give either steps or tokens")
+        return self
+
+
+class Optimizer(Section):
+    """Defaults: Llama 3 (arXiv 2407.21783) and OLMo 2 (arXiv 2501.00656)."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = Field(3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0, description="L2; not on norms, biases and embeddings")
+
+
+class Schedule(Section):
+    name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    warmup_steps: int = Field(0, ge=0)
+    decay_fraction: float = Field(0.1, ge=0, le=1, description="wsd: the last part of training, decayed linearly")
+    min_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a part of the peak")
+
+
+class Validation(Section):
+    every: int | None = Field(None, gt=0, description="Steps; default: only at the end")
+    rows: int = Field(64, gt=0, description="Held-out rows a validation reads")
+    generate: int = Field(0, ge=0, description="sft: held-out prompts completed and scored by ROUGE-L")
+    max_new_tokens: int = Field(24, gt=0)
+
+
+class Checkpoint(Section):
+    every: int | None = Field(None, gt=0, description="Steps; default: only at the end")
+    keep: int = Field(2, gt=0, description="Newest checkpoints kept")
+
+
+class Cluster(Section):
+    num_workers: int = Field(1, gt=0)
+    cpus_per_worker: int = Field(1, gt=0)
+    gpus_per_worker: int = Field(0, ge=0, le=1, description="1: CUDA and nccl; 0: CPU and gloo")
+    max_failures: int = Field(3, ge=0, description="Worker failures survived before the run counts as failed")
+    wait_seconds: float = Field(300, ge=0, description="How long to wait for resources that the cluster has but others hold")
+    peak_tflops: float | None = Field(
+        None, gt=0, description="Peak that MFU is stated against, a worker; default: table (GPU) or measured (CPU)"
+    )
+
+
+class Space(Section):
+    """One hyperparameter's space; exactly one field is given."""
+
+    uniform: tuple[float, float] | None = None
+    loguniform: tuple[float, float] | None = None
+    choice: list[Any] | None = Field(None, min_length=1)
+
+    @model_validator(mode="after")
+    def _one(self) -> Space:
+        given = [k for k in type(self).model_fields if getattr(self, k) is not None]
+        if len(given) != 1:
+            raise ValueError("give exactly one of uniform, loguniform, choice")
+        low_high = self.uniform or self.loguniform
+        if low_high and not low_high[0] < low_high[1]:
+            raise ValueError(f"the space has no point: {low_high[0]} is not below {low_high[1]}")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError("loguniform needs a lower end above 0")
+        return self
+
+
+class Search(Section):
+    """Grace 20% and eta 3 keep the best of 1,194 published LLM curves with p 0.996 (DESIGN, section 9)."""
+
+    space: dict[str, Space] = Field(min_length=1, description="key.path of the recipe -> its space")
+    trials: int = Field(gt=0)
+    metric: str = "validation/loss"
+    mode: Literal["min", "max"] = "min"
+    scheduler: Literal["asha", "none"] = "asha"
+    grace: float = Field(0.2, gt=0, le=1, description="Part of the steps that every trial gets")
+    eta: float = Field(3, gt=1, description="At each rung the best 1/eta go on")
+    max_concurrent: int | None = Field(None, gt=0, description="Default: as many as the cluster holds")
+
+
+class Recipe(Section):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run and its folder")
+    storage: str = Field("runs", description="Folder or URL that runs are kept under")
+    seed: int = Field(0, ge=0)
+    objective: Literal["causal", "sft"] = "causal"
+    data: Data
+    tokenizer: Tokenizer = Tokenizer()
+    model: Model
+    adapter: Adapter | None = None
+    train: Train
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+    cluster: Cluster = Cluster()
+    search: Search | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        batch, lanes, workers = self.train.global_batch, self.lanes, self.cluster.num_workers
+        if batch % lanes:
+            raise ValueError(f"train.global_batch {batch} cannot be dealt out to data.lanes {lanes}: it must be a multiple")
+        if lanes < workers:
+            raise ValueError(
+                f"train.global_batch {batch} cannot be dealt out: {lanes} lanes for {workers} workers; "
+                f"data.lanes must be at least cluster.num_workers"
+            )
+        tokenizer = self.tokenizer
+        if tokenizer.path and tokenizer.vocab_size:
+            raise ValueError("tokenizer: give either path or vocab_size")
+        if not (tokenizer.path or tokenizer.vocab_size or self.model.path):
+            raise ValueError("tokenizer: give path (an existing one) or vocab_size (to train one)")
+        if tokenizer.vocab_size and self.model.path:
+            raise ValueError("tokenizer.vocab_size trains a new tokenizer, which model.path's weights do not know")
+        return self
+
+    @property
+    def lanes(self) -> int:
+        return self.data.lanes or min(64, self.train.global_batch)
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.global_batch * self.data.sequence_length
+
+    @property
+    def steps(self) -> int:
+        return self.train.steps or -(-(self.train.tokens or 0) // self.tokens_per_step)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the run's numbers: all but where it runs, where it is kept and how often it speaks."""
+        out = self.model_dump(mode="json", exclude={"name", "storage", "cluster", "checkpoint"})
+        del out["data"]["executor"], out["train"]["log_every"]
+        return out
+
+    def hash(self) -> str:
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True)
+
+    def override(self, changes: dict[str, Any]) -> Recipe:
+        """A recipe with `{"key.path": value}` put in. Raises InputError as `load` does."""
+        return _validate(_put(self.model_dump(mode="json"), changes, where="override"), where="override")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 floats: PyYAML reads 1e-3 as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe and puts `key.path=value` overrides in.
+
+    Raises:
+        InputError: no such file, no YAML, an unknown key, a wrong type, settings that do not fit together.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"{path}: expected a recipe (YAML), found none: {getattr(e, 'strerror', None) or e}") from None
+    tree = _yaml(text, path)
+    if not isinstance(tree, dict):
+        raise InputError(f"{path}: expected a recipe (keys and values), found {type(tree).__name__}")
+    changes = {}
+    for item in overrides:
+        key, sep, value = item.partition("=")
+        if not sep or not key:
+            raise InputError(f"{item!r}: expected key.path=value, for example train.steps=100")
+        changes[key] = _yaml(value, item)
+    return _validate(_put(tree, changes, where=path), where=path)
+
+
+def _yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(f"{where}{line}: expected YAML, found {getattr(e, 'problem', e)}") from None
+
+
+def _put(tree: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
+    tree = json.loads(json.dumps(tree, default=str))
+    for path, value in changes.items():
+        at: Any = tree
+        *parents, last = path.split(".")
+        try:
+            for part in parents:
+                at = at[int(part)] if isinstance(at, list) else at.setdefault(part, {})
+                if not isinstance(at, dict | list):
+                    raise KeyError(part)
+            at[int(last) if isinstance(at, list) else last] = value
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise InputError(f"{where}: {path}: no such place in the recipe") from None
+    return tree
+
+
+def _validate(tree: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+        first = errors[0]
+        path = ".".join(str(p) for p in first["loc"])
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        if first["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(first["loc"][-1]), _keys(first["loc"][:-1]), n=1, cutoff=0.0)
+            raise InputError(f"{where}: unknown key {path!r}; did you mean {near[0]!r}?{more}") from None
+        if first["type"] == "missing":
+            raise InputError(f"{where}: {path}: expected a value, found none{more}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+        raise InputError(f"{where}: {path + ': ' if path else ''}{message}{found}{more}") from None
+
+
+def _keys(loc: tuple[int | str, ...]) -> list[str]:
+    """The keys that the recipe knows at a place."""
+    model: type[BaseModel] = Recipe
+    for part in loc:
+        if isinstance(part, str) and part in model.model_fields:
+            model = _section(model.model_fields[part].annotation) or model
+    return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for inner in get_args(annotation) if (found := _section(inner))), None)

@@ -1,0 +1,99 @@
+"""The way to Ray: a local one that is started here, or the cluster that RAY_ADDRESS (or a submitted job) names."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from pathlib import Path
+
+import ray
+from ray.train.v2._internal.execution import context
+
+import sevenfold
+from sevenfold.errors import InputError, RunError
+from sevenfold.report.console import say
+
+# what Ray would say about itself in each line of a run
+_QUIET = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # each print would come twice
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own table beside ours
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # report() waits for the next check
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray 2.60 warns about at each start
+}
+_LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes a laptop away with notice
+_LOCAL_STORE = 512 * 2**20  # bytes of a local Ray's object store: windows are a few MB
+
+
+def connect(verbose: bool = False) -> None:
+    """Connects to Ray. A local one gets more logical CPUs than cores: workers, drivers and data tasks take turns."""
+    import ray.data  # before its loggers are quietened
+
+    if not verbose:
+        os.environ.update({k: os.environ.get(k, v) for k, v in _QUIET.items()})
+        quieten()
+    library = str(Path(sevenfold.__file__).parent)
+    level = logging.INFO if verbose else logging.ERROR
+    try:
+        if os.environ.get("RAY_ADDRESS"):
+            # what this process imports is what the workers import, whatever is installed there
+            env = {k: v for k, v in os.environ.items() if k in _QUIET}
+            ray.init(log_to_driver=verbose, logging_level=level, runtime_env={"py_modules": [library], "env_vars": env})
+        else:
+            paths = [str(Path(library).parent), os.environ.get("PYTHONPATH", "")]
+            os.environ.update(_LOCAL)
+            os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
+            ray.init(
+                address="local", num_cpus=2 * (os.cpu_count() or 1) + 4, object_store_memory=_LOCAL_STORE,
+                include_dashboard=True, log_to_driver=verbose, logging_level=level,
+            )  # fmt: skip
+    except ConnectionError as e:
+        raise RunError(f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')}: {str(e).splitlines()[0]}") from None
+    token = Path("~/.ray/auth_token").expanduser()
+    if token.exists() and token.stat().st_mode & 0o077:
+        token.chmod(0o600)  # Ray writes it for everyone to read
+
+
+def quieten() -> None:
+    """Keeps Ray's own log lines out of the run's; errors stay. In each process that speaks."""
+    for name in ("ray", "ray.data", "ray.train", "ray.tune", context.__file__):  # Train's context logs by its file's name
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def require(need: dict[str, float], what: str, wait_seconds: float) -> None:
+    """Returns when the cluster can give `need`.
+
+    Raises:
+        InputError: the cluster has less than that in all.
+        RunError: others hold it, and still do after wait_seconds.
+    """
+    need = {k: v for k, v in need.items() if v}
+    total = ray.cluster_resources()
+    if short := _short(need, total):
+        raise InputError(f"{what} needs {_list(need)}; this cluster has {_list(need, total)}: {_advice(short)}")
+    begin, told = time.monotonic(), False
+    while short := _short(need, ray.available_resources()):
+        if time.monotonic() - begin > wait_seconds:
+            raise RunError(
+                f"{what} needs {_list(need)}; after {wait_seconds:.0f} s only {_list(need, ray.available_resources())} "
+                "are free: end what holds them (`ray job list`), or wait longer (cluster.wait_seconds)"
+            )
+        if not told:
+            say(f"waiting for {', '.join(short)}: {what} needs {_list(need)}, free {_list(need, ray.available_resources())}")
+            told = True
+        time.sleep(1)
+
+
+def _short(need: dict[str, float], have: dict[str, float]) -> list[str]:
+    return [k for k, v in need.items() if have.get(k, 0) + 1e-6 < v]
+
+
+def _list(need: dict[str, float], amounts: dict[str, float] | None = None) -> str:
+    return ", ".join(f"{(amounts or need).get(k, 0) if amounts is not None else v:g} {k}" for k, v in need.items())
+
+
+def _advice(short: list[str]) -> str:
+    if "GPU" in short:
+        return "add GPU nodes, lower cluster.num_workers, or set cluster.gpus_per_worker=0"
+    return "lower cluster.num_workers, or add nodes"

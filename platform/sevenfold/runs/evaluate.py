@@ -1,0 +1,185 @@
+"""Evaluation of runs: Ray Data streams the held-out rows and prompts through workers that hold the model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+from sevenfold import storage
+from sevenfold.data.order import Plan
+from sevenfold.data.rows import Rows, labels
+from sevenfold.data.stream import Stream
+from sevenfold.data.tokens import CompletionEncoder, TextEncoder, load_tokenizer, token_bytes
+from sevenfold.engine.batch import IGNORE, micro_batches
+from sevenfold.engine.step import token_losses
+from sevenfold.errors import InputError
+from sevenfold.evaluate import metrics
+from sevenfold.evaluate.generate import complete
+from sevenfold.recipe import Recipe
+from sevenfold.report.console import say, table
+from sevenfold.runs import cluster, train
+from sevenfold.runs.worker import first_pairs
+from sevenfold.storage import RunFolder
+
+BATCH = 32  # rows or prompts at once
+UNIGRAM_WINDOWS = 8  # of training text that the unigram is counted on
+SAMPLES = 3
+SAMPLE_TOKENS = 60  # of a sampled completion
+SAMPLE_CHARACTERS = 300  # of a prompt that is shown
+
+
+def run(path: str, verbose: bool = False, workers: int = 2) -> RunFolder:
+    """Measures a finished run on all its held-out documents; writes `metrics.json` and `predictions.jsonl`.
+
+    Raises:
+        InputError: no finished run at the path, or one without held-out documents.
+    """
+    folder = RunFolder.of(path)
+    if not folder.finished():
+        raise InputError(f"{folder.root}: expected a finished run, found one under way: resubmit its job first")
+    with storage.open_read(folder.recipe) as f:
+        recipe = Recipe.model_validate(yaml.safe_load(f.read()))
+    found = train.inputs(recipe)
+    if found.validation is None:
+        raise InputError(f"{folder.root}: its recipe names no data.validation: there is nothing to measure it on")
+    if not ray.is_initialized():
+        cluster.connect(verbose)
+    cluster.require({"CPU": workers + 1}, f"evaluating {folder.name}", recipe.cluster.wait_seconds)
+    tokenizer = load_tokenizer(folder.tokenizer)
+    length = recipe.data.sequence_length
+    encoder = CompletionEncoder(tokenizer, length) if recipe.objective == "sft" else TextEncoder(tokenizer)
+    held = Stream(Plan(found.validation, 0, 1), encoder, length, "inline")
+    measure = _perplexity if recipe.objective == "causal" else _completions
+    measured, predictions = measure(folder, recipe, found, held, workers)
+    storage.write(folder.metrics, json.dumps(measured, indent=1))
+    storage.write(folder.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+    show(folder, measured, predictions)
+    return folder
+
+
+def _perplexity(
+    folder: RunFolder, recipe: Recipe, found: train.Inputs, held: Stream, workers: int
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Bits per byte of every held-out document, in rows as in training, beside a unigram and xz on the same text."""
+    assert found.validation is not None
+    rows = held.epoch()
+    size = token_bytes(load_tokenizer(folder.tokenizer))
+    wanted = labels(rows, IGNORE)
+    asked = wanted[wanted != IGNORE]
+    scored = _mapped(pa.table({"tokens": list(rows.tokens), "marks": list(rows.marks)}), _Scorer, {"folder": folder}, workers)
+    nats = sum(r["nats"] for r in scored)
+    train_plan = Plan(found.train, recipe.seed, recipe.lanes)
+    seen = Stream(train_plan, held.encoder, held.sequence_length, "inline")
+    counted = [labels(seen.window(i), IGNORE) for i in range(min(UNIGRAM_WINDOWS, train_plan.windows_per_epoch))]
+    frequent = np.concatenate([c[c != IGNORE] for c in counted])
+    texts = [t for g in found.validation.groups for t in found.validation.read(g)[0].to_pylist() if t]
+    text_bytes = int(size[asked].sum())
+    measured = {
+        "bits_per_byte": metrics.bits_per_byte(nats, text_bytes), "perplexity": float(np.exp(nats / len(asked))),
+        "baselines": {
+            "unigram of its tokens": metrics.unigram_bits_per_byte(frequent, asked, text_bytes, len(size)),
+            "xz -9 of the same text": metrics.xz_bits_per_byte(texts),
+        },
+        "documents": len(texts), "bytes": text_bytes, "tokens": len(asked),
+    }  # fmt: skip
+    prompts = [t[:SAMPLE_CHARACTERS].rsplit(" ", 1)[0] for t in texts[:SAMPLES]]
+    made = _mapped(
+        pa.table({"prompt": prompts}), _Completer,
+        {"folder": folder, "room": recipe.data.sequence_length - SAMPLE_TOKENS, "new": SAMPLE_TOKENS,
+         "temperature": 0.7, "seed": recipe.seed}, 1,
+    )  # fmt: skip
+    return measured, [{"prompt": r["prompt"], "completion": r["completion"]} for r in made]
+
+
+def _completions(
+    folder: RunFolder, recipe: Recipe, found: train.Inputs, held: Stream, workers: int
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """ROUGE of greedy completions of every held-out prompt, beside the prompt's own first sentence."""
+    assert found.validation is not None
+    pairs = first_pairs(held, found.validation.documents)
+    new = recipe.validation.max_new_tokens
+    made = _mapped(
+        pa.table({"prompt": [p for p, _ in pairs], "reference": [r for _, r in pairs]}), _Completer,
+        {"folder": folder, "room": recipe.data.sequence_length - new, "new": new, "temperature": 0.0, "seed": recipe.seed},
+        workers,
+    )  # fmt: skip
+    references = [r["reference"] for r in made]
+    measured = {
+        **metrics.rouge([r["completion"] for r in made], references),
+        "baselines": {
+            "first sentence (ROUGE-L)": metrics.rouge([metrics.lead(r["prompt"]) for r in made], references)["rougeL"]
+        },
+        "prompts": len(made),
+    }
+    return measured, [{k: r[k] for k in ("prompt", "reference", "completion")} for r in made]
+
+
+def _mapped(rows: pa.Table, model: type, arguments: dict[str, Any], workers: int) -> list[dict[str, Any]]:
+    """Streams rows through actors that hold the model, in order."""
+    data = ray.data.from_arrow(rows).repartition(min(len(rows), 4 * workers))
+    data.context.enable_progress_bars = False
+    data.context.execution_options.preserve_order = True
+    mapped = data.map_batches(
+        model, fn_constructor_kwargs=arguments, batch_size=BATCH, batch_format="numpy", num_cpus=1,
+        compute=ray.data.ActorPoolStrategy(size=workers),
+    )  # fmt: skip
+    return list(mapped.take_all())
+
+
+class _Scorer:
+    """An actor that adds up -log p over batches of packed rows."""
+
+    def __init__(self, folder: RunFolder):
+        torch.set_num_threads(1)
+        self.model = _load(folder)
+
+    @torch.no_grad()
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows = Rows(np.stack(list(batch["tokens"])), np.stack(list(batch["marks"])))
+        (made,) = micro_batches(rows, len(rows), 1, self.model.device)
+        return {"nats": token_losses(self.model, made).double().sum(1).cpu().numpy()}
+
+
+class _Completer:
+    """An actor that completes prompts."""
+
+    def __init__(self, folder: RunFolder, room: int, new: int, temperature: float, seed: int):
+        torch.set_num_threads(1)
+        self.model, self.tokenizer = _load(folder), load_tokenizer(folder.tokenizer)
+        self.encoder = CompletionEncoder(self.tokenizer, room + new)
+        self.room = room
+        self.settings: dict[str, Any] = {"max_new_tokens": new, "temperature": temperature, "seed": seed}
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        prompts = [self.encoder.prompt(p, self.room) for p in batch["prompt"]]
+        made = complete(self.model, self.tokenizer, prompts, **self.settings)
+        return {**batch, "completion": np.array(made, dtype=object)}
+
+
+def _load(folder: RunFolder) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder.model, trust_remote_code=False, dtype=torch.float32).eval()
+
+
+def show(folder: RunFolder, measured: dict[str, Any], predictions: list[dict[str, str]]) -> None:
+    """Prints the figures, a few samples and where everything lies."""
+    figures = [(k, v) for k, v in measured.items() if k != "baselines"]
+    table(f"{folder.name}: held-out", ["measure", "value"], [*figures, *measured["baselines"].items()])
+    for p in predictions[:SAMPLES]:
+        say(f"\n--- prompt\n{p['prompt'][-SAMPLE_CHARACTERS:]}\n--- {folder.name} continues\n{p['completion']}")
+        if "reference" in p:
+            say(f"--- reference\n{p['reference']}")
+    say("")
+    for what, path in (
+        ("model (Hugging Face)", folder.model), ("adapter (peft)", folder.adapter), ("trials", folder.trials),
+        ("metrics", folder.metrics), ("predictions", folder.predictions), ("checkpoints", folder.checkpoints),
+        ("TensorBoard", folder.tensorboard), ("recipe", folder.recipe),
+    ):  # fmt: skip
+        if storage.exists(path):
+            say(f"{what:21} {path}")

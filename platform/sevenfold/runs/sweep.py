@@ -1,0 +1,228 @@
+"""Sweeps: Ray Tune over trials, each a Ray Train run of one or more workers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import time
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import tune
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.tune.integration.ray_train import TuneReportCallback
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
+from ray.tune.search.basic_variant import BasicVariantGenerator
+from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+from sevenfold import storage
+from sevenfold.errors import InputError, RunError
+from sevenfold.recipe import Recipe, Search, Space
+from sevenfold.report.console import say, table
+from sevenfold.runs import cluster, train
+from sevenfold.runs.worker import Job
+from sevenfold.storage import RunFolder
+
+DRIVER_CPUS = 0.5  # of a trial, beside its workers and data tasks: it waits most of the time
+
+
+def sweep_folder(recipe: Recipe) -> RunFolder:
+    """Beside the folder that the recipe's own run would have."""
+    return RunFolder(storage.join(storage.locate(recipe.storage), f"{recipe.name}-sweep"))
+
+
+def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
+    """Searches what the recipe's `search` names; ends with the best trial's Hugging Face directory and a ranking.
+
+    Raises:
+        InputError: no `search`, a space that names no field or a value that does not fit; and as train.run.
+        RunError: no trial came to a score.
+    """
+    search = checked(recipe)
+    folder = sweep_folder(recipe)
+    found = train.inputs(recipe)
+    if storage.exists(folder.recipe):
+        train.claim(folder, recipe)
+    if folder.finished():
+        say(f"{folder.root}: finished before; nothing to do")
+        show(folder)
+        return folder
+    begin = time.time()
+    cluster.connect(verbose)
+    each = train.needs(recipe)
+    each["CPU"] += DRIVER_CPUS
+    cluster.require(each, f"one trial of {recipe.name}", recipe.cluster.wait_seconds)
+    job = train.prepare(recipe, found, folder)
+    job.verbose = verbose
+    say(f"{recipe.name}: {search.trials} trials of {recipe.steps} steps, {_concurrency(search, each)} at a time")
+    results = _tuner(job, search, each, folder, verbose).fit()
+    _free_placement_groups()
+    trials = ranked(results, search)
+    if not any(t["score"] is not None for t in trials):
+        raise RunError(f"{folder.root}: no trial came to a score: {trials[0]['error'] if trials else 'none was run'}")
+    _write_trials(folder, trials)
+    best = trials[0]
+    storage.write(storage.join(folder.root, "best.yaml"), recipe.override({**best["config"], "search": None}).to_yaml())
+    winner = replace(job, recipe=recipe.override(best["config"]))
+    train.finish(winner, best["metrics"], time.time() - begin)
+    show(folder)
+    return folder
+
+
+def checked(recipe: Recipe) -> Search:
+    """The recipe's search, every point of whose corners makes a valid recipe. Raises InputError else."""
+    if recipe.search is None:
+        raise InputError(f"{recipe.name}: expected a `search` section (space, trials), found none")
+    for key, space in recipe.search.space.items():
+        for value in space.choice or list(space.uniform or space.loguniform or ()):
+            recipe.override({key: value})
+    if recipe.search.metric not in metrics_of(recipe):
+        raise InputError(f"search.metric {recipe.search.metric!r}: this recipe reports {', '.join(metrics_of(recipe))}")
+    return recipe.search
+
+
+def metrics_of(recipe: Recipe) -> list[str]:
+    """What a run of this recipe reports at each validation."""
+    out = ["train/loss"]
+    if recipe.data.validation:
+        out += ["validation/loss", "validation/bits_per_byte"]
+        if recipe.objective == "sft" and recipe.validation.generate:
+            out += ["validation/rouge1", "validation/rouge2", "validation/rougeL"]
+    return out
+
+
+def _tuner(job: Job, search: Search, each: dict[str, float], folder: RunFolder, verbose: bool) -> tune.Tuner:
+    steps = job.recipe.steps
+    scheduler: TrialScheduler = FIFOScheduler()
+    if search.scheduler == "asha":
+        grace = max(1, round(search.grace * steps))
+        scheduler = ASHAScheduler(time_attr="step", max_t=steps, grace_period=grace, reduction_factor=search.eta)
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, job=job, address=ray.get_runtime_context().gcs_address), {"CPU": DRIVER_CPUS}
+    )
+    return tune.Tuner(
+        trainable,
+        param_space={key: _domain(space) for key, space in search.space.items()},
+        tune_config=tune.TuneConfig(
+            metric=search.metric, mode=search.mode, num_samples=search.trials, scheduler=scheduler,
+            search_alg=BasicVariantGenerator(max_concurrent=_concurrency(search, each), random_state=job.recipe.seed),
+            trial_dirname_creator=lambda t: t.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="tune", storage_path=folder.ray, verbose=2 if verbose else 0, callbacks=[_Lines(search)],
+            failure_config=tune.FailureConfig(max_failures=1),
+        ),
+    )  # fmt: skip
+
+
+def _trial(config: dict[str, Any], job: Job, address: str) -> None:
+    """One trial: the recipe with this point put in, trained in a folder of its own."""
+    # Train's cleaner of placement groups asks "the" Ray of this host: with two of them it dies and a stopped trial's
+    # workers keep their CPUs (ray#54305)
+    os.environ["RAY_ADDRESS"] = address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    if not job.verbose:
+        cluster.quieten()
+    trial_id = tune.get_context().get_trial_id()
+    every = max(1, round(job.recipe.search.grace * job.recipe.steps)) if job.recipe.search else job.recipe.steps
+    recipe = job.recipe.override(
+        {**config, "validation.every": job.recipe.validation.every or every,
+         "checkpoint.every": job.recipe.validation.every or every, "search": None}
+    )  # fmt: skip
+    folder = RunFolder(storage.join(job.folder, "trials", str(trial_id)))
+    train.claim(folder, recipe)
+    train.launch(replace(job, recipe=recipe, folder=folder.root), [TuneReportCallback()])
+
+
+def _domain(space: Space) -> Any:
+    if space.uniform:
+        return tune.uniform(*space.uniform)
+    if space.loguniform:
+        return tune.loguniform(*space.loguniform)
+    return tune.choice(space.choice or [])
+
+
+def _concurrency(search: Search, each: dict[str, float]) -> int:
+    """As many trials as the cluster holds with all that a trial takes: driver, workers and data tasks."""
+    total = ray.cluster_resources()
+    holds = min(int(total.get(k, 0) // v) for k, v in each.items() if v)
+    return max(1, min(search.trials, holds, search.max_concurrent or holds))
+
+
+class _Lines(tune.Callback):
+    """A line for each score and each end of a trial."""
+
+    def __init__(self, search: Search):
+        self._search, self._seen = search, 0
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self._seen = max(self._seen, len(trials))
+        say(f"trial {trial.trial_id} ({self._seen}/{self._search.trials}): {_point(trial.config)}")
+
+    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+        shown = {k.removeprefix("validation/"): v for k, v in result.items() if k.startswith("validation/")}
+        say(f"trial {trial.trial_id}: step {result.get('step')}  " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        say(f"trial {trial.trial_id}: failed")
+
+
+def _point(config: dict[str, Any]) -> str:
+    return "  ".join(f"{k.split('.')[-1]}={f'{v:.3g}' if isinstance(v, float) else v}" for k, v in config.items())
+
+
+def ranked(results: Any, search: Search) -> list[dict[str, Any]]:
+    """The trials, best first: id, config, step, score, status (finished, stopped, failed), metrics, error."""
+    out = []
+    for result in results:
+        metrics = {k: v for k, v in (result.metrics or {}).items() if "/" in k and not k.startswith("config/")}
+        step = (result.metrics or {}).get("step")
+        metrics |= {"checkpoint": (result.metrics or {}).get("checkpoint")}
+        out.append(
+            {
+                "trial": (result.metrics or {}).get("trial_id"), "config": result.config, "step": step,
+                "score": metrics.get(search.metric), "metrics": metrics,
+                "error": str(result.error).splitlines()[-1] if result.error else None,
+            }
+        )  # fmt: skip
+    sign = 1 if search.mode == "min" else -1
+    return sorted(out, key=lambda t: (t["score"] is None, sign * (t["score"] or 0)))
+
+
+def _write_trials(folder: RunFolder, trials: list[dict[str, Any]]) -> None:
+    storage.write(folder.trials, json.dumps(trials, indent=1))
+    text = io.StringIO()
+    keys = sorted({k for t in trials for k in t["metrics"]})
+    writer = csv.writer(text)
+    writer.writerow(["trial", *trials[0]["config"], "step", *keys])
+    for t in trials:
+        writer.writerow([t["trial"], *t["config"].values(), t["step"], *[t["metrics"].get(k) for k in keys]])
+    storage.write(storage.join(folder.root, "trials.csv"), text.getvalue())
+
+
+def show(folder: RunFolder) -> None:
+    """Prints the ranking."""
+    trials = storage.read_json(folder.trials)
+    measures = [k for k in ("validation/loss", "validation/rougeL", "train/loss") if k in trials[0]["metrics"]]
+    most = max(t["step"] or 0 for t in trials)
+    keys = [k.split(".", 1)[-1] for k in trials[0]["config"]]
+    rows = []
+    for t in trials:
+        status = "failed" if t["error"] else "finished" if t["step"] == most else "stopped early"
+        rows.append([t["trial"], *t["config"].values(), t["step"], *[t["metrics"].get(k) for k in measures], status])
+    table(f"{folder.name}: trials, best first", ["trial", *keys, "step", *[m.split("/")[-1] for m in measures], "status"], rows)
+
+
+def _free_placement_groups(wait_seconds: float = 30) -> None:
+    """Waits until the trials' workers are gone; frees, and names, what a stopped trial left behind."""
+    deadline = time.monotonic() + wait_seconds
+    while left := [i for i, g in placement_group_table().items() if g["state"] != "REMOVED"]:
+        if time.monotonic() > deadline:
+            for i in left:
+                say(f"freeing placement group {i}, which a stopped trial left behind")
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(i))))
+            return
+        time.sleep(0.5)

@@ -1,0 +1,186 @@
+"""What each Ray Train worker runs: it puts model, data and loop together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import ray.train
+import ray.train.torch
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+import sevenfold
+from sevenfold.data.order import LanePosition, lanes_of
+from sevenfold.data.stream import LaneReader, Stream
+from sevenfold.data.tokens import CompletionEncoder, load_tokenizer, token_bytes
+from sevenfold.engine import checkpoint as ckpt
+from sevenfold.engine import loop, optim
+from sevenfold.engine.batch import Batch, micro_batches
+from sevenfold.engine.meter import Meter, peak_flops
+from sevenfold.engine.step import evaluate
+from sevenfold.evaluate.generate import complete
+from sevenfold.evaluate.metrics import bits_per_byte, rouge
+from sevenfold.model import build, parallel
+from sevenfold.recipe import Recipe
+from sevenfold.runs import cluster
+from sevenfold.storage import RunFolder
+
+
+@dataclass
+class Job:
+    """A prepared run, as it travels to the workers."""
+
+    recipe: Recipe
+    folder: str
+    tokenizer: str  # folder
+    train: Stream
+    validation: Stream | None
+    queue: Any = None  # ray.util.queue.Queue of (step, metrics) for whoever watches
+    verbose: bool = False
+
+
+def work(config: dict[str, Any]) -> dict[str, Any]:
+    """Ray Train's loop function. Returns the last report: metrics, step and checkpoint."""
+    if not config["job"].verbose:
+        cluster.quieten()
+    return Worker(config["job"]).run()
+
+
+class Worker:
+    """One rank."""
+
+    def __init__(self, job: Job):
+        context = ray.train.get_context()
+        self.job, self.recipe, self.folder = job, job.recipe, RunFolder(job.folder)
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        torch.set_num_threads(self.recipe.cluster.cpus_per_worker)
+        torch.set_flush_denormal(True)  # fresh models are full of denormals, which some CPUs crawl through
+        self.tokenizer = load_tokenizer(job.tokenizer)
+        self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
+        self.saved: str | None = None
+        self.reported: dict[str, Any] = {}
+        self.writer = SummaryWriter(self.folder.tensorboard) if self.rank == 0 else None
+
+    def run(self) -> dict[str, Any]:
+        recipe = self.recipe
+        config = build.config_of(recipe, len(self.tokenizer))
+        model = build.build(recipe, config, weights=self.rank == 0)
+        if recipe.adapter is not None:
+            build.with_adapter(model, recipe.adapter, recipe.seed)
+        flops = build.flops_per_token(model, recipe.data.sequence_length)
+        self.model = parallel.shard(model, self.device, build.DTYPES[recipe.train.dtype])
+        self.optimizer = optim.build(self.model, recipe.optimizer)
+        self.held_out = self._held_out()
+        start, positions = self._resume()
+        self.reader = self._reader(positions)
+        peak = recipe.cluster.peak_tflops * 1e12 if recipe.cluster.peak_tflops else peak_flops(self.device)
+        hooks = loop.Hooks(self._log, self._validate, self._save, self._report)
+        try:
+            loop.fit(
+                recipe, self.model, self.optimizer, self.reader, self._most_rows(), self.device,
+                Meter(flops, peak, self.world), hooks, start,
+            )  # fmt: skip
+        finally:
+            self.reader.close()
+            if self.writer:
+                self.writer.close()
+        return self.reported
+
+    @property
+    def _rows_per_lane(self) -> int:
+        return self.recipe.train.global_batch // self.recipe.lanes
+
+    def _most_rows(self) -> int:
+        return max(len(lanes_of(r, self.world, self.recipe.lanes)) for r in range(self.world)) * self._rows_per_lane
+
+    def _reader(self, positions: dict[int, LanePosition]) -> LaneReader:
+        shard: Any = ray.train.get_dataset_shard("train")  # a data.stream.Shard
+        return shard.reader(self._rows_per_lane, positions)
+
+    def _held_out(self) -> list[Batch]:
+        """This rank's part of the held-out rows; every rank gets as many micro-batches."""
+        if self.job.validation is None:
+            return []
+        rows = self.job.validation.epoch(self.recipe.validation.rows)
+        share = -(-len(rows) // self.world)
+        count = -(-share // self.recipe.train.micro_batch)
+        mine = np.arange(len(rows))[self.rank :: self.world]
+        rows.tokens, rows.marks = rows.tokens[mine], rows.marks[mine]
+        return micro_batches(rows, self.recipe.train.micro_batch, count, self.device)
+
+    def _resume(self) -> tuple[int, dict[int, LanePosition]]:
+        found = [ckpt.latest(self.folder.checkpoints) if self.rank == 0 else None]
+        torch.distributed.broadcast_object_list(found)
+        if found[0] is None:
+            return 0, {}
+        ckpt.load(found[0], self.model, self.optimizer)
+        self.saved = found[0].path
+        return found[0].step, {int(k): LanePosition(*v) for k, v in found[0].extra["positions"].items()}
+
+    def _save(self, step: int) -> None:
+        parts: list[dict[int, LanePosition]] = [{}] * self.world
+        torch.distributed.all_gather_object(parts, self.reader.positions)
+        positions = {lane: (p.ordinal, p.row) for part in parts for lane, p in part.items()}
+        versions = {"sevenfold": sevenfold.__version__, "torch": torch.__version__}
+        extra = {"recipe": self.recipe.hash(), "positions": positions, "versions": versions}
+        self.saved = ckpt.save(self.folder.checkpoints, step, self.model, self.optimizer, extra).path
+        if self.rank == 0:
+            ckpt.prune(self.folder.checkpoints, self.recipe.checkpoint.keep)
+
+    def _validate(self, step: int) -> dict[str, float]:
+        out: dict[str, float] = {}
+        if self.held_out:
+            nats, targets, size = evaluate(self.model, self.held_out, self.token_bytes)
+            out = {"validation/loss": nats / max(1, targets), "validation/bits_per_byte": bits_per_byte(nats, max(1, size))}
+        if self.recipe.objective == "sft" and self.job.validation and self.recipe.validation.generate:
+            out |= self._generate(step)
+        if out:
+            self._log(step, out)
+        return out
+
+    def _generate(self, step: int) -> dict[str, float]:
+        """ROUGE of greedy completions of the first held-out prompts, each rank doing its part."""
+        assert self.job.validation is not None
+        settings, stream = self.recipe.validation, self.job.validation
+        encoder = stream.encoder
+        assert isinstance(encoder, CompletionEncoder)
+        pairs = first_pairs(stream, settings.generate)
+        share = -(-len(pairs) // self.world)
+        mine = (pairs[self.rank :: self.world] + pairs[:1] * share)[:share]  # as many on every rank
+        room = stream.sequence_length - settings.max_new_tokens
+        made = complete(
+            self.model, self.tokenizer, [encoder.prompt(p, room) for p, _ in mine], settings.max_new_tokens,
+            synced=self.world > 1,
+        )  # fmt: skip
+        parts: list[list[str]] = [[]] * self.world
+        torch.distributed.all_gather_object(parts, made)
+        predictions = [parts[i % self.world][i // self.world] for i in range(len(pairs))]
+        if self.writer:
+            shown = "\n\n".join(f"**{r}**  \n{p}" for p, (_, r) in list(zip(predictions, pairs, strict=True))[:5])
+            self.writer.add_text("validation/samples", shown, step)
+        return {f"validation/{k}": v for k, v in rouge(predictions, [r for _, r in pairs]).items()}
+
+    def _log(self, step: int, metrics: dict[str, float]) -> None:
+        if self.writer is None:
+            return
+        for key, value in metrics.items():
+            self.writer.add_scalar(key, value, step)
+        if self.job.queue is not None:
+            self.job.queue.actor.put_nowait.remote((step, metrics))  # not awaited: the step does not wait for a watcher
+
+    def _report(self, step: int, metrics: dict[str, float]) -> None:
+        self.reported = {"step": step, "checkpoint": self.saved, **metrics}
+        ray.train.report(self.reported)
+
+
+def first_pairs(stream: Stream, limit: int) -> list[tuple[str, str]]:
+    """The first prompts and completions of a held-out stream."""
+    out: list[tuple[str, str]] = []
+    for group in stream.plan.manifest.groups:
+        if len(out) < limit:
+            prompts, completions = stream.plan.manifest.read(group)
+            out += [(p, c) for p, c in zip(prompts.to_pylist(), completions.to_pylist(), strict=True) if p and c]
+    return out[:limit]

@@ -1,0 +1,126 @@
+"""What the tests share: real text in parquet, and process groups of real processes."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import multiprocessing
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="sf")  # every Ray of these tests lies here
+os.environ.pop("RAY_ADDRESS", None)
+atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("json", "email", "http", "logging", "asyncio", "importlib", "unittest", "xml")
+
+
+def stdlib_texts() -> list[str]:
+    stdlib = Path(sysconfig.get_paths()["stdlib"])
+    return [p.read_text(encoding="utf-8") for package in PACKAGES for p in sorted(stdlib.joinpath(package).glob("*.py"))]
+
+
+def write_shards(folder: Path, rows: list[dict[str, str]], shards: int = 2, group: int = 4) -> None:
+    folder.mkdir(parents=True)
+    for i in range(shards):
+        pq.write_table(pa.Table.from_pylist(rows[i::shards]), folder / f"shard-{i:05d}.parquet", row_group_size=group)
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `train` and `heldout` of documents, `pairs` of prompts and completions: about 1.5 MB of real text."""
+    root = tmp_path_factory.mktemp("texts")
+    documents = [t for t in stdlib_texts() if len(t) > 200]
+    write_shards(root / "train", [{"text": t} for t in documents[4:]])
+    write_shards(root / "heldout", [{"text": t} for t in documents[:4]])
+    pairs = [
+        {"prompt": f"{name}\n# In one line: ", "completion": t.strip().splitlines()[0][:80] or "none"}
+        for name, t in zip(range(10_000), documents, strict=False)
+    ]
+    write_shards(root / "pairs", pairs, group=16)
+    return root
+
+
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "seed": 3,
+    "data": {"sequence_length": 64, "lanes": 4},
+    "tokenizer": {"vocab_size": 512, "train_mb": 0.3},
+    "model": {
+        "config": {
+            "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True,
+        }
+    },
+    "train": {"global_batch": 8, "micro_batch": 4, "steps": 8, "log_every": 1},
+    "optimizer": {"learning_rate": 1e-2},
+}  # fmt: skip
+
+
+@pytest.fixture
+def tree(texts: Path) -> dict[str, Any]:
+    """A recipe that trains a tiny model in seconds, as plain data."""
+    made = json.loads(json.dumps(RECIPE))
+    made["data"]["sources"] = [{"path": str(texts / "train")}]
+    made["data"]["validation"] = [{"path": str(texts / "heldout")}]
+    return made
+
+
+def start_job(*args: str, home: Path) -> subprocess.Popen[str]:
+    """A job in a process of its own, as a person starts it: `jobs/NAME.py ...`, with a local Ray."""
+    env = {**os.environ, "SEVENFOLD_HOME": str(home)}
+    command = [sys.executable, str(ROOT / "jobs" / f"{args[0]}.py"), *args[1:]]
+    return subprocess.Popen(command, env=env, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_job(*args: str, home: Path, code: int = 0) -> str:
+    """Runs a job to its end, which must have this exit code. Returns its standard output, or error where it failed."""
+    process = start_job(*args, home=home)
+    out, err = process.communicate(timeout=400)
+    assert process.returncode == code, f"{args}: exit {process.returncode}\n{out}\n{err}"
+    return out if code == 0 else err
+
+
+def run_ranks(world: int, store: Path, target: Callable[..., Any], *args: Any) -> list[Any]:
+    """Runs target(*args) on `world` real processes of one gloo group; returns what each returned, by rank."""
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    store.parent.mkdir(parents=True, exist_ok=True)
+    processes = [context.Process(target=_rank, args=(r, world, str(store), results, target, args)) for r in range(world)]
+    for p in processes:
+        p.start()
+    got = [results.get(timeout=300) for _ in processes]
+    for p in processes:
+        p.join(60)
+    for _, error, _ in got:
+        assert error is None, error
+    return [value for _, _, value in sorted(got, key=lambda g: g[0])]
+
+
+def _rank(rank: int, world: int, store: str, results: Any, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    import torch
+    import torch.distributed as dist
+
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+        results.put((rank, None, target(*args)))
+    except BaseException:
+        results.put((rank, traceback.format_exc(), None))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,62 @@
+from typing import Any
+
+import pytest
+import torch
+
+from sevenfold.errors import InputError
+from sevenfold.model import build
+from sevenfold.recipe import Adapter, Recipe
+
+
+def changed(tree: dict[str, Any], **config: Any) -> Recipe:
+    tree["model"]["config"] |= config
+    return Recipe.model_validate(tree)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"model_type": "lama"}, "lama"),
+        ({"hiden_size": 3}, "no field 'hiden_size'"),
+        ({"vocab_size": 100}, "vocab_size 100 is below the tokenizer's 512"),
+        ({"max_position_embeddings": 32}, "64 is above the model's 32 positions"),
+    ],
+)
+def test_configs_that_do_not_fit(tree: dict[str, Any], config: dict[str, Any], says: str) -> None:
+    with pytest.raises(InputError) as e:
+        build.config_of(changed(tree, **config), 512)
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_no_model_there(tree: dict[str, Any], tmp_path: Any) -> None:
+    tree["model"], tree["tokenizer"] = {"path": str(tmp_path)}, {}
+    with pytest.raises(InputError, match="expected a run or a Hugging Face directory"):
+        build.config_of(Recipe.model_validate(tree), 512)
+
+
+def test_build(tree: dict[str, Any]) -> None:
+    recipe = Recipe.model_validate(tree)
+    config = build.config_of(recipe, 512)
+    model, again = (build.build(recipe, config, weights=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert sum(p.numel() for p in model.parameters()) == build.parameters(config)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    empty = build.build(recipe, config, weights=False)
+    assert empty.lm_head.weight is empty.model.embed_tokens.weight
+    assert torch.equal(empty.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2)
+    assert build.flops_per_token(model, 64) == 6 * matrices + 12 * 2 * 32 * 64
+
+
+def test_an_adapter_starts_as_the_base(tree: dict[str, Any]) -> None:
+    recipe = Recipe.model_validate(tree)
+    model = build.build(recipe, build.config_of(recipe, 512), weights=True).eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        build.with_adapter(model, Adapter(rank=4), 0)
+        assert torch.equal(model(input_ids=ids).logits, before)
+    trained = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert trained and all("lora_" in n for n in trained)
+    with pytest.raises(InputError, match="target_modules"):
+        build.with_adapter(build.build(recipe, build.config_of(recipe, 512), weights=True), Adapter(target_modules="none"), 0)

@@ -1,0 +1,77 @@
+"""Ray's own door: `ray job submit` to a cluster that `ray start --head` made."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from sevenfold.engine import checkpoint as ckpt
+
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """The environment of a shell beside a running head."""
+    gcs, dashboard = free_port(), free_port()
+    env = {
+        **os.environ, "RAY_AUTH_MODE": "disabled", "SEVENFOLD_HOME": str(tmp_path / "home"),
+        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }  # fmt: skip
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    start = [
+        RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=6",
+        f"--object-store-memory={200 * 2**20}", f"--ray-client-server-port={free_port()}",
+    ]  # fmt: skip
+    process = subprocess.Popen(start, env={k: v for k, v in env.items() if k != "RAY_ADDRESS"}, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while subprocess.run([RAY, "job", "list"], env=env, capture_output=True).returncode:
+            assert process.poll() is None and time.monotonic() < deadline, "the head did not start"
+            time.sleep(1)
+        yield env
+    finally:
+        process.terminate()  # --block: its processes end with it
+        process.wait(60)
+
+
+def test_submit(head: dict[str, str], tree: dict[str, Any], tmp_path: Path) -> None:
+    checkout = tmp_path / "checkout"
+    checkout.mkdir()
+    for part in ("platform", "jobs"):
+        shutil.copytree(ROOT / part, checkout / part)
+    mark = checkout / "platform/sevenfold/__init__.py"
+    mark.write_text(mark.read_text().replace('__version__ = "', '__version__ = "9.9.'))
+    tree |= {"cluster": {"num_workers": 2}}
+    (checkout / "jobs/recipes/tiny.yaml").write_text(yaml.safe_dump(tree))
+
+    def submit(*command: str) -> subprocess.CompletedProcess[str]:
+        whole = [RAY, "job", "submit", "--working-dir", ".", "--", "python", *command]
+        return subprocess.run(whole, cwd=checkout, env=head, capture_output=True, text=True, timeout=300)
+
+    done = submit("jobs/pretrain.py", "jobs/recipes/tiny.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tiny: step 8/8  loss" in done.stdout  # its log is streamed
+    run = Path(head["SEVENFOLD_HOME"]) / "runs/tiny"
+    newest = ckpt.latest(str(run / "checkpoints"))
+    assert newest is not None and newest.extra["versions"]["sevenfold"].startswith("9.9.")  # workers had the checkout's library
+    assert json.loads((run / "summary.json").read_text())["sevenfold"].startswith("9.9.")
+
+    failed = submit("jobs/pretrain.py", "jobs/recipes/tiny.yaml", "train.stepps=9")
+    assert failed.returncode != 0 and "did you mean 'steps'" in failed.stdout + failed.stderr

@@ -1,0 +1,77 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from sevenfold.errors import InputError
+from sevenfold.recipe import Recipe, parse
+
+
+@pytest.fixture
+def path(tree: dict[str, Any], tmp_path: Path) -> str:
+    at = tmp_path / "recipe.yaml"
+    at.write_text(yaml.safe_dump(tree))
+    return str(at)
+
+
+@pytest.mark.parametrize("name", [p.name for p in sorted((ROOT / "jobs/recipes").glob("*.yaml"))])
+def test_shipped_recipes_are_valid(name: str) -> None:
+    recipe = parse(str(ROOT / "jobs/recipes" / name))
+    assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
+
+
+def test_overrides(path: str) -> None:
+    recipe = parse(
+        path, ["optimizer.learning_rate=1e-3", "data.sources.0.path=elsewhere", "train.steps=11", "cluster.num_workers=2"]
+    )
+    assert recipe.optimizer.learning_rate == 1e-3
+    assert recipe.data.sources[0].path == "elsewhere"
+    assert (recipe.steps, recipe.cluster.num_workers) == (11, 2)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.global_bacth=8", "unknown key 'train.global_bacth'; did you mean 'global_batch'"),
+        ("trian.steps=8", "unknown key 'trian'; did you mean 'train'"),
+        ("data.sources.0.pth=x", "did you mean 'path'"),
+        ("train.steps=many", "train.steps: input should be a valid integer"),
+        ("train.steps=-1", "greater than 0"),
+        ("train.tokens=100", "either steps or tokens"),
+        ("train.global_batch=6", "6 cannot be dealt out to data.lanes 4"),
+        ("cluster.num_workers=5", "4 lanes for 5 workers"),
+        ("data.sources.3.path=x", "no such place"),
+        ("train.steps", "expected key.path=value"),
+        ("train.steps=[1", "expected YAML"),
+        ("name=a/b", "name: string should match pattern"),
+        ("model.path=x", "either config"),
+        ("search.space.x.loguniform=[1, 1e-3]", "the space has no point"),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line(path: str, override: str, says: str) -> None:
+    with pytest.raises(InputError) as e:
+        parse(path, [override, *(["search.trials=2"] if "search" in override else [])])
+    assert says in str(e.value) and "\n" not in str(e.value)
+
+
+def test_missing_and_unreadable_files(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="No such file"):
+        parse(str(tmp_path / "none.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(InputError, match="found list"):
+        parse(str(tmp_path / "list.yaml"))
+
+
+def test_identity_is_what_decides_the_numbers(path: str) -> None:
+    recipe = parse(path)
+    for same in ("cluster.num_workers=3", "storage=/elsewhere", "checkpoint.keep=5", "data.executor=inline", "name=other"):
+        assert parse(path, [same]).hash() == recipe.hash(), same
+    for other in ("seed=4", "train.steps=9", "optimizer.learning_rate=0.5", "data.sequence_length=32"):
+        assert parse(path, [other]).hash() != recipe.hash(), other
+
+
+def test_tokens_are_rounded_up_to_steps(tree: dict[str, Any]) -> None:
+    tree["train"] |= {"steps": None, "tokens": 8 * 64 * 3 + 1}
+    assert Recipe.model_validate(tree).steps == 4
