@@ -23,6 +23,7 @@ from sevenfold.errors import InputError
 from sevenfold.evaluate import metrics
 from sevenfold.evaluate.generate import complete
 from sevenfold.recipe import Recipe
+from sevenfold.report import trials
 from sevenfold.report.console import say, table
 from sevenfold.runs import cluster, train
 from sevenfold.runs.worker import first_pairs
@@ -171,6 +172,8 @@ def show(folder: RunFolder, measured: dict[str, Any], predictions: list[dict[str
     """Prints the figures, a few samples and where everything lies."""
     figures = [(k, v) for k, v in measured.items() if k != "baselines"]
     table(f"{folder.name}: held-out", ["measure", "value"], [*figures, *measured["baselines"].items()])
+    if storage.exists(folder.trials):
+        trials.show(folder)
     for p in predictions[:SAMPLES]:
         say(f"\n--- prompt\n{p['prompt'][-SAMPLE_CHARACTERS:]}\n--- {folder.name} continues\n{p['completion']}")
         if "reference" in p:

@@ -21,7 +21,8 @@ from ray.util.placement_group import PlacementGroup, placement_group_table, remo
 from sevenfold import storage
 from sevenfold.errors import InputError, RunError
 from sevenfold.recipe import Recipe, Search, Space
-from sevenfold.report.console import say, table
+from sevenfold.report import trials as report
+from sevenfold.report.console import say
 from sevenfold.runs import cluster, train
 from sevenfold.runs.worker import Job
 from sevenfold.storage import RunFolder
@@ -48,7 +49,7 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
         train.claim(folder, recipe)
     if folder.finished():
         say(f"{folder.root}: finished before; nothing to do")
-        show(folder)
+        report.show(folder)
         return folder
     begin = time.time()
     cluster.connect(verbose)
@@ -58,7 +59,16 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     job = train.prepare(recipe, found, folder)
     job.verbose = verbose
     say(f"{recipe.name}: {search.trials} trials of {recipe.steps} steps, {_concurrency(search, each)} at a time")
-    results = _tuner(job, search, each, folder, verbose).fit()
+    trainable = tune.with_resources(
+        tune.with_parameters(_trial, job=job, address=ray.get_runtime_context().gcs_address), {"CPU": DRIVER_CPUS}
+    )
+    under_way = storage.join(folder.ray, "tune")
+    if tune.Tuner.can_restore(under_way):
+        say(f"{folder.root}: under way; going on")
+        tuner = tune.Tuner.restore(under_way, trainable, resume_unfinished=True, restart_errored=True)
+    else:
+        tuner = _tuner(trainable, job, search, each, verbose)
+    results = tuner.fit()
     _free_placement_groups()
     trials = ranked(results, search)
     if not any(t["score"] is not None for t in trials):
@@ -66,9 +76,9 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     _write_trials(folder, trials)
     best = trials[0]
     storage.write(storage.join(folder.root, "best.yaml"), recipe.override({**best["config"], "search": None}).to_yaml())
-    winner = replace(job, recipe=recipe.override(best["config"]))
+    winner = replace(job, recipe=job.recipe.override(best["config"]))
     train.finish(winner, best["metrics"], time.time() - begin)
-    show(folder)
+    report.show(folder)
     return folder
 
 
@@ -94,15 +104,12 @@ def metrics_of(recipe: Recipe) -> list[str]:
     return out
 
 
-def _tuner(job: Job, search: Search, each: dict[str, float], folder: RunFolder, verbose: bool) -> tune.Tuner:
+def _tuner(trainable: Any, job: Job, search: Search, each: dict[str, float], verbose: bool) -> tune.Tuner:
     steps = job.recipe.steps
     scheduler: TrialScheduler = FIFOScheduler()
     if search.scheduler == "asha":
         grace = max(1, round(search.grace * steps))
         scheduler = ASHAScheduler(time_attr="step", max_t=steps, grace_period=grace, reduction_factor=search.eta)
-    trainable = tune.with_resources(
-        tune.with_parameters(_trial, job=job, address=ray.get_runtime_context().gcs_address), {"CPU": DRIVER_CPUS}
-    )
     return tune.Tuner(
         trainable,
         param_space={key: _domain(space) for key, space in search.space.items()},
@@ -112,7 +119,7 @@ def _tuner(job: Job, search: Search, each: dict[str, float], folder: RunFolder, 
             trial_dirname_creator=lambda t: t.trial_id,
         ),
         run_config=tune.RunConfig(
-            name="tune", storage_path=folder.ray, verbose=2 if verbose else 0, callbacks=[_Lines(search)],
+            name="tune", storage_path=RunFolder(job.folder).ray, verbose=2 if verbose else 0, callbacks=[_Lines(search)],
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     )  # fmt: skip
@@ -201,19 +208,6 @@ def _write_trials(folder: RunFolder, trials: list[dict[str, Any]]) -> None:
     for t in trials:
         writer.writerow([t["trial"], *t["config"].values(), t["step"], *[t["metrics"].get(k) for k in keys]])
     storage.write(storage.join(folder.root, "trials.csv"), text.getvalue())
-
-
-def show(folder: RunFolder) -> None:
-    """Prints the ranking."""
-    trials = storage.read_json(folder.trials)
-    measures = [k for k in ("validation/loss", "validation/rougeL", "train/loss") if k in trials[0]["metrics"]]
-    most = max(t["step"] or 0 for t in trials)
-    keys = [k.split(".", 1)[-1] for k in trials[0]["config"]]
-    rows = []
-    for t in trials:
-        status = "failed" if t["error"] else "finished" if t["step"] == most else "stopped early"
-        rows.append([t["trial"], *t["config"].values(), t["step"], *[t["metrics"].get(k) for k in measures], status])
-    table(f"{folder.name}: trials, best first", ["trial", *keys, "step", *[m.split("/")[-1] for m in measures], "status"], rows)
 
 
 def _free_placement_groups(wait_seconds: float = 30) -> None:
