@@ -247,16 +247,21 @@ def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise InputError(f"{path}: expected a recipe (YAML), found none: {getattr(e, 'strerror', None) or e}") from None
-    tree = _yaml(text, path)
-    if not isinstance(tree, dict):
-        raise InputError(f"{path}: expected a recipe (keys and values), found {type(tree).__name__}")
     changes = {}
     for item in overrides:
         key, sep, value = item.partition("=")
         if not sep or not key:
             raise InputError(f"{item!r}: expected key.path=value, for example train.steps=100")
         changes[key] = _yaml(value, item)
-    return _validate(_put(tree, changes, where=path), where=path)
+    return loads(text, path, changes)
+
+
+def loads(text: str, where: str, changes: dict[str, Any] | None = None) -> Recipe:
+    """A recipe from YAML text with `{"key.path": value}` put in; `where` names it in errors. Raises as `parse`."""
+    tree = _yaml(text, where)
+    if not isinstance(tree, dict):
+        raise InputError(f"{where}: expected a recipe (keys and values), found {type(tree).__name__}")
+    return _validate(_put(tree, changes or {}, where), where)
 
 
 def _yaml(text: str, where: str) -> Any:

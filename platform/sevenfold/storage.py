@@ -115,9 +115,13 @@ def write(path: str, data: bytes | str) -> None:
     os.replace(aside, path)
 
 
-def read_json(path: str) -> Any:
+def read_text(path: str) -> str:
     with open_read(path) as f:
-        return json.loads(f.read())
+        return f.read().decode()
+
+
+def read_json(path: str) -> Any:
+    return json.loads(read_text(path))
 
 
 def upload(folder: str, to: str) -> None:

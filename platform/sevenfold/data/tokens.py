@@ -8,18 +8,20 @@ import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sevenfold import storage
 from sevenfold.data.manifest import Manifest
 from sevenfold.data.order import shuffled
 from sevenfold.errors import InputError
+
+if TYPE_CHECKING:  # transformers brings torch: 250 MB and seconds for each data task, which needs only `tokenizers`
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
@@ -47,6 +49,7 @@ class Encoder(Protocol):
 
 def train_tokenizer(manifest: Manifest, vocab_size: int, megabytes: float, seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE trained on a sample of row groups of about this much text."""
+    from transformers import PreTrainedTokenizerFast
 
     def texts() -> Iterator[list[str]]:
         left = megabytes * 1e6
@@ -88,6 +91,8 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """Raises InputError where the folder holds no tokenizer that can be loaded without remote code."""
+    from transformers import AutoTokenizer
+
     with tempfile.TemporaryDirectory() as aside:
         local = folder
         if storage.is_url(folder):

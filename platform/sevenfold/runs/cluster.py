@@ -22,7 +22,10 @@ _QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # report() waits for the next check
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray 2.60 warns about at each start
 }
-_LOCAL = {"RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0"}  # nobody takes a laptop away with notice
+_LOCAL = {
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes a laptop away with notice
+    "RAY_worker_maximum_startup_concurrency": "8",  # by cores, it warns of every few actors of a sweep
+}
 _LOCAL_STORE = 512 * 2**20  # bytes of a local Ray's object store: windows are a few MB
 
 
@@ -33,10 +36,13 @@ def connect(verbose: bool = False) -> None:
     if not verbose:
         os.environ.update({k: os.environ.get(k, v) for k, v in _QUIET.items()})
         quieten()
+    address = os.environ.get("RAY_ADDRESS", "")
+    if address.startswith("http"):
+        raise InputError(f"RAY_ADDRESS {address} is a dashboard: go in by `ray job submit`, or unset it for a local Ray")
     library = str(Path(sevenfold.__file__).parent)
     level = logging.INFO if verbose else logging.ERROR
     try:
-        if os.environ.get("RAY_ADDRESS"):
+        if address:
             # what this process imports is what the workers import, whatever is installed there
             env = {k: v for k, v in os.environ.items() if k in _QUIET}
             ray.init(log_to_driver=verbose, logging_level=level, runtime_env={"py_modules": [library], "env_vars": env})
@@ -49,7 +55,7 @@ def connect(verbose: bool = False) -> None:
                 include_dashboard=True, log_to_driver=verbose, logging_level=level,
             )  # fmt: skip
     except ConnectionError as e:
-        raise RunError(f"no Ray cluster answers at {os.environ.get('RAY_ADDRESS')}: {str(e).splitlines()[0]}") from None
+        raise RunError(f"no Ray cluster answers at {address}: {str(e).splitlines()[0]}") from None
     token = Path("~/.ray/auth_token").expanduser()
     if token.exists() and token.stat().st_mode & 0o077:
         token.chmod(0o600)  # Ray writes it for everyone to read

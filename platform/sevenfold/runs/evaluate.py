@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-import yaml
 from transformers import AutoModelForCausalLM
 
 from sevenfold import storage
@@ -22,7 +21,7 @@ from sevenfold.engine.step import token_losses
 from sevenfold.errors import InputError
 from sevenfold.evaluate import metrics
 from sevenfold.evaluate.generate import complete
-from sevenfold.recipe import Recipe
+from sevenfold.recipe import Recipe, loads
 from sevenfold.report import trials
 from sevenfold.report.console import say, table
 from sevenfold.runs import cluster, train
@@ -45,8 +44,7 @@ def run(path: str, verbose: bool = False, workers: int = 2) -> RunFolder:
     folder = RunFolder.of(path)
     if not folder.finished():
         raise InputError(f"{folder.root}: expected a finished run, found one under way: resubmit its job first")
-    with storage.open_read(folder.recipe) as f:
-        recipe = Recipe.model_validate(yaml.safe_load(f.read()))
+    recipe = loads(storage.read_text(folder.recipe), folder.recipe)
     found = train.inputs(recipe)
     if found.validation is None:
         raise InputError(f"{folder.root}: its recipe names no data.validation: there is nothing to measure it on")

@@ -11,7 +11,6 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-import yaml
 from ray.util.queue import Empty, Queue
 
 import sevenfold
@@ -23,9 +22,10 @@ from sevenfold.data.stream import Stream
 from sevenfold.data.tokens import CompletionEncoder, TextEncoder, load_tokenizer, save_tokenizer, train_tokenizer
 from sevenfold.errors import InputError, RunError
 from sevenfold.model import build
-from sevenfold.recipe import Recipe
+from sevenfold.recipe import Recipe, loads
 from sevenfold.report.console import Progress, say
 from sevenfold.runs import cluster
+from sevenfold.runs.lanes import Lanes
 from sevenfold.runs.worker import Job, work
 from sevenfold.storage import RunFolder
 
@@ -72,8 +72,7 @@ def claim(folder: RunFolder, recipe: Recipe) -> None:
         InputError: a run of another recipe lies there.
     """
     if storage.exists(folder.recipe):
-        with storage.open_read(folder.recipe) as f:
-            there = Recipe.model_validate(yaml.safe_load(f.read()))
+        there = loads(storage.read_text(folder.recipe), folder.recipe)
         if there.hash() != recipe.hash():
             raise InputError(
                 f"{folder.root}: a run of this name exists with another recipe ({_difference(there, recipe)}): "
@@ -125,13 +124,6 @@ def _beside(recipe: Recipe) -> str:
     return build.model_path(recipe.model.path or "")
 
 
-class _Lanes(ray.train.DataConfig):
-    """Which worker reads what is the plan's own arithmetic, not streaming_split's."""
-
-    def configure(self, datasets: Any, world_size: int, *_: Any, **__: Any) -> list[dict[str, Any]]:
-        return [{name: s.shard(rank, world_size) for name, s in datasets.items()} for rank in range(world_size)]
-
-
 def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
     """Trains on Ray Train workers until the last step. Returns what was reported last.
 
@@ -143,7 +135,7 @@ def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
         work,
         train_loop_config={"job": job},
         datasets={"train": job.train},
-        dataset_config=_Lanes(),
+        dataset_config=Lanes(),
         scaling_config=ray.train.ScalingConfig(
             num_workers=c.num_workers, use_gpu=c.gpus_per_worker > 0,
             resources_per_worker={"CPU": c.cpus_per_worker, **({"GPU": c.gpus_per_worker} if c.gpus_per_worker else {})},
