@@ -148,8 +148,8 @@ def _ahead(windows: Iterator[tuple[int, Rows]]) -> Iterator[tuple[int, Rows]]:
 def _by_ray(stream: Stream, order: Iterator[int], chunk: int) -> Iterator[tuple[int, Rows]]:
     """Makes the windows in Ray Data tasks: one row a window descriptor, one block a window, blocks in order.
 
-    A few windows an execution: an execution that is held back by its limits instead spins in this process and took
-    60% of the step's speed (2.60: no task is active, so its loop has nothing to wait on).
+    A few windows an execution: one that is held back by its limits instead spins in this process (Ray 2.60: without an
+    active task its loop has nothing to wait on) and took more than half of the step's speed (benchmarks/RESULTS.md).
     """
     import ray
 

@@ -17,4 +17,5 @@ def show(folder: RunFolder) -> None:
     for t in trials:
         status = "failed" if t["error"] else "finished" if t["step"] == most else "stopped early"
         rows.append([t["trial"], *t["config"].values(), t["step"], *[t["metrics"].get(k) for k in measures], status])
-    table(f"{folder.name}: trials, best first", ["trial", *keys, "step", *[m.removeprefix("validation/") for m in measures], "status"], rows)
+    columns = ["trial", *keys, "step", *[m.removeprefix("validation/") for m in measures], "status"]
+    table(f"{folder.name}: trials, best first", columns, rows)
