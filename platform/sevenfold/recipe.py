@@ -68,7 +68,7 @@ class Adapter(Section):
 
     rank: int = Field(8, gt=0)
     alpha: int = Field(16, gt=0, description="Scale: the update counts alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description="Its masks are drawn a worker: they change with num_workers")
     target_modules: str | list[str] = Field("all-linear", description="As in peft's LoraConfig")
 
 
@@ -166,7 +166,7 @@ class Search(Section):
 class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run and its folder")
     storage: str = Field("runs", description="Folder or URL that runs are kept under")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**32)
     objective: Literal["causal", "sft"] = "causal"
     data: Data
     tokenizer: Tokenizer = Tokenizer()
@@ -190,6 +190,10 @@ class Recipe(Section):
                 f"train.global_batch {batch} cannot be dealt out: {lanes} lanes for {workers} workers; "
                 f"data.lanes must be at least cluster.num_workers"
             )
+        if self.validation.max_new_tokens >= self.data.sequence_length:
+            raise ValueError("validation.max_new_tokens must be below data.sequence_length: there is no room for a prompt")
+        if self.adapter is not None and self.model.path is None:
+            raise ValueError("adapter needs model.path: it freezes the base, which would never learn anything")
         tokenizer = self.tokenizer
         if tokenizer.path and tokenizer.vocab_size:
             raise ValueError("tokenizer: give either path or vocab_size")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
+import shutil
+import tempfile
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -34,10 +38,14 @@ def locate(path: str) -> str:
     """Absolute form of a path or URL. A relative path that came along with a job's working directory is taken there."""
     if is_url(path):
         return path.rstrip("/")
-    path = os.path.expanduser(path)
-    if not os.path.isabs(path) and in_ray_job() and os.path.exists(path):
-        return os.path.abspath(path)
-    return os.path.normpath(os.path.join(home(), path))
+    if in_ray_job() and os.path.exists(os.path.expanduser(path)):
+        return os.path.abspath(os.path.expanduser(path))
+    return place(path)
+
+
+def place(path: str) -> str:
+    """Absolute form of where results go: as `locate`, but never into a job's throw-away folder."""
+    return path.rstrip("/") if is_url(path) else os.path.normpath(os.path.join(home(), os.path.expanduser(path)))
 
 
 def join(root: str, *parts: str) -> str:
@@ -122,6 +130,18 @@ def read_text(path: str) -> str:
 
 def read_json(path: str) -> Any:
     return json.loads(read_text(path))
+
+
+@functools.cache
+def local(folder: str) -> str:
+    """A folder of this machine with the files of `folder`: itself, or a copy that lasts as long as the process."""
+    if not is_url(folder):
+        return folder
+    copy = tempfile.mkdtemp(prefix="sevenfold-")
+    atexit.register(shutil.rmtree, copy, ignore_errors=True)
+    fs, root = _fs(folder)
+    fs.get(root + "/", copy, recursive=True)
+    return copy
 
 
 def upload(folder: str, to: str) -> None:

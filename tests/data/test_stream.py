@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import ray
+from conftest import write_shards
 
 from sevenfold.data import rows as r
 from sevenfold.data.manifest import scan
@@ -21,7 +22,7 @@ STEPS = 60  # more than two epochs
 @pytest.fixture(scope="module")
 def stream(texts: Path) -> Stream:
     found = scan([Source(path=str(texts / "train"))], ("text",))
-    encoder = TextEncoder(train_tokenizer(found, 600, 0.5, 0))
+    encoder = TextEncoder(train_tokenizer(found, 600, 0.5, 0), 1024)
     return Stream(Plan(found, 5, 8), encoder, 1024, "inline")
 
 
@@ -91,6 +92,22 @@ def test_a_wrong_window_is_refused(stream: Stream) -> None:
     reader._windows = iter([(3, stream.window(3))])
     with pytest.raises(RunError, match="window 3 where 0 was due"):
         next(reader)
+
+
+@pytest.mark.parametrize("executor", ["inline", "ray"])
+def test_documents_without_text_are_rows_without_targets(stream: Stream, tmp_path: Path, executor: str) -> None:
+    write_shards(tmp_path / "s", [{"text": ""}, {"text": "some text"}, {"text": ""}, {"text": ""}], shards=1, group=1)
+    found = scan([Source(path=str(tmp_path / "s"))], ("text",))
+    bare = Stream(Plan(found, 0, 1), stream.encoder, 32, executor)
+    if executor == "ray":
+        cluster.connect()
+    try:
+        reader = bare.shard(0, 1).reader(1)
+        rows = [next(reader) for _ in range(4)]
+        reader.close()
+    finally:
+        ray.shutdown()
+    assert sum(bool((r.labels(one) >= 0).any()) for one in rows) == 1
 
 
 def test_an_error_of_the_thread_arrives(stream: Stream, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sevenfold.data import tokens
@@ -26,7 +27,7 @@ def column(*texts: str) -> pa.ChunkedArray:
 def test_documents(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(tokenizer) == 600
     text = "def f(x):\n    return 'über' + x\n"
-    made = tokens.TextEncoder(tokenizer)([column(text, "", "pass")])
+    made = tokens.TextEncoder(tokenizer, 24)([column(text, "", "pass")])
     first = made.tokens[: made.lengths[0]]
     assert len(made.lengths) == 2 and made.targets.all()
     assert first[0] == tokenizer.bos_token_id and first[-1] == tokenizer.eos_token_id
@@ -34,14 +35,14 @@ def test_documents(tokenizer: PreTrainedTokenizerFast) -> None:
 
 
 def test_a_special_tokens_spelling_stays_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    made = tokens.TextEncoder(tokenizer)([column("a <|eos|> b")])
+    made = tokens.TextEncoder(tokenizer, 24)([column("a <|eos|> b")])
     assert (made.tokens == tokenizer.eos_token_id).sum() == 1
     assert tokenizer.decode(made.tokens[1:-1]) == "a <|eos|> b"
 
 
 def test_token_bytes_add_up_to_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
     text = "naïve 中文 <|pad|> \n\tif x: 🙂"
-    made = tokens.TextEncoder(tokenizer)([column(text)])
+    made = tokens.TextEncoder(tokenizer, 24)([column(text)])
     assert tokens.token_bytes(tokenizer)[made.tokens].sum() == len(text.encode())
 
 
@@ -55,6 +56,18 @@ def test_completions(tokenizer: PreTrainedTokenizerFast) -> None:
         assert tokenizer.decode(learnt[:-1]) == answer and learnt[-1] == tokenizer.eos_token_id
     assert made.lengths[1] == 24
     assert encoder.prompt("word " * 200, 10)[0] == tokenizer.bos_token_id and len(encoder.prompt("word " * 200, 10)) == 10
+
+
+def test_token_bytes_of_a_sentencepiece_vocabulary() -> None:
+    model = tokenizers.models.BPE({"<s>": 0, "\u2581the": 1, "<0xE2>": 2, "\u00e9": 3, "x": 9}, [])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(model), bos_token="<s>")
+    assert tokens.token_bytes(tokenizer).tolist() == [0, 4, 1, 2, 0, 0, 0, 0, 0, 1]
+
+
+def test_no_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(InputError, match="no end-of-text token"):
+        tokens.TextEncoder(bare, 24)
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

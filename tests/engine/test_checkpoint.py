@@ -114,6 +114,10 @@ def test_what_was_not_committed_is_not_there(saved: Path) -> None:
 
 def test_the_newest_are_kept(saved: Path) -> None:
     (saved / "step-00000003.00").mkdir()  # of a save that was interrupted
-    (saved / "step-00000005.00").mkdir()  # perhaps being written now
-    ckpt.prune(str(saved), 1)
+    (saved / "step-00000005.00").mkdir()  # damaged, say
+    newest = ckpt.latest(str(saved))
+    assert newest is not None
+    ckpt.prune(newest, 2)
+    assert sorted(p.name for p in saved.iterdir()) == ["step-00000002.00", "step-00000004.00", "step-00000005.00"]
+    ckpt.prune(newest, 1)
     assert sorted(p.name for p in saved.iterdir()) == ["step-00000004.00", "step-00000005.00"]

@@ -12,6 +12,7 @@ from sevenfold.data.rows import START, TARGET, Rows
 from sevenfold.engine import optim
 from sevenfold.engine.batch import IGNORE, Batch, micro_batches
 from sevenfold.engine.step import evaluate, token_losses, train_step
+from sevenfold.errors import RunError
 from sevenfold.model import build, parallel
 from sevenfold.recipe import Recipe
 
@@ -92,7 +93,7 @@ def no_target(tree: dict[str, Any]) -> str:
         build.build(recipe, build.config_of(recipe, VOCAB), weights=True), torch.device("cpu"), torch.float32
     )
     (batch,) = micro_batches(rows_of(0)[slice(0, 1)], 1, 1, torch.device("cpu"))
-    with pytest.raises(ValueError, match="without a single target"):
+    with pytest.raises(RunError, match="without a single target"):
         train_step(model, [batch], optim.build(model, recipe.optimizer), 1e-2, 1.0)
     return "refused"
 

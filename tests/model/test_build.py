@@ -18,13 +18,17 @@ def changed(tree: dict[str, Any], **config: Any) -> Recipe:
     [
         ({"model_type": "lama"}, "lama"),
         ({"hiden_size": 3}, "no field 'hiden_size'"),
+        ({"hidden_size": "abc"}, "model.config: "),
+        ({"hidden_size": 33}, "model.config: "),
+        ({"hidden_act": "gulu"}, "no decoder can be made of it"),
+        ({"model_type": "t5", "num_hidden_layers": 2}, "model.config: "),
         ({"vocab_size": 100}, "vocab_size 100 is below the tokenizer's 512"),
         ({"max_position_embeddings": 32}, "64 is above the model's 32 positions"),
     ],
 )
 def test_configs_that_do_not_fit(tree: dict[str, Any], config: dict[str, Any], says: str) -> None:
     with pytest.raises(InputError) as e:
-        build.config_of(changed(tree, **config), 512)
+        build.check(changed(tree, **config), 512)
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
@@ -39,7 +43,7 @@ def test_build(tree: dict[str, Any]) -> None:
     config = build.config_of(recipe, 512)
     model, again = (build.build(recipe, config, weights=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert sum(p.numel() for p in model.parameters()) == build.parameters(config)
+    assert sum(p.numel() for p in model.parameters()) == build.check(recipe, 512) == 37_024
     assert model.lm_head.weight is model.model.embed_tokens.weight
     empty = build.build(recipe, config, weights=False)
     assert empty.lm_head.weight is empty.model.embed_tokens.weight

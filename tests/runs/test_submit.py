@@ -31,7 +31,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a shell beside a running head."""
     gcs, dashboard = free_port(), free_port()
     env = {
-        **os.environ, "RAY_AUTH_MODE": "disabled", "SEVENFOLD_HOME": str(tmp_path / "home"),
+        **os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path),
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
     }  # fmt: skip
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
@@ -51,7 +51,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
         process.wait(60)
 
 
-def test_submit(head: dict[str, str], tree: dict[str, Any], tmp_path: Path) -> None:
+def test_submit(head: dict[str, str], tree: dict[str, Any], texts: Path, tmp_path: Path) -> None:
     checkout = tmp_path / "checkout"
     checkout.mkdir()
     for part in ("platform", "jobs"):
@@ -60,6 +60,13 @@ def test_submit(head: dict[str, str], tree: dict[str, Any], tmp_path: Path) -> N
     mark.write_text(mark.read_text().replace('__version__ = "', '__version__ = "9.9.'))
     tree |= {"cluster": {"num_workers": 2}}
     (checkout / "jobs/recipes/tiny.yaml").write_text(yaml.safe_dump(tree))
+    pairs = [{"path": str(texts / "pairs")}]
+    sft = {
+        "name": "sft", "objective": "sft", "model": {"path": "runs/tiny"}, "adapter": {"rank": 2},
+        "data": {"sources": pairs, "validation": pairs, "sequence_length": 64, "lanes": 2},
+        "train": {"global_batch": 4, "micro_batch": 4, "steps": 2},
+    }  # fmt: skip
+    (checkout / "jobs/recipes/sft.yaml").write_text(yaml.safe_dump(sft))
 
     def submit(*command: str) -> subprocess.CompletedProcess[str]:
         whole = [RAY, "job", "submit", "--working-dir", ".", "--", "python", *command]
@@ -68,10 +75,17 @@ def test_submit(head: dict[str, str], tree: dict[str, Any], tmp_path: Path) -> N
     done = submit("jobs/pretrain.py", "jobs/recipes/tiny.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "tiny: step 8/8  loss" in done.stdout  # its log is streamed
-    run = Path(head["SEVENFOLD_HOME"]) / "runs/tiny"
+    run = Path(head["HOME"]) / "sevenfold/runs/tiny"
     newest = ckpt.latest(str(run / "checkpoints"))
     assert newest is not None and newest.extra["versions"]["sevenfold"].startswith("9.9.")  # workers had the checkout's library
     assert json.loads((run / "summary.json").read_text())["sevenfold"].startswith("9.9.")
+
+    # a relative path means the same for the job and for its workers, which stand elsewhere
+    tuned = submit("jobs/finetune.py", "jobs/recipes/sft.yaml")
+    assert tuned.returncode == 0, tuned.stdout + tuned.stderr
+    assert (run.parent / "sft/adapter/adapter_model.safetensors").exists()
+    measured = submit("jobs/evaluate.py", "runs/sft")
+    assert measured.returncode == 0 and "sft continues" in measured.stdout, measured.stdout + measured.stderr
 
     failed = submit("jobs/pretrain.py", "jobs/recipes/tiny.yaml", "train.stepps=9")
     assert failed.returncode != 0 and "did you mean 'steps'" in failed.stdout + failed.stderr

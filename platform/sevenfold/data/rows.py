@@ -40,6 +40,8 @@ def make_window(plan: Plan, encoder: Encoder, sequence_length: int, index: int) 
     """The rows of a window, in their order: a function of its arguments alone."""
     columns = [plan.manifest.read(group) for group in plan.window(index)]
     parts = [encoder(c) for c in columns]
+    if not sum(len(p.lengths) for p in parts):  # documents without text: a row of padding keeps the count of windows
+        return Rows(np.zeros((1, sequence_length), np.uint16), np.full((1, sequence_length), START))
     tokens = np.concatenate([p.tokens for p in parts])
     targets = np.concatenate([p.targets for p in parts])
     lengths = np.concatenate([p.lengths for p in parts])

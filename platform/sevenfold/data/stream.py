@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from sevenfold.data.tokens import Encoder
 from sevenfold.errors import RunError
 
 AHEAD = 2  # windows made ahead of those that are read
-CHUNK_BYTES = 16 * 2**20  # text that one Ray Data execution makes rows of; at least a window a lane
+CHUNK_BYTES, CHUNK_WINDOWS = 16 * 2**20, 64  # most that one Ray Data execution makes rows of, but a window a lane
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Stream:
         if self.executor == "inline":
             return _ahead((index, self.window(index)) for index in order)
         window_bytes = self.plan.manifest.bytes // self.plan.windows_per_epoch
-        return _ahead(_by_ray(self, order, max(lanes, CHUNK_BYTES // max(1, window_bytes))))
+        return _ahead(_by_ray(self, order, max(lanes, min(CHUNK_WINDOWS, CHUNK_BYTES // max(1, window_bytes)))))
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class LaneReader:
         self._windows.close()  # type: ignore[attr-defined]
 
 
-def _ahead(windows: Iterator[tuple[int, Rows]]) -> Iterator[tuple[int, Rows]]:
+def _ahead(windows: Generator[tuple[int, Rows], None, None]) -> Iterator[tuple[int, Rows]]:
     """Draws from an iterator in a background thread, a few windows ahead of who reads."""
     ready: queue.Queue[tuple[int, Rows] | BaseException] = queue.Queue(AHEAD)
     stop = threading.Event()
@@ -133,8 +133,11 @@ def _ahead(windows: Iterator[tuple[int, Rows]]) -> Iterator[tuple[int, Rows]]:
                     return
         except BaseException as e:
             put(e)
+        finally:
+            windows.close()  # ends what Ray Data still executes
 
-    threading.Thread(target=work, name="sevenfold-data", daemon=True).start()
+    thread = threading.Thread(target=work, name="sevenfold-data", daemon=True)
+    thread.start()
     try:
         while True:
             item = ready.get()
@@ -143,9 +146,10 @@ def _ahead(windows: Iterator[tuple[int, Rows]]) -> Iterator[tuple[int, Rows]]:
             yield item
     finally:
         stop.set()
+        thread.join(60)  # Ray must not be shut down under it
 
 
-def _by_ray(stream: Stream, order: Iterator[int], chunk: int) -> Iterator[tuple[int, Rows]]:
+def _by_ray(stream: Stream, order: Iterator[int], chunk: int) -> Generator[tuple[int, Rows], None, None]:
     """Makes the windows in Ray Data tasks: one row a window descriptor, one block a window, blocks in order.
 
     A few windows an execution: one that is held back by its limits instead spins in this process (Ray 2.60: without an

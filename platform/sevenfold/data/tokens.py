@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,6 +23,8 @@ from sevenfold.errors import InputError
 if TYPE_CHECKING:  # transformers brings torch: 250 MB and seconds for each data task, which needs only `tokenizers`
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+LAST_WRITTEN = "tokenizer_config.json"  # of a saved tokenizer
+_BYTE = re.compile(r"^<0x[0-9A-F]{2}>$")
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
@@ -84,7 +86,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     with tempfile.TemporaryDirectory() as aside:
         tokenizer.save_pretrained(aside)
         storage.makedirs(folder)
-        for name in sorted(os.listdir(aside)):
+        for name in sorted(os.listdir(aside), key=lambda n: (n == LAST_WRITTEN, n)):
             with open(os.path.join(aside, name), "rb") as f:
                 storage.write(storage.join(folder, name), f.read())
 
@@ -93,18 +95,10 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
     """Raises InputError where the folder holds no tokenizer that can be loaded without remote code."""
     from transformers import AutoTokenizer
 
-    with tempfile.TemporaryDirectory() as aside:
-        local = folder
-        if storage.is_url(folder):
-            for name in storage.listdir(folder):
-                if name.endswith((".json", ".txt", ".model", ".jinja")):
-                    with storage.open_read(storage.join(folder, name)) as f, open(os.path.join(aside, name), "wb") as out:
-                        out.write(f.read())
-            local = aside
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(local, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError) as e:
-            raise InputError(f"{folder}: expected a Hugging Face tokenizer, found none: {str(e).splitlines()[0]}") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(storage.local(folder), local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError) as e:
+        raise InputError(f"{folder}: expected a Hugging Face tokenizer, found none: {str(e).splitlines()[0]}") from None
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(f"{folder}: expected a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
     tokenizer.padding_side = "left"
@@ -114,21 +108,18 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 class TextEncoder:
     """Plain documents: BOS text EOS, every token but the first a target.
 
-    The spelling of a special token in the text stays text. Raises ValueError where the tokenizer has no EOS token.
+    The spelling of a special token in the text stays text. Raises InputError where the tokenizer has no EOS token.
     """
 
     fields: tuple[str, ...] = ("text",)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int):
+        self._room = sequence_length
         if tokenizer.eos_token_id is None:
             raise InputError("the tokenizer has no end-of-text token (eos_token): documents could not be told apart")
         self._json = tokenizer.backend_tokenizer.to_str()
         self._head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
         self._eos = int(tokenizer.eos_token_id)
-
-    @property
-    def hash(self) -> str:
-        return hashlib.sha256(self._json.encode()).hexdigest()
 
     def ids(self, texts: list[str]) -> list[list[int]]:
         encodings = _backend(self._json).encode_batch_fast(texts, add_special_tokens=False)
@@ -147,10 +138,6 @@ class CompletionEncoder(TextEncoder):
     so that what it asks (its end) and the whole completion stay; a completion longer than a row is cut."""
 
     fields = ("prompt", "completion")
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int):
-        super().__init__(tokenizer)
-        self._room = sequence_length
 
     def prompt(self, text: str, room: int) -> list[int]:
         """Ids of BOS and the prompt in at most `room` tokens."""
@@ -181,6 +168,9 @@ class CompletionEncoder(TextEncoder):
         )
 
 
+ENCODERS: dict[str, type[TextEncoder]] = {"causal": TextEncoder, "sft": CompletionEncoder}  # by objective
+
+
 @functools.lru_cache(maxsize=4)
 def _backend(serialized: str) -> tokenizers.Tokenizer:
     """One a process: parsing a vocabulary of 128k takes half a second."""
@@ -192,14 +182,13 @@ def _backend(serialized: str) -> tokenizers.Tokenizer:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """How many bytes of text each token stands for: int64 [vocabulary]; 0 for special tokens."""
-    out = np.zeros(len(tokenizer), np.int64)
+    """How many bytes of text each token stands for: int64 [largest id + 1]; 0 for special tokens."""
+    vocabulary = tokenizer.get_vocab()
     special: set[Any] = set(tokenizer.all_special_ids)
-    alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+    out = np.zeros(max(vocabulary.values()) + 1, np.int64)
     byte_level = "ByteLevel" in tokenizer.backend_tokenizer.to_str()
-    for token, i in tokenizer.get_vocab().items():
-        if i in special:
-            continue
-        # byte-level spellings have one character a byte; others are decoded
-        out[i] = len(token) if byte_level and set(token) <= alphabet else len(str(tokenizer.decode([i])).encode())
+    for token, i in vocabulary.items():
+        if i not in special:
+            # one character a byte; else SentencePiece's spellings: <0x0A> is a byte, a low line block is a space
+            out[i] = len(token) if byte_level else 1 if _BYTE.match(token) else len(token.replace("\u2581", " ").encode())
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -57,7 +58,8 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
     """Reads a verified checkpoint into a model of any number of ranks, or of none."""
     options = _options()
     if optimizer is None:
-        state = {"model": {n: p for n, p in model.state_dict().items() if _trained(n, model)}}
+        trained = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        state = {"model": {n: p for n, p in model.state_dict().items() if n in trained}}
         dcp.load(state, storage_reader=_reader(checkpoint.path), no_dist=not dist.is_initialized())
         return
     weights, optim = get_state_dict(model, optimizer, options=options)
@@ -65,8 +67,8 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimi
     set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optim, options=options)
 
 
-def latest(folder: str) -> Checkpoint | None:
-    """The newest checkpoint that is whole; a damaged one is named and passed over. Nothing is unpickled here."""
+def latest(folder: str, warn: Callable[[str], None] = log.warning) -> Checkpoint | None:
+    """The newest checkpoint that is whole; a damaged one is named to `warn` and passed over. Nothing is unpickled."""
     for name in reversed(storage.listdir(folder)):
         path = storage.join(folder, name)
         if not storage.exists(storage.join(path, MANIFEST)):
@@ -75,7 +77,7 @@ def latest(folder: str) -> Checkpoint | None:
             found = read(path)
             verify(found)
         except RunError as e:
-            log.warning("%s; passed over for the one before", e)
+            warn(f"{e}; passed over for the one before")
             continue
         return found
     return None
@@ -103,12 +105,15 @@ def verify(checkpoint: Checkpoint) -> None:
             raise RunError(f"{file}: damaged: its checksum is not the manifest's")
 
 
-def prune(folder: str, keep: int) -> None:
-    """Removes all but the newest `keep` committed checkpoints and what was never committed before the newest."""
-    names = storage.listdir(folder)
-    committed = [n for n in names if storage.exists(storage.join(folder, n, MANIFEST))]
-    for name in names:
-        if committed and name < committed[-1] and name not in committed[-keep:]:
+def prune(newest: Checkpoint, keep: int) -> None:
+    """Removes what is older than the `keep` committed checkpoints up to `newest`, which was just written, and what was
+    never committed before it. What lies after it (damaged, and passed over) is left for whoever wants to look."""
+    folder, last = newest.path.replace("\\", "/").rsplit("/", 1)
+    older = [n for n in storage.listdir(folder) if n < last]
+    committed = [n for n in older if storage.exists(storage.join(folder, n, MANIFEST))]
+    kept = committed[-(keep - 1) :] if keep > 1 else []
+    for name in older:
+        if name not in kept:
             storage.remove(storage.join(folder, name))
 
 
@@ -122,11 +127,6 @@ def _fresh(folder: str, step: int) -> str:
 
 def _options() -> StateDictOptions:
     return StateDictOptions(ignore_frozen_params=True)
-
-
-def _trained(name: str, model: nn.Module) -> bool:
-    trained = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return name in trained
 
 
 def _writer(path: str) -> Any:

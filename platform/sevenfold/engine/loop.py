@@ -53,7 +53,7 @@ def fit(
         batches = micro_batches(next(rows), train.micro_batch, count, device)
         waited = time.perf_counter() - begin
         # dropout is a function of (seed, step, rank): there is no generator state to save
-        torch.manual_seed((recipe.seed << 40) + (step << 16) + dist.get_rank())
+        torch.manual_seed(((recipe.seed << 31) + (step << 16) + dist.get_rank()) % 2**63)
         rate = learning_rate(step, steps, recipe.optimizer.learning_rate, recipe.schedule)
         done = train_step(model, batches, optimizer, rate, train.max_grad_norm)
         meter.add(recipe.tokens_per_step, waited)

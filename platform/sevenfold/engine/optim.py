@@ -12,16 +12,22 @@ from sevenfold import recipe as r
 
 def build(model: nn.Module, settings: r.Optimizer) -> torch.optim.Optimizer:
     """AdamW; weight decay on matrices that are no embeddings."""
+    embeddings = {id(p) for p in embedding_parameters(model)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for name, p in model.named_parameters():
+    for p in model.parameters():
         if p.requires_grad:
-            (decayed if p.ndim >= 2 and "embed" not in name else plain).append(p)
+            (decayed if p.ndim >= 2 and id(p) not in embeddings else plain).append(p)
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         [g for g in groups if g["params"]],
         lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True,
     )  # fmt: skip
+
+
+def embedding_parameters(model: nn.Module) -> list[torch.Tensor]:
+    """The weights of look-up tables, which an output layer may share."""
+    return [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: r.Schedule) -> float:

@@ -6,10 +6,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from sevenfold import storage
+from sevenfold.engine.optim import embedding_parameters
 from sevenfold.errors import InputError
 from sevenfold.recipe import Adapter, Recipe
 
@@ -33,21 +35,18 @@ def config_of(recipe: Recipe, vocab_size: int) -> PreTrainedConfig:
     Raises:
         InputError: an unknown model type or field, a vocabulary or context that is too small for the data.
     """
-    if recipe.model.path is not None:
-        config = AutoConfig.from_pretrained(model_path(recipe.model.path), trust_remote_code=False)
-    else:
-        fields = {
-            "vocab_size": vocab_size,
-            "max_position_embeddings": recipe.data.sequence_length,
-            **(recipe.model.config or {}),
-        }
-        try:
+    fields = {"vocab_size": vocab_size, "max_position_embeddings": recipe.data.sequence_length, **(recipe.model.config or {})}
+    try:
+        if recipe.model.path is not None:
+            folder = storage.local(model_path(recipe.model.path))
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        else:
             config = AutoConfig.for_model(**fields)
-        except (ValueError, TypeError, KeyError) as e:
-            raise InputError(f"model.config: {str(e).splitlines()[0]}") from None
-        unknown = fields.keys() - AutoConfig.for_model(fields["model_type"]).to_dict().keys()
-        if unknown:
-            raise InputError(f"model.config: {fields['model_type']} has no field {sorted(unknown)[0]!r}")
+            unknown = fields.keys() - AutoConfig.for_model(fields["model_type"]).to_dict().keys()
+            if unknown:
+                raise InputError(f"model.config: {fields['model_type']} has no field {sorted(unknown)[0]!r}")
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as e:
+        raise InputError(f"{recipe.model.path or 'model.config'}: {_line(e)}") from None
     if config.vocab_size < vocab_size:
         raise InputError(f"model: vocab_size {config.vocab_size} is below the tokenizer's {vocab_size}")
     length = recipe.data.sequence_length
@@ -56,11 +55,26 @@ def config_of(recipe: Recipe, vocab_size: int) -> PreTrainedConfig:
     return config
 
 
-def parameters(config: PreTrainedConfig) -> int:
-    """Parameters of a model of this config, counted on the meta device: nothing is allocated."""
+def check(recipe: Recipe, vocab_size: int) -> int:
+    """Makes the recipe's model, and its adapter, on the meta device, where nothing is allocated.
+
+    Returns the number of parameters, without the adapter's. Raises InputError where it cannot be made.
+    """
+    config = config_of(recipe, vocab_size)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return sum(p.numel() for p in model.parameters())
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        except (ValueError, KeyError, TypeError, AssertionError) as e:
+            raise InputError(f"{recipe.model.path or 'model.config'}: no decoder can be made of it: {_line(e)}") from None
+        count = sum(p.numel() for p in model.parameters())
+        if recipe.adapter is not None:
+            with_adapter(model, recipe.adapter, recipe.seed)
+    return count
+
+
+def _line(error: Exception) -> str:
+    """An error's text in one line."""
+    return " ".join(str(error).split())[:300]
 
 
 def build(recipe: Recipe, config: PreTrainedConfig, *, weights: bool) -> PreTrainedModel:
@@ -72,7 +86,9 @@ def build(recipe: Recipe, config: PreTrainedConfig, *, weights: bool) -> PreTrai
     torch.manual_seed(recipe.seed)
     kwargs: dict[str, Any] = {"attn_implementation": "sdpa", "dtype": torch.float32}
     if weights and recipe.model.path is not None:
-        model = AutoModelForCausalLM.from_pretrained(model_path(recipe.model.path), trust_remote_code=False, **kwargs)
+        model = AutoModelForCausalLM.from_pretrained(
+            storage.local(model_path(recipe.model.path)), local_files_only=True, trust_remote_code=False, **kwargs
+        )
     else:
         with nullcontext() if weights else no_init_weights():
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
@@ -94,14 +110,16 @@ def with_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> Any:
             ),
         )  # fmt: skip
     except ValueError as e:
-        raise InputError(f"adapter.target_modules: {str(e).splitlines()[0]}") from None
+        raise InputError(f"adapter.target_modules: {_line(e)}") from None
 
 
 def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
     """Of forward and backward: 6 a matrix parameter and 12 * layers * hidden * sequence for attention (arXiv 2204.02311,
     appendix B), the causal half not taken off."""
     config = model.config
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim >= 2 and "embed" not in n)
-    if getattr(config, "tie_word_embeddings", False):
-        matrices += config.vocab_size * config.hidden_size
+    embeddings = {id(p) for p in embedding_parameters(model)}
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings)
+    head = model.get_output_embeddings()
+    if head is not None and id(head.weight) in embeddings:
+        matrices += head.weight.numel()  # tied: a look-up below, a matrix above
     return 6.0 * matrices + 12.0 * config.num_hidden_layers * config.hidden_size * sequence_length

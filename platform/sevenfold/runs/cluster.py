@@ -6,8 +6,10 @@ import logging
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 from ray.train.v2._internal.execution import context
 
 import sevenfold
@@ -19,9 +21,9 @@ _QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # each print would come twice
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own table beside ours
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # report() waits for the next check
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray 2.60 warns about at each start
 }
+_PACE = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}  # report() waits for the next check
 _LOCAL = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes a laptop away with notice
     "RAY_worker_maximum_startup_concurrency": "8",  # by cores, it warns of every few actors of a sweep
@@ -33,8 +35,9 @@ def connect(verbose: bool = False) -> None:
     """Connects to Ray. A local one gets more logical CPUs than cores: workers, drivers and data tasks take turns."""
     import ray.data  # before its loggers are quietened
 
+    settings = _PACE if verbose else _PACE | _QUIET
+    os.environ.update({k: os.environ.get(k, v) for k, v in settings.items()})
     if not verbose:
-        os.environ.update({k: os.environ.get(k, v) for k, v in _QUIET.items()})
         quieten()
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("http"):
@@ -44,7 +47,7 @@ def connect(verbose: bool = False) -> None:
     try:
         if address:
             # what this process imports is what the workers import, whatever is installed there
-            env = {k: v for k, v in os.environ.items() if k in _QUIET}
+            env = {k: os.environ[k] for k in settings}
             ray.init(log_to_driver=verbose, logging_level=level, runtime_env={"py_modules": [library], "env_vars": env})
         else:
             paths = [str(Path(library).parent), os.environ.get("PYTHONPATH", "")]
@@ -65,6 +68,16 @@ def quieten() -> None:
     """Keeps Ray's own log lines out of the run's; errors stay. In each process that speaks."""
     for name in ("ray", "ray.data", "ray.train", "ray.tune", context.__file__):  # Train's context logs by its file's name
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def fetch(ref: Any) -> Any:
+    """ray.get, where an error of ours comes back as itself and not wrapped in the task's traceback."""
+    try:
+        return ray.get(ref)
+    except RayTaskError as e:
+        if isinstance(e.cause, InputError | RunError):
+            raise e.cause from None
+        raise
 
 
 def require(need: dict[str, float], what: str, wait_seconds: float) -> None:

@@ -4,37 +4,34 @@ from __future__ import annotations
 
 from sevenfold import storage
 from sevenfold.data.order import Plan, lanes_of
-from sevenfold.model import build
 from sevenfold.recipe import Recipe
-from sevenfold.runs import train
+from sevenfold.runs import prepare
 
 
 def describe(recipe: Recipe) -> str:
-    """The resolved recipe in YAML, and the figures derived from it as comments. Raises InputError as a run would."""
-    root = storage.locate("corpus/python")
-    if recipe.data.corpus and not storage.exists(root):
+    """The resolved recipe in YAML, and the figures derived from it as comments. Raises InputError as a run."""
+    _, count = prepare.check(recipe)
+    if root := prepare.corpus_to_make(recipe):
         data = [f"corpus: {root} is not there yet; the run makes it first"]
-        config = build.config_of(recipe, recipe.tokenizer.vocab_size or 0)
     else:
-        found = train.inputs(recipe, make_corpus=False)
+        found = prepare.inputs(recipe)
         plan = Plan(found.train, recipe.seed, recipe.lanes)
-        config = build.config_of(recipe, recipe.tokenizer.vocab_size or 0)
         windows, groups = plan.windows_per_epoch, plan.groups_per_window
+        held_out = f"; held out {found.validation.documents:,}" if found.validation else ""
         data = [
             f"documents: {found.train.documents:,} in {len(found.train.shards)} shards, "
-            f"{found.train.bytes / 1e6:,.1f} MB of text"
-            + (f"; held out {found.validation.documents:,}" if found.validation else ""),
+            f"{found.train.bytes / 1e6:,.1f} MB of text{held_out}",
             f"chunks: {windows} windows an epoch (row groups a window: {groups}), {plan.lanes} lanes",
         ]
     world, per_lane = recipe.cluster.num_workers, recipe.train.global_batch // recipe.lanes
     rows = max(len(lanes_of(r, world, recipe.lanes)) for r in range(world)) * per_lane
     figures = [
-        f"parameters: {build.parameters(config):,}",
+        f"parameters: {count:,}",
         f"tokens a step: {recipe.tokens_per_step:,} ({recipe.train.global_batch} rows of {recipe.data.sequence_length})",
         f"steps: {recipe.steps:,}, {recipe.steps * recipe.tokens_per_step:,} tokens in all",
         f"each worker: at most {rows} rows a step in {-(-rows // recipe.train.micro_batch)} micro-batches",
         *data,
-        "needs: " + ", ".join(f"{v:g} {k}" for k, v in train.needs(recipe).items() if v),
-        f"run folder: {storage.join(storage.locate(recipe.storage), recipe.name)}",
+        "needs: " + ", ".join(f"{v:g} {k}" for k, v in prepare.needs(recipe).items() if v),
+        f"run folder: {storage.join(storage.place(recipe.storage), recipe.name)}",
     ]
     return recipe.to_yaml() + "".join(f"# {line}\n" for line in figures)

@@ -15,7 +15,7 @@ from sevenfold import storage
 from sevenfold.data.order import Plan
 from sevenfold.data.rows import Rows, labels
 from sevenfold.data.stream import Stream
-from sevenfold.data.tokens import CompletionEncoder, TextEncoder, load_tokenizer, token_bytes
+from sevenfold.data.tokens import CompletionEncoder, load_tokenizer, token_bytes
 from sevenfold.engine.batch import IGNORE, micro_batches
 from sevenfold.engine.step import token_losses
 from sevenfold.errors import InputError
@@ -24,7 +24,7 @@ from sevenfold.evaluate.generate import complete
 from sevenfold.recipe import Recipe, loads
 from sevenfold.report import trials
 from sevenfold.report.console import say, table
-from sevenfold.runs import cluster, train
+from sevenfold.runs import cluster, prepare
 from sevenfold.runs.worker import first_pairs
 from sevenfold.storage import RunFolder
 
@@ -45,16 +45,14 @@ def run(path: str, verbose: bool = False, workers: int = 2) -> RunFolder:
     if not folder.finished():
         raise InputError(f"{folder.root}: expected a finished run, found one under way: resubmit its job first")
     recipe = loads(storage.read_text(folder.recipe), folder.recipe)
-    found = train.inputs(recipe)
+    found = prepare.inputs(recipe)
     if found.validation is None:
         raise InputError(f"{folder.root}: its recipe names no data.validation: there is nothing to measure it on")
     if not ray.is_initialized():
         cluster.connect(verbose)
     cluster.require({"CPU": workers + 1}, f"evaluating {folder.name}", recipe.cluster.wait_seconds)
-    tokenizer = load_tokenizer(folder.tokenizer)
-    length = recipe.data.sequence_length
-    encoder = CompletionEncoder(tokenizer, length) if recipe.objective == "sft" else TextEncoder(tokenizer)
-    held = Stream(Plan(found.validation, 0, 1), encoder, length, "inline")
+    _, held = prepare.streams(recipe, found, folder.tokenizer)
+    assert held is not None
     measure = _perplexity if recipe.objective == "causal" else _completions
     measured, predictions = measure(folder, recipe, found, held, workers)
     storage.write(folder.metrics, json.dumps(measured, indent=1))
@@ -64,7 +62,7 @@ def run(path: str, verbose: bool = False, workers: int = 2) -> RunFolder:
 
 
 def _perplexity(
-    folder: RunFolder, recipe: Recipe, found: train.Inputs, held: Stream, workers: int
+    folder: RunFolder, recipe: Recipe, found: prepare.Inputs, held: Stream, workers: int
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Bits per byte of every held-out document, in rows as in training, beside a unigram and xz on the same text."""
     assert found.validation is not None
@@ -89,16 +87,17 @@ def _perplexity(
         "documents": len(texts), "bytes": text_bytes, "tokens": len(asked),
     }  # fmt: skip
     prompts = [t[:SAMPLE_CHARACTERS].rsplit(" ", 1)[0] for t in texts[:SAMPLES]]
+    new = min(SAMPLE_TOKENS, recipe.data.sequence_length // 2)
     made = _mapped(
         pa.table({"prompt": prompts}), _Completer,
-        {"folder": folder, "room": recipe.data.sequence_length - SAMPLE_TOKENS, "new": SAMPLE_TOKENS,
+        {"folder": folder, "room": recipe.data.sequence_length - new, "new": new,
          "temperature": 0.7, "seed": recipe.seed}, 1,
     )  # fmt: skip
     return measured, [{"prompt": r["prompt"], "completion": r["completion"]} for r in made]
 
 
 def _completions(
-    folder: RunFolder, recipe: Recipe, found: train.Inputs, held: Stream, workers: int
+    folder: RunFolder, recipe: Recipe, found: prepare.Inputs, held: Stream, workers: int
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """ROUGE of greedy completions of every held-out prompt, beside the prompt's own first sentence."""
     assert found.validation is not None
@@ -163,7 +162,9 @@ class _Completer:
 
 
 def _load(folder: RunFolder) -> Any:
-    return AutoModelForCausalLM.from_pretrained(folder.model, trust_remote_code=False, dtype=torch.float32).eval()
+    return AutoModelForCausalLM.from_pretrained(
+        storage.local(folder.model), trust_remote_code=False, dtype=torch.float32
+    ).eval()
 
 
 def show(folder: RunFolder, measured: dict[str, Any], predictions: list[dict[str, str]]) -> None:

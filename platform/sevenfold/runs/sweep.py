@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import time
 from dataclasses import replace
@@ -16,23 +17,26 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.tune.integration.ray_train import TuneReportCallback
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from ray.tune.search.basic_variant import BasicVariantGenerator
-from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+from ray.util.placement_group import PlacementGroup, remove_placement_group
+from ray.util.state import list_placement_groups
 
 from sevenfold import storage
 from sevenfold.errors import InputError, RunError
 from sevenfold.recipe import Recipe, Search, Space
 from sevenfold.report import trials as report
 from sevenfold.report.console import say
-from sevenfold.runs import cluster, train
+from sevenfold.runs import cluster, prepare, train
 from sevenfold.runs.worker import Job
 from sevenfold.storage import RunFolder
 
+# what a trial may have of its own; tokenizer, base model and documents are prepared once for all
+SEARCHABLE = ("train.", "optimizer.", "schedule.", "adapter.", "model.config.", "data.sequence_length", "data.lanes", "seed")
 DRIVER_CPUS = 0.5  # of a trial, beside its workers and data tasks: it waits most of the time
 
 
 def sweep_folder(recipe: Recipe) -> RunFolder:
     """Beside the folder that the recipe's own run would have."""
-    return RunFolder(storage.join(storage.locate(recipe.storage), f"{recipe.name}-sweep"))
+    return RunFolder(storage.join(storage.place(recipe.storage), f"{recipe.name}-sweep"))
 
 
 def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
@@ -44,20 +48,13 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     """
     search = checked(recipe)
     folder = sweep_folder(recipe)
-    found = train.inputs(recipe)
-    if storage.exists(folder.recipe):
-        train.claim(folder, recipe)
-    if folder.finished():
-        say(f"{folder.root}: finished before; nothing to do")
+    began = time.time()
+    each = prepare.needs(recipe)
+    each["CPU"] += DRIVER_CPUS
+    job = prepare.begin(recipe, folder, each, f"one trial of {recipe.name}", verbose)
+    if job is None:
         report.show(folder)
         return folder
-    begin = time.time()
-    cluster.connect(verbose)
-    each = train.needs(recipe)
-    each["CPU"] += DRIVER_CPUS
-    cluster.require(each, f"one trial of {recipe.name}", recipe.cluster.wait_seconds)
-    job = train.prepare(recipe, found, folder)
-    job.verbose = verbose
     say(f"{recipe.name}: {search.trials} trials of {recipe.steps} steps, {_concurrency(search, each)} at a time")
     trainable = tune.with_resources(
         tune.with_parameters(_trial, job=job, address=ray.get_runtime_context().gcs_address), {"CPU": DRIVER_CPUS}
@@ -77,7 +74,7 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     best = trials[0]
     storage.write(storage.join(folder.root, "best.yaml"), recipe.override({**best["config"], "search": None}).to_yaml())
     winner = replace(job, recipe=job.recipe.override(best["config"]))
-    train.finish(winner, best["metrics"], time.time() - begin)
+    train.finish(winner, best["metrics"], time.time() - began)
     report.show(folder)
     return folder
 
@@ -87,6 +84,8 @@ def checked(recipe: Recipe) -> Search:
     if recipe.search is None:
         raise InputError(f"{recipe.name}: expected a `search` section (space, trials), found none")
     for key, space in recipe.search.space.items():
+        if not key.startswith(SEARCHABLE):
+            raise InputError(f"search.space: {key!r} is the same for all trials; expected one of {', '.join(SEARCHABLE)}")
         for value in space.choice or list(space.uniform or space.loguniform or ()):
             recipe.override({key: value})
     if recipe.search.metric not in metrics_of(recipe):
@@ -140,8 +139,10 @@ def _trial(config: dict[str, Any], job: Job, address: str) -> None:
          "checkpoint.every": job.recipe.validation.every or every, "search": None}
     )  # fmt: skip
     folder = RunFolder(storage.join(job.folder, "trials", str(trial_id)))
-    train.claim(folder, recipe)
-    train.launch(replace(job, recipe=recipe, folder=folder.root), [TuneReportCallback()])
+    prepare.claim(folder, recipe)
+    found = prepare.Inputs(job.train.plan.manifest, job.validation.plan.manifest if job.validation else None)
+    stream, held = prepare.streams(recipe, found, job.tokenizer)
+    train.launch(replace(job, recipe=recipe, folder=folder.root, train=stream, validation=held), [TuneReportCallback()])
 
 
 def _domain(space: Space) -> Any:
@@ -187,11 +188,12 @@ def ranked(results: Any, search: Search) -> list[dict[str, Any]]:
     for result in results:
         metrics = {k: v for k, v in (result.metrics or {}).items() if "/" in k and not k.startswith("config/")}
         step = (result.metrics or {}).get("step")
-        metrics |= {"checkpoint": (result.metrics or {}).get("checkpoint")}
+        metrics |= {"checkpoint": (result.metrics or {}).get("checkpoint"), "step": step}
+        score = metrics.get(search.metric)
         out.append(
             {
                 "trial": (result.metrics or {}).get("trial_id"), "config": result.config, "step": step,
-                "score": metrics.get(search.metric), "metrics": metrics,
+                "score": score if score is not None and math.isfinite(score) else None, "metrics": metrics,
                 "error": str(result.error).splitlines()[-1] if result.error else None,
             }
         )  # fmt: skip
@@ -212,11 +214,13 @@ def _write_trials(folder: RunFolder, trials: list[dict[str, Any]]) -> None:
 
 def _free_placement_groups(wait_seconds: float = 30) -> None:
     """Waits until the trials' workers are gone; frees, and names, what a stopped trial left behind."""
+    context = ray.get_runtime_context()
+    ours = [("creator_job_id", "=", context.get_job_id()), ("state", "!=", "REMOVED")]
     deadline = time.monotonic() + wait_seconds
-    while left := [i for i, g in placement_group_table().items() if g["state"] != "REMOVED"]:
+    while left := list_placement_groups(address=context.gcs_address, filters=ours):
         if time.monotonic() > deadline:
-            for i in left:
-                say(f"freeing placement group {i}, which a stopped trial left behind")
-                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(i))))
+            for group in left:
+                say(f"freeing placement group {group.placement_group_id}, which a stopped trial left behind")
+                remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(group.placement_group_id))))
             return
         time.sleep(0.5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ from sevenfold.recipe import Recipe
 from sevenfold.runs import cluster
 from sevenfold.storage import RunFolder
 
+log = logging.getLogger(__name__)
+
 
 @dataclass
 class Job:
@@ -37,7 +40,7 @@ class Job:
     tokenizer: str  # folder
     train: Stream
     validation: Stream | None
-    queue: Any = None  # ray.util.queue.Queue of (step, metrics) for whoever watches
+    queue: Any = None  # ray.util.queue.Queue of (step, metrics) and sentences, for whoever watches
     verbose: bool = False
 
 
@@ -62,7 +65,7 @@ class Worker:
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.saved: str | None = None
         self.reported: dict[str, Any] = {}
-        self.writer = SummaryWriter(self.folder.tensorboard) if self.rank == 0 else None
+        self.writer: SummaryWriter | None = None
 
     def run(self) -> dict[str, Any]:
         recipe = self.recipe
@@ -75,6 +78,8 @@ class Worker:
         self.optimizer = optim.build(self.model, recipe.optimizer)
         self.held_out = self._held_out()
         start, positions = self._resume()
+        if self.rank == 0:  # what a killed start wrote after its last save is drawn no more
+            self.writer = SummaryWriter(self.folder.tensorboard, purge_step=start + 1 if start else None)
         self.reader = self._reader(positions)
         peak = recipe.cluster.peak_tflops * 1e12 if recipe.cluster.peak_tflops else peak_flops(self.device)
         hooks = loop.Hooks(self._log, self._validate, self._save, self._report)
@@ -112,10 +117,12 @@ class Worker:
         return micro_batches(rows, self.recipe.train.micro_batch, count, self.device)
 
     def _resume(self) -> tuple[int, dict[int, LanePosition]]:
-        found = [ckpt.latest(self.folder.checkpoints) if self.rank == 0 else None]
+        found = [ckpt.latest(self.folder.checkpoints, self._tell) if self.rank == 0 else None]
         torch.distributed.broadcast_object_list(found)
         if found[0] is None:
             return 0, {}
+        if self.rank == 0:
+            self._tell(f"going on from step {found[0].step} ({found[0].path})")
         ckpt.load(found[0], self.model, self.optimizer)
         self.saved = found[0].path
         return found[0].step, {int(k): LanePosition(*v) for k, v in found[0].extra["positions"].items()}
@@ -126,9 +133,10 @@ class Worker:
         positions = {lane: (p.ordinal, p.row) for part in parts for lane, p in part.items()}
         versions = {"sevenfold": sevenfold.__version__, "torch": torch.__version__}
         extra = {"recipe": self.recipe.hash(), "positions": positions, "versions": versions}
-        self.saved = ckpt.save(self.folder.checkpoints, step, self.model, self.optimizer, extra).path
+        saved = ckpt.save(self.folder.checkpoints, step, self.model, self.optimizer, extra)
+        self.saved = saved.path
         if self.rank == 0:
-            ckpt.prune(self.folder.checkpoints, self.recipe.checkpoint.keep)
+            ckpt.prune(saved, self.recipe.checkpoint.keep)
 
     def _validate(self, step: int) -> dict[str, float]:
         out: dict[str, float] = {}
@@ -168,8 +176,13 @@ class Worker:
             return
         for key, value in metrics.items():
             self.writer.add_scalar(key, value, step)
+        self._tell((step, metrics))
+
+    def _tell(self, what: str | tuple[int, dict[str, float]]) -> None:
         if self.job.queue is not None:
-            self.job.queue.actor.put_nowait.remote((step, metrics))  # not awaited: the step does not wait for a watcher
+            self.job.queue.actor.put_nowait.remote(what)  # not awaited: the step does not wait for a watcher
+        elif isinstance(what, str):
+            log.warning(what)
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
         self.reported = {"step": step, "checkpoint": self.saved, **metrics}
