@@ -73,6 +73,12 @@ def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["pretrain", "recipe.yaml", "train.steps=7", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert yaml.safe_load(out)["train"]["steps"] == 7
-    for figure in ("parameters: 37,024", "tokens a step: 512 (8 rows of 64)", "steps: 7, 3,584 tokens", "chunks: ", "2 CPU"):
+    for figure in (
+        "parameters: 37,024",
+        "tokens a step: 512 (8 rows of 64)",
+        "steps: 7, 3,584 tokens",
+        "chunks: ",
+        "needs: 1.25 CPU",
+    ):
         assert figure in out, out
     assert sorted(folder.rglob("*")) == before

@@ -98,8 +98,8 @@ def _recipe_job(commands: Any, name: str, about: str) -> None:
 def _evaluate(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="measure finished runs on their held-out documents")
     parser.add_argument("runs", nargs="+", help="folders of runs")
-    about = "processes that hold the model (default: %(default)s)"
-    parser.add_argument("--workers", type=int, choices=range(1, 1025), metavar="N", default=2, help=about)
+    about = "processes that hold the model (default: 2, or what the cluster has CPUs for)"
+    parser.add_argument("--workers", type=int, choices=range(1, 1025), metavar="N", help=about)
     parser.add_argument("-v", "--verbose", action="store_true", help="let Ray speak")
 
     def run(args: argparse.Namespace) -> None:

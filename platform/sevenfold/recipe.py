@@ -121,7 +121,7 @@ class Checkpoint(Section):
 
 class Cluster(Section):
     num_workers: int = Field(1, gt=0)
-    cpus_per_worker: int = Field(1, gt=0)
+    cpus_per_worker: float = Field(1, gt=0, description="Below 1, workers share cores; a worker computes with as many threads")
     gpus_per_worker: int = Field(0, ge=0, le=1, description="1: CUDA and nccl; 0: CPU and gloo")
     max_failures: int = Field(3, ge=0, description="Worker failures survived before the run counts as failed")
     wait_seconds: float = Field(300, ge=0, description="How long to wait for resources that the cluster has but others hold")

@@ -113,7 +113,7 @@ def test_too_few_cpus_are_said_and_nothing_is_written(home: Path) -> None:
         home=home, code=2,
     )  # fmt: skip
     assert time.monotonic() - begin < 60
-    assert "wide (64 workers) needs 128 CPU; this cluster has" in said and not (home / "runs/wide").exists()
+    assert "wide (64 workers) needs 80 CPU; this cluster has" in said and not (home / "runs/wide").exists()
 
 
 def test_sweep_and_evaluate(home: Path) -> None:

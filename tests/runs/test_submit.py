@@ -36,7 +36,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     }  # fmt: skip
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     start = [
-        RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=6",
+        RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2",
         f"--object-store-memory={200 * 2**20}", f"--ray-client-server-port={free_port()}",
     ]  # fmt: skip
     process = subprocess.Popen(start, env={k: v for k, v in env.items() if k != "RAY_ADDRESS"}, stdout=subprocess.DEVNULL)
@@ -58,13 +58,13 @@ def test_submit(head: dict[str, str], tree: dict[str, Any], texts: Path, tmp_pat
         shutil.copytree(ROOT / part, checkout / part)
     mark = checkout / "platform/sevenfold/__init__.py"
     mark.write_text(mark.read_text().replace('__version__ = "', '__version__ = "9.9.'))
-    tree |= {"cluster": {"num_workers": 2}}
+    tree |= {"cluster": {"num_workers": 2, "cpus_per_worker": 0.75}}
     (checkout / "jobs/recipes/tiny.yaml").write_text(yaml.safe_dump(tree))
     pairs = [{"path": str(texts / "pairs")}]
     sft = {
         "name": "sft", "objective": "sft", "model": {"path": "runs/tiny"}, "adapter": {"rank": 2},
         "data": {"sources": pairs, "validation": pairs, "sequence_length": 64, "lanes": 2},
-        "train": {"global_batch": 4, "micro_batch": 4, "steps": 2},
+        "train": {"global_batch": 4, "micro_batch": 4, "steps": 2}, "cluster": {"cpus_per_worker": 0.75},
     }  # fmt: skip
     (checkout / "jobs/recipes/sft.yaml").write_text(yaml.safe_dump(sft))
 

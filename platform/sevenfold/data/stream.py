@@ -17,6 +17,7 @@ from sevenfold.data.rows import Rows, make_window
 from sevenfold.data.tokens import Encoder
 from sevenfold.errors import RunError
 
+TASK_CPUS = 0.25  # logical: a data task of a worker is at work for a small part of the time
 AHEAD = 2  # windows made ahead of those that are read
 CHUNK_BYTES, CHUNK_WINDOWS = 16 * 2**20, 64  # most that one Ray Data execution makes rows of, but a window a lane
 
@@ -173,7 +174,9 @@ def _by_ray(stream: Stream, order: Iterator[int], chunk: int) -> Generator[tuple
     while True:
         wanted = [{"window": i} for i in itertools.islice(order, chunk)]
         with ray.data.DataContext.current(_context()):
-            windows = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(make, batch_size=1)
+            windows = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
+                make, batch_size=1, num_cpus=TASK_CPUS
+            )
             block: Any
             for block in windows.iter_batches(batch_size=None, batch_format="pyarrow"):
                 block = block.combine_chunks()

@@ -35,7 +35,7 @@ SAMPLE_TOKENS = 60  # of a sampled completion
 SAMPLE_CHARACTERS = 300  # of a prompt that is shown
 
 
-def run(path: str, verbose: bool = False, workers: int = 2) -> RunFolder:
+def run(path: str, verbose: bool = False, workers: int | None = None) -> RunFolder:
     """Measures a finished run on all its held-out documents; writes `metrics.json` and `predictions.jsonl`.
 
     Raises:
@@ -50,6 +50,7 @@ def run(path: str, verbose: bool = False, workers: int = 2) -> RunFolder:
         raise InputError(f"{folder.root}: its recipe names no data.validation: there is nothing to measure it on")
     if not ray.is_initialized():
         cluster.connect(verbose)
+    workers = workers or max(1, min(2, int(ray.cluster_resources().get("CPU", 0)) - 1))  # a CPU is left to the reading
     cluster.require({"CPU": workers + 1}, f"evaluating {folder.name}", recipe.cluster.wait_seconds)
     _, held = prepare.streams(recipe, found, folder.tokenizer)
     assert held is not None

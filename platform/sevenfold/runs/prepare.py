@@ -12,7 +12,7 @@ from sevenfold import storage
 from sevenfold.data import corpus, tokens
 from sevenfold.data.manifest import Manifest, scan
 from sevenfold.data.order import Plan
-from sevenfold.data.stream import Stream
+from sevenfold.data.stream import TASK_CPUS, Stream
 from sevenfold.errors import InputError
 from sevenfold.model import build
 from sevenfold.recipe import Recipe, loads
@@ -20,8 +20,6 @@ from sevenfold.report.console import say
 from sevenfold.runs import cluster
 from sevenfold.runs.worker import Job
 from sevenfold.storage import RunFolder
-
-DATA_CPUS = 1  # of Ray Data's tasks, a worker
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
     if not storage.exists(storage.join(folder.tokenizer, tokens.LAST_WRITTEN)):
         cluster.fetch(_settle_tokenizer.remote(here, found.train, folder.tokenizer))
     train, held = streams(here, found, folder.tokenizer)
-    return Job(here, folder.root, folder.tokenizer, train, held, verbose=verbose)
+    return Job(here, recipe.hash(), folder.root, folder.tokenizer, train, held, verbose=verbose)
 
 
 def check(recipe: Recipe) -> tuple[Recipe, int]:
@@ -104,7 +102,7 @@ def streams(recipe: Recipe, found: Inputs, tokenizer: str) -> tuple[Stream, Stre
 def needs(recipe: Recipe) -> dict[str, float]:
     """The resources of a run: its workers, and Ray Data's tasks beside them."""
     c = recipe.cluster
-    data = DATA_CPUS if recipe.data.executor == "ray" else 0
+    data = TASK_CPUS if recipe.data.executor == "ray" else 0
     return {"CPU": c.num_workers * (c.cpus_per_worker + data), "GPU": c.num_workers * c.gpus_per_worker}
 
 

@@ -31,7 +31,7 @@ from sevenfold.storage import RunFolder
 
 # what a trial may have of its own; tokenizer, base model and documents are prepared once for all
 SEARCHABLE = ("train.", "optimizer.", "schedule.", "adapter.", "model.config.", "data.sequence_length", "data.lanes", "seed")
-DRIVER_CPUS = 0.5  # of a trial, beside its workers and data tasks: it waits most of the time
+DRIVER_CPUS = 0.25  # of a trial, beside its workers and data tasks: it waits most of the time
 
 
 def sweep_folder(recipe: Recipe) -> RunFolder:
@@ -134,15 +134,17 @@ def _trial(config: dict[str, Any], job: Job, address: str) -> None:
         cluster.quieten()
     trial_id = tune.get_context().get_trial_id()
     every = max(1, round(job.recipe.search.grace * job.recipe.steps)) if job.recipe.search else job.recipe.steps
+    every = job.recipe.validation.every or every
+    keep = max(2, job.recipe.checkpoint.keep)  # the reported one, and one that a stopped trial had not reported yet
     recipe = job.recipe.override(
-        {**config, "validation.every": job.recipe.validation.every or every,
-         "checkpoint.every": job.recipe.validation.every or every, "search": None}
-    )  # fmt: skip
+        {**config, "validation.every": every, "checkpoint.every": every, "checkpoint.keep": keep, "search": None}
+    )
     folder = RunFolder(storage.join(job.folder, "trials", str(trial_id)))
     prepare.claim(folder, recipe)
     found = prepare.Inputs(job.train.plan.manifest, job.validation.plan.manifest if job.validation else None)
     stream, held = prepare.streams(recipe, found, job.tokenizer)
-    train.launch(replace(job, recipe=recipe, folder=folder.root, train=stream, validation=held), [TuneReportCallback()])
+    mine = replace(job, recipe=recipe, identity=recipe.hash(), folder=folder.root, train=stream, validation=held)
+    train.launch(mine, [TuneReportCallback()])
 
 
 def _domain(space: Space) -> Any:

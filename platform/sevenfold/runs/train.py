@@ -114,7 +114,7 @@ def finish(job: Job, metrics: dict[str, Any], seconds: float) -> None:
     folder, checkpoint = RunFolder(job.folder), metrics["checkpoint"]
     cluster.fetch(_export.remote(job.recipe, checkpoint, job.tokenizer, folder))
     summary = {
-        "sevenfold": sevenfold.__version__, "recipe": job.recipe.hash(), "steps": metrics["step"],
+        "sevenfold": sevenfold.__version__, "recipe": job.identity, "steps": metrics["step"],
         "tokens": metrics["step"] * job.recipe.tokens_per_step, "seconds": round(seconds, 1), "checkpoint": checkpoint,
         "model": folder.model, "metrics": metrics,
     }  # fmt: skip

@@ -35,7 +35,8 @@ log = logging.getLogger(__name__)
 class Job:
     """A prepared run, as it travels to the workers."""
 
-    recipe: Recipe
+    recipe: Recipe  # with absolute paths
+    identity: str  # hash of the recipe as the run's folder keeps it
     folder: str
     tokenizer: str  # folder
     train: Stream
@@ -59,7 +60,7 @@ class Worker:
         self.job, self.recipe, self.folder = job, job.recipe, RunFolder(job.folder)
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.device = ray.train.torch.get_device()
-        torch.set_num_threads(self.recipe.cluster.cpus_per_worker)
+        torch.set_num_threads(max(1, int(self.recipe.cluster.cpus_per_worker)))
         torch.set_flush_denormal(True)  # fresh models are full of denormals, which some CPUs crawl through
         self.tokenizer = load_tokenizer(job.tokenizer)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
@@ -132,7 +133,7 @@ class Worker:
         torch.distributed.all_gather_object(parts, self.reader.positions)
         positions = {lane: (p.ordinal, p.row) for part in parts for lane, p in part.items()}
         versions = {"sevenfold": sevenfold.__version__, "torch": torch.__version__}
-        extra = {"recipe": self.recipe.hash(), "positions": positions, "versions": versions}
+        extra = {"recipe": self.job.identity, "positions": positions, "versions": versions}
         saved = ckpt.save(self.folder.checkpoints, step, self.model, self.optimizer, extra)
         self.saved = saved.path
         if self.rank == 0:
