@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import nullcontext
 from typing import Any
 
@@ -101,16 +102,16 @@ def with_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(seed)  # the adapter's start does not hang on how the base came to be
-    try:
-        return get_peft_model(
-            model,
-            LoraConfig(
-                r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout,
-                target_modules=adapter.target_modules, task_type="CAUSAL_LM",
-            ),
-        )  # fmt: skip
-    except ValueError as e:
-        raise InputError(f"adapter.target_modules: {_line(e)}") from None
+    settings = LoraConfig(
+        r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout,
+        target_modules=adapter.target_modules, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 for a field by its old name
+        try:
+            return get_peft_model(model, settings)
+        except ValueError as e:
+            raise InputError(f"adapter.target_modules: {_line(e)}") from None
 
 
 def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
