@@ -1,11 +1,15 @@
 """The stream: what a step reads does not hang on the number of workers, on a resumption, or on who makes the rows."""
 
+import os
+import pickle
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
-from conftest import write_shards
+from conftest import ROOT, write_shards
 
 from sevenfold.data import rows as r
 from sevenfold.data.manifest import scan
@@ -14,7 +18,6 @@ from sevenfold.data.stream import Stream
 from sevenfold.data.tokens import TextEncoder, train_tokenizer
 from sevenfold.errors import RunError
 from sevenfold.recipe import Source
-from sevenfold.runs import cluster
 
 STEPS = 60  # more than two epochs
 
@@ -31,7 +34,6 @@ def read(stream: Stream, world: int, steps: int, at: dict | None = None) -> tupl
     out = []
     for _ in range(steps):
         step = r.Rows.concatenate([next(reader) for reader in readers])
-        assert len(step) == 16
         out.append(step.tokens.tobytes() + step.marks.tobytes())
     for reader in readers:
         reader.close()
@@ -77,13 +79,39 @@ def test_resume_anywhere_on_any_number(stream: Stream) -> None:
     assert done == whole and at == end
 
 
-def test_ray_data_makes_the_same_rows(stream: Stream) -> None:
-    cluster.connect()
-    try:
-        by_ray = Stream(stream.plan, stream.encoder, stream.sequence_length, "ray")
-        assert read(by_ray, 2, STEPS) == read(stream, 1, STEPS)
-    finally:
-        ray.shutdown()
+def by_ray(stream: Stream, folder: Path, worlds: tuple[int, ...], steps: int) -> list[tuple[list[bytes], dict]]:
+    """What `read` gives through Ray Data. In a process of its own: one that was connected ends when its Ray has."""
+    (folder / "in").write_bytes(pickle.dumps((replace(stream, executor="ray"), worlds, steps)))
+    code = """
+import pickle, sys, ray
+from sevenfold.runs import cluster
+from test_stream import read
+stream, worlds, steps = pickle.load(open("in", "rb"))
+cluster.connect()
+pickle.dump([read(stream, world, steps) for world in worlds], open("out", "wb"))
+ray.shutdown()
+"""
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "platform", ROOT / "tests", ROOT / "tests/data")))}
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return pickle.loads((folder / "out").read_bytes())
+
+
+def test_ray_data_makes_the_same_rows(stream: Stream, tmp_path: Path) -> None:
+    found = by_ray(stream, tmp_path, (2, 3), STEPS)
+    assert all(len(step) == 16 * 1024 * 3 for step in found[0][0])  # uint16 tokens and uint8 marks of 16 rows
+    assert found == [read(stream, 1, STEPS)] * 2
+
+
+def test_documents_without_text_are_rows_without_targets(stream: Stream, tmp_path: Path) -> None:
+    write_shards(tmp_path / "s", [{"text": ""}, {"text": "some text"}, {"text": ""}, {"text": ""}], shards=1, group=1)
+    found = scan([Source(path=str(tmp_path / "s"))], ("text",))
+    bare = Stream(Plan(found, 0, 8), stream.encoder, 32, "inline")
+    reader = bare.shard(0, 1).reader(1)
+    rows = r.Rows.concatenate([next(reader) for _ in range(2)])
+    reader.close()
+    assert (r.labels(rows) >= 0).any(axis=1).sum() == 4  # two steps of eight lanes are four epochs of four windows
+    assert by_ray(bare, tmp_path, (1,), 2) == [read(bare, 1, 2)]
 
 
 def test_a_wrong_window_is_refused(stream: Stream) -> None:
@@ -92,22 +120,6 @@ def test_a_wrong_window_is_refused(stream: Stream) -> None:
     reader._windows = iter([(3, stream.window(3))])
     with pytest.raises(RunError, match="window 3 where 0 was due"):
         next(reader)
-
-
-@pytest.mark.parametrize("executor", ["inline", "ray"])
-def test_documents_without_text_are_rows_without_targets(stream: Stream, tmp_path: Path, executor: str) -> None:
-    write_shards(tmp_path / "s", [{"text": ""}, {"text": "some text"}, {"text": ""}, {"text": ""}], shards=1, group=1)
-    found = scan([Source(path=str(tmp_path / "s"))], ("text",))
-    bare = Stream(Plan(found, 0, 1), stream.encoder, 32, executor)
-    if executor == "ray":
-        cluster.connect()
-    try:
-        reader = bare.shard(0, 1).reader(1)
-        rows = [next(reader) for _ in range(4)]
-        reader.close()
-    finally:
-        ray.shutdown()
-    assert sum(bool((r.labels(one) >= 0).any()) for one in rows) == 1
 
 
 def test_an_error_of_the_thread_arrives(stream: Stream, tmp_path: Path) -> None:
