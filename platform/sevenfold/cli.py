@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -83,8 +84,6 @@ def _recipe_job(commands: Any, name: str, about: str) -> None:
         from sevenfold.recipe import parse
 
         recipe = parse(args.recipe, args.overrides)
-        import importlib
-
         if args.dry_run:
             from sevenfold.runs.dry import describe
 

@@ -53,6 +53,11 @@ def lanes_of(rank: int, world_size: int, lanes: int) -> range:
     return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
 
 
+def most_rows(global_batch: int, world_size: int, lanes: int) -> int:
+    """The most rows of a global batch that any rank serves: what decides the number of micro-batches of all."""
+    return max(len(lanes_of(r, world_size, lanes)) for r in range(world_size)) * (global_batch // lanes)
+
+
 def windows_of(positions: dict[int, LanePosition], lanes: int) -> Iterator[int]:
     """The windows that these lanes need from these positions on, without end, in the order in which they need them."""
     ordinal = min(p.ordinal for p in positions.values())

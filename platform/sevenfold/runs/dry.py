@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sevenfold import storage
-from sevenfold.data.order import Plan, lanes_of
+from sevenfold.data.order import Plan, most_rows
 from sevenfold.recipe import Recipe
 from sevenfold.runs import prepare
 
@@ -23,8 +23,7 @@ def describe(recipe: Recipe) -> str:
             f"{found.train.bytes / 1e6:,.1f} MB of text{held_out}",
             f"chunks: {windows} windows an epoch (row groups a window: {groups}), {plan.lanes} lanes",
         ]
-    world, per_lane = recipe.cluster.num_workers, recipe.train.global_batch // recipe.lanes
-    rows = max(len(lanes_of(r, world, recipe.lanes)) for r in range(world)) * per_lane
+    rows = most_rows(recipe.train.global_batch, recipe.cluster.num_workers, recipe.lanes)
     figures = [
         f"parameters: {count:,}",
         f"tokens a step: {recipe.tokens_per_step:,} ({recipe.train.global_batch} rows of {recipe.data.sequence_length})",

@@ -185,16 +185,17 @@ def _point(config: dict[str, Any]) -> str:
 
 
 def ranked(results: Any, search: Search) -> list[dict[str, Any]]:
-    """The trials, best first: id, config, step, score, status (finished, stopped, failed), metrics, error."""
+    """The trials, best first: trial (its id), config, step, score (None where it is not finite), metrics, error."""
     out = []
     for result in results:
-        metrics = {k: v for k, v in (result.metrics or {}).items() if "/" in k and not k.startswith("config/")}
-        step = (result.metrics or {}).get("step")
-        metrics |= {"checkpoint": (result.metrics or {}).get("checkpoint"), "step": step}
+        last = result.metrics or {}
+        metrics = {k: v for k, v in last.items() if "/" in k and not k.startswith("config/")}
+        step = last.get("step")
+        metrics |= {"checkpoint": last.get("checkpoint"), "step": step}
         score = metrics.get(search.metric)
         out.append(
             {
-                "trial": (result.metrics or {}).get("trial_id"), "config": result.config, "step": step,
+                "trial": last.get("trial_id"), "config": result.config, "step": step,
                 "score": score if score is not None and math.isfinite(score) else None, "metrics": metrics,
                 "error": str(result.error).splitlines()[-1] if result.error else None,
             }

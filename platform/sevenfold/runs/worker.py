@@ -13,7 +13,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import sevenfold
-from sevenfold.data.order import LanePosition, lanes_of
+from sevenfold.data.order import LanePosition, most_rows
 from sevenfold.data.stream import LaneReader, Stream
 from sevenfold.data.tokens import CompletionEncoder, load_tokenizer, token_bytes
 from sevenfold.engine import checkpoint as ckpt
@@ -83,10 +83,11 @@ class Worker:
             self.writer = SummaryWriter(self.folder.tensorboard, purge_step=start + 1 if start else None)
         self.reader = self._reader(positions)
         peak = recipe.cluster.peak_tflops * 1e12 if recipe.cluster.peak_tflops else peak_flops(self.device)
+        most = most_rows(recipe.train.global_batch, self.world, recipe.lanes)
         hooks = loop.Hooks(self._log, self._validate, self._save, self._report)
         try:
             loop.fit(
-                recipe, self.model, self.optimizer, self.reader, self._most_rows(), self.device,
+                recipe, self.model, self.optimizer, self.reader, most, self.device,
                 Meter(flops, peak, self.world), hooks, start,
             )  # fmt: skip
         finally:
@@ -95,16 +96,9 @@ class Worker:
                 self.writer.close()
         return self.reported
 
-    @property
-    def _rows_per_lane(self) -> int:
-        return self.recipe.train.global_batch // self.recipe.lanes
-
-    def _most_rows(self) -> int:
-        return max(len(lanes_of(r, self.world, self.recipe.lanes)) for r in range(self.world)) * self._rows_per_lane
-
     def _reader(self, positions: dict[int, LanePosition]) -> LaneReader:
         shard: Any = ray.train.get_dataset_shard("train")  # a data.stream.Shard
-        return shard.reader(self._rows_per_lane, positions)
+        return shard.reader(self.recipe.train.global_batch // self.recipe.lanes, positions)
 
     def _held_out(self) -> list[Batch]:
         """This rank's part of the held-out rows; every rank gets as many micro-batches."""
