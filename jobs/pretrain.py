@@ -3,9 +3,10 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))  # the checkout's library, whatever is installed
+# the checkout's library, whatever is installed; and not this folder, whose tokenize.py is not Python's
+sys.path[0] = str(Path(__file__).resolve().parents[1] / "platform")
 
-from sevenfold.cli import job
+from sevenfold.cli import job  # noqa: E402
 
 if __name__ == "__main__":
     job("pretrain")

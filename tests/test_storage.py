@@ -1,10 +1,28 @@
+import contextlib
+import io
 import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from sevenfold import storage
-from sevenfold.errors import InputError
+from sevenfold.errors import InputError, RunError
+
+BYTES = random.Random(7).randbytes(13 << 20)
+SHARDS = (".parquet",)
 
 
 def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,15 +50,392 @@ def test_write_read_list_remove(root: str, tmp_path: Path) -> None:
     storage.write(storage.join(root, "run", "b.parquet"), b"1")
     assert storage.read_json(storage.join(root, "run", "a.json")) == {"x": 1}
     assert storage.listdir(storage.join(root, "run")) == ["a.json", "b.parquet"]
-    assert [p.rsplit("/", 1)[-1] for p in storage.files(storage.join(root, "run"), ".parquet")] == ["b.parquet"]
-    assert [p.rsplit("/", 1)[-1] for p in storage.files(storage.join(root, "run", "*.json"), ".parquet")] == ["a.json"]
+    assert [p.rsplit("/", 1)[-1] for p in storage.files(storage.join(root, "run"), SHARDS)] == ["b.parquet"]
+    assert [p.rsplit("/", 1)[-1] for p in storage.files(storage.join(root, "run", "*.json"), SHARDS)] == ["a.json"]
     storage.remove(storage.join(root, "run"))
     assert not storage.exists(storage.join(root, "run", "a.json")) and storage.listdir(storage.join(root, "none")) == []
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    for path, says in ((tmp_path / "none", "a file or folder"), (tmp_path, "shards"), (tmp_path / "*.x", "matches")):
+    for path, says in (
+        (tmp_path / "none", "a file or folder"),
+        (tmp_path, r"shards \(\*\.parquet\) in this folder"),
+        (tmp_path / "*.x", "matches"),
+    ):
         with pytest.raises(InputError, match=says):
-            storage.files(str(path), ".parquet")
+            storage.files(str(path), SHARDS)
     with pytest.raises(InputError, match="expected a run"):
         storage.RunFolder.of(str(tmp_path))
+
+
+@pytest.mark.parametrize("root", ["{tmp}", "memory://shards"])
+def test_a_folder_is_searched_below_and_what_is_hidden_left_out(root: str, tmp_path: Path) -> None:
+    root = root.format(tmp=tmp_path)
+    for name in ("b.parquet", "a/c.jsonl", "a/_SUCCESS", "a/.c.parquet.crc", "_temporary/0/d.parquet", ".x/e.parquet", "f.md"):
+        storage.write(storage.join(root, *name.split("/")), b"1")
+    found = storage.files(root, (".parquet", ".jsonl"))
+    assert [p.split("/")[-1] for p in found] == ["c.jsonl", "b.parquet"] and found == sorted(found)
+    with pytest.raises(InputError, match=r"expected shards \(\*\.txt, \*\.json\) in this folder, found none"):
+        storage.files(root, (".txt", ".json"))
+
+
+def check_reader(path: str) -> None:
+    """The file at path is BYTES, in whatever way it is read."""
+    assert storage.size(path) == len(BYTES)
+    with storage.open_read(path) as f:
+        assert (f.size, f.readable(), f.seekable(), f.tell()) == (len(BYTES), True, True, 0)
+        assert f.read(10) == BYTES[:10] and f.tell() == 10
+        assert f.seek(-7, os.SEEK_END) == len(BYTES) - 7 and f.read() == BYTES[-7:] and f.read(5) == b""
+        f.seek(6 << 20)
+        assert f.readinto(part := bytearray(1 << 20)) == 1 << 20 and part == BYTES[6 << 20 : 7 << 20]
+        f.seek(1)
+        assert f.seek(2, os.SEEK_CUR) == 3 and f.read(4) == BYTES[3:7]
+        assert io.BufferedReader(f).read() == BYTES[7:]
+    assert f.closed
+    with pytest.raises(ValueError, match="closed"):
+        f.read(1)
+    assert pa.PythonFile(storage.open_read(path)).read_at(100, 5 << 20) == BYTES[5 << 20 : (5 << 20) + 100]
+
+
+def test_local_reads(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(BYTES)
+    check_reader(str(tmp_path / "x"))
+    for path, says in ((tmp_path / "none", "expected a file, found none"), (tmp_path, "found a folder")):
+        with pytest.raises(InputError, match=says):
+            storage.open_read(str(path))
+    with pytest.raises(InputError, match="found none"):
+        storage.size(str(tmp_path / "x" / "y"))
+    assert not storage.exists(str(tmp_path / "x" / "y"))
+
+
+def test_two_readers_of_a_file_in_memory() -> None:
+    storage.write("memory://two/x", b"0123456789")
+    with storage.open_read("memory://two/x") as a, storage.open_read("memory://two/x") as b:
+        assert [a.read(3), b.read(4), a.read(3), b.read(4)] == [b"012", b"0123", b"345", b"4567"]
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "FIRST_WAIT", 0.05)
+    monkeypatch.setattr(storage, "LONGEST_WAIT", 0.4)
+    monkeypatch.setattr(storage, "PATIENCE", 30.0)
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, quick: None) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(BYTES)
+    with storage.open_read(str(path)) as f:
+        f.read(1 << 20)
+        path.write_bytes(BYTES[: 2 << 20])
+        with pytest.raises(RunError, match="it was changed while it was read"):
+            f.read(4 << 20)
+
+
+class Served:
+    """Files over http on this machine. It can be stopped and come back on the same port, answer with an error for some
+    time, and break off bodies."""
+
+    def __init__(self, files: dict[str, bytes], ranges: bool = True) -> None:
+        self.files, self.ranges = files, ranges
+        self.asked: list[tuple[str, str | None]] = []  # method, range
+        self.status, self.broken = 200, 0
+        self.port = 0
+        self.start()
+
+    def start(self) -> None:
+        served = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.answer()
+
+            def do_GET(self) -> None:
+                self.answer()
+
+            def answer(self) -> None:
+                served.asked.append((self.command, given := self.headers.get("Range")))
+                body = served.files.get(self.path)
+                status = served.status if served.status != 200 else 404 if body is None else 200
+                if body is None or status != 200:
+                    self.send_error(status)
+                    return
+                sent = body
+                if given and served.ranges:
+                    first, last = (int(n) for n in given.removeprefix("bytes=").split("-"))
+                    sent, status = body[first : last + 1], 206
+                self.send_response(status)
+                self.send_header("Content-Length", str(len(sent)))
+                self.send_header("Content-Type", "text/html" if body.startswith(b"<html>") else "application/octet-stream")
+                if status == 206:
+                    self.send_header("Content-Range", f"bytes {first}-{first + len(sent) - 1}/{len(body)}")
+                self.end_headers()
+                if self.command == "GET":
+                    if served.broken and len(sent) > 1000:
+                        served.broken -= 1
+                        sent = sent[: len(sent) // 2]
+                    with contextlib.suppress(ConnectionError):
+                        self.wfile.write(sent)
+
+            def log_message(self, *args: object) -> None:
+                pass
+
+        self.http = ThreadingHTTPServer(("127.0.0.1", self.port), Handler)
+        self.port = self.http.server_port
+        threading.Thread(target=self.http.serve_forever, args=(0.05,), daemon=True).start()
+
+    def stop(self) -> None:
+        self.http.shutdown()
+        self.http.server_close()
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.port}{path}"
+
+
+@pytest.fixture
+def served() -> Iterator[Served]:
+    made = Served({"/x.bin": BYTES, "/get?id=5&part=1": BYTES, "/empty": b"", "/data": b"<html>x.bin</html>"})
+    yield made
+    made.stop()
+
+
+def table(rows: int = 50_000) -> tuple[pa.Table, bytes]:
+    made = pa.table({"n": pa.array(range(rows)), "text": [f"row {i * 7919}" for i in range(rows)]})
+    pq.write_table(made, out := pa.BufferOutputStream(), row_group_size=rows // 10, compression="none")
+    return made, out.getvalue().to_pybytes()
+
+
+def test_http_reads_ranges(served: Served) -> None:
+    for path in ("/x.bin", "/get?id=5&part=1"):
+        assert storage.files(served.url(path), SHARDS) == [served.url(path)]
+        served.asked.clear()
+        with storage.open_read(served.url(path)) as f:
+            f.seek(9 << 20)
+            assert f.read(1000) == BYTES[9 << 20 : (9 << 20) + 1000]
+        assert served.asked and all(given for method, given in served.asked if method == "GET")
+    check_reader(served.url("/x.bin"))
+    assert storage.read_text(served.url("/empty")) == ""
+    made, served.files["/t.parquet"] = table()
+    assert pq.ParquetFile(storage.open_read(served.url("/t.parquet"))).read().equals(made)
+
+
+def test_http_without_ranges(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.ranges = False
+    check_reader(served.url("/x.bin"))
+    made, served.files["/t.parquet"] = table()
+    assert pq.ParquetFile(storage.open_read(served.url("/t.parquet"))).read().equals(made)
+    monkeypatch.setattr(storage, "WHOLE", 4 << 20)
+    with pytest.raises(InputError, match="over 4 MiB on a server without range requests"):
+        storage.open_read(served.url("/x.bin"))
+
+
+def test_http_has_no_folders(served: Served) -> None:
+    for path in ("/data", "/shards/*.parquet"):
+        with pytest.raises(InputError, match="expected the URL of one file: over http a folder or glob cannot be listed"):
+            storage.files(served.url(path), SHARDS)
+
+
+def test_http_nothing_there_or_refused(served: Served) -> None:
+    began = time.monotonic()
+    gone = served.url("/none.parquet")
+    assert not storage.exists(gone)
+    for look in (storage.open_read, storage.size, lambda p: storage.files(p, SHARDS)):
+        with pytest.raises(InputError, match="expected a file.*found none"):
+            look(gone)
+    served.status = 403
+    for look in (storage.open_read, storage.size, storage.exists):
+        with pytest.raises(InputError, match="refused .*403"):
+            look(served.url("/x.bin"))
+    assert time.monotonic() - began < 5
+
+
+def outage(served: Served, seconds: float) -> threading.Timer:
+    served.stop()
+    timer = threading.Timer(seconds, served.start)
+    timer.start()
+    return timer
+
+
+def read_through(served: Served, seconds: float, caplog: pytest.LogCaptureFixture) -> None:
+    """Reads in pieces while the server is away twice: in the middle of a file, and before another is looked up."""
+    path, got = served.url("/x.bin"), b""
+    with storage.open_read(path) as f:
+        while piece := f.read(1 << 20):
+            got += piece
+            if len(got) == 4 << 20:
+                timer = outage(served, seconds)
+    assert got == BYTES
+    timer.join()
+    assert [r.getMessage().startswith(path) for r in caplog.records if r.name == "sevenfold.storage"] == [True]
+
+
+def test_http_outage_in_a_read(served: Served, quick: None, caplog: pytest.LogCaptureFixture) -> None:
+    read_through(served, 2, caplog)
+    for look, expected in (
+        (storage.size, len(BYTES)),
+        (storage.exists, True),
+        (lambda p: storage.files(p, SHARDS), [served.url("/x.bin")]),
+    ):
+        timer = outage(served, 0.5)
+        assert look(served.url("/x.bin")) == expected
+        timer.join()
+
+
+@pytest.mark.slow
+def test_http_outage_of_20_seconds(served: Served, caplog: pytest.LogCaptureFixture) -> None:
+    read_through(served, 20, caplog)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_http_breaks_off_and_answers_503(ranges: bool, served: Served, quick: None) -> None:
+    served.ranges, served.broken = ranges, 2
+    with storage.open_read(served.url("/x.bin")) as f:
+        assert f.read(3 << 20) == BYTES[: 3 << 20]
+        served.status = 503
+        timer = threading.Timer(1, setattr, (served, "status", 200))
+        timer.start()
+        assert f.read() == BYTES[3 << 20 :]
+    assert served.broken == 0
+    for look, expected in ((storage.size, len(BYTES)), (storage.exists, True)):
+        served.status = 503
+        threading.Timer(0.5, setattr, (served, "status", 200)).start()
+        assert look(served.url("/x.bin")) == expected
+
+
+def test_patience_ends(served: Served, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage, "PATIENCE", 0.5)
+    served.status = 503
+    for look, done in ((storage.open_read, "read"), (storage.exists, "looked up")):
+        with pytest.raises(RunError, match=f"could not be {done}, tried for [01] s: 503.*check the storage") as e:
+            look(served.url("/x.bin"))
+        assert "\n" not in str(e.value)
+
+
+@pytest.fixture(scope="module")
+def moto() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """An S3 server in a process of its own, and its address."""
+    program = shutil.which("moto_server", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
+    if program is None:
+        pytest.skip("moto_server is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    command = [program, "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.1)
+    yield process, f"http://127.0.0.1:{port}"
+    process.send_signal(signal.SIGCONT)
+    process.terminate()
+    process.wait(20)
+
+
+def ask(method: str, url: str, data: bytes = b"") -> None:
+    urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "text/plain"}, method=method)).close()
+
+
+@pytest.fixture
+def bucket(moto: tuple[subprocess.Popen[bytes], str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket, with the environment that leads to it."""
+    address = moto[1]
+    for name in [n for n in os.environ if n.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in (("ENDPOINT_URL", address), ("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    ask("POST", f"{address}/moto-api/reset-auth", b"1000000")
+    ask("POST", f"{address}/moto-api/reset")
+    ask("PUT", f"{address}/bucket")
+    return "s3://bucket"
+
+
+def test_s3(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = f"{bucket}/corpus/v?1"  # as odd as a key may be
+    made, shard = table()
+    storage.write(f"{bucket}/corpus/v/b.parquet", shard)
+    storage.makedirs(root)
+    assert not storage.exists(root)
+    folder = tmp_path / "up"
+    for name, raw in (("x.bin", BYTES), ("sub/a.parquet", shard), ("sub/_SUCCESS", b""), ("_temporary/c.parquet", b"1")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(raw)
+    storage.upload(str(folder), root)
+    assert storage.listdir(root) == ["_temporary", "sub", "x.bin"] and storage.listdir(f"{bucket}/none") == []
+    assert storage.files(root, SHARDS) == [f"{root}/sub/a.parquet"]
+    assert storage.files(f"{bucket}/corpus", SHARDS) == [f"{bucket}/corpus/v/b.parquet", f"{root}/sub/a.parquet"]
+    assert storage.files(f"{bucket}/corpus/v/*.parquet", SHARDS) == [f"{bucket}/corpus/v/b.parquet"]
+    assert storage.files(f"{root}/x.bin", SHARDS) == [f"{root}/x.bin"]
+    check_reader(f"{root}/x.bin")
+    assert pq.ParquetFile(storage.open_read(f"{root}/sub/a.parquet")).read().equals(made)
+    copy = Path(storage.local(root))
+    assert (copy / "x.bin").read_bytes() == BYTES and (copy / "sub/a.parquet").read_bytes() == shard
+    storage.write(f"{root}/x.bin", "again")
+    assert storage.read_text(f"{root}/x.bin") == "again"
+    storage.remove(f"{root}/x.bin")
+    storage.remove(root)
+    assert not storage.exists(f"{root}/sub/a.parquet") and storage.exists(f"{bucket}/corpus/v/b.parquet")
+
+
+def test_s3_nothing_there_or_refused(
+    bucket: str, moto: tuple[subprocess.Popen[bytes], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = time.monotonic()
+    storage.write(f"{bucket}/x", b"1")
+    assert not storage.exists(f"{bucket}/none") and not storage.exists("s3://no-such-bucket/x")
+    for look in (storage.open_read, storage.size, storage.read_text, lambda p: storage.files(p, SHARDS)):
+        for path in (f"{bucket}/none", "s3://no-such-bucket/x"):
+            with pytest.raises(InputError, match="expected a file.*found none"):
+                look(path)
+    for refused in (lambda p: storage.files(p + "*", SHARDS), lambda p: storage.write(p, b"1")):
+        with pytest.raises(InputError, match="expected a bucket of this name, found none"):
+            refused("s3://no-such-bucket/x")
+    ask("POST", f"{moto[1]}/moto-api/reset-auth", b"0")
+    for look in (storage.open_read, storage.exists, storage.listdir, storage.remove, lambda p: storage.write(p, b"1")):
+        with pytest.raises(InputError, match="refused .*check the address, the credentials"):
+            look(f"{bucket}/x")
+    assert time.monotonic() - began < 20
+
+
+def test_s3_region(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def region() -> str:
+        return str(storage.S3().fs.region)
+
+    assert region() == "us-east-1"
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-3")
+    assert region() == "eu-west-3"
+    monkeypatch.setenv("AWS_REGION", "ap-south-1")
+    assert region() == "ap-south-1"
+
+
+def test_s3_outage(
+    bucket: str,
+    moto: tuple[subprocess.Popen[bytes], str],
+    quick: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The server hangs, longer than pyarrow tries by itself, in a read and before a write and a listing."""
+    monkeypatch.setattr(storage, "SILENCE", 0.5)
+    storage._s3.cache_clear()
+    storage.write(f"{bucket}/x", BYTES)
+
+    def hang() -> threading.Timer:
+        moto[0].send_signal(signal.SIGSTOP)
+        timer = threading.Timer(8, moto[0].send_signal, (signal.SIGCONT,))
+        timer.start()
+        return timer
+
+    try:
+        with storage.open_read(f"{bucket}/x") as f:
+            assert f.read(3 << 20) == BYTES[: 3 << 20]
+            timer = hang()
+            assert f.read() == BYTES[3 << 20 :]
+        timer.join()
+        assert [r.name for r in caplog.records] == ["sevenfold.storage"]
+        timer = hang()
+        storage.write(f"{bucket}/y", b"there")
+        timer.join()
+        timer = hang()
+        assert storage.listdir(bucket) == ["x", "y"] and storage.read_text(f"{bucket}/y") == "there"
+        timer.join()
+    finally:
+        storage._s3.cache_clear()

@@ -22,9 +22,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("pretrain", "train a model on text"),
         ("finetune", "fine-tune a model"),
         ("sweep", "search the hyperparameters that a recipe's `search` names"),
+        ("tokenize", "fill a recipe's token cache (data.cache)"),
     ):
         _recipe_job(commands, job, about)
     _evaluate(commands)
+    _ledger(commands)
     args = parser.parse_args(argv)
     return _guarded(lambda: args.run(args))
 
@@ -106,6 +108,21 @@ def _evaluate(commands: Any) -> None:
 
         for path in args.runs:
             evaluate.run(path, args.verbose, args.workers)
+
+    parser.set_defaults(run=run)
+
+
+def _ledger(commands: Any) -> None:
+    parser = commands.add_parser("ledger", help="what a step of a run read")
+    parser.add_argument("folder", help="folder of a run")
+    parser.add_argument("what", choices=["which", "replay"], help="which: its documents; replay: its very tensors again")
+    parser.add_argument("--step", type=int, required=True, metavar="N", help="step, as the log counts them (1 is the first)")
+    parser.add_argument("--out", help="which: all documents (.parquet); replay: the tensors (.safetensors)")
+
+    def run(args: argparse.Namespace) -> None:
+        from sevenfold.runs import ledger
+
+        getattr(ledger, args.what)(args.folder, args.step, args.out)
 
     parser.set_defaults(run=run)
 

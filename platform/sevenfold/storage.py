@@ -1,19 +1,37 @@
-"""Where things lie: local folders and URLs (s3://, gs://, ...) through fsspec, and the folder of a run."""
+"""Where things lie: local folders and URLs (s3://, gs://, ...) through fsspec, and the folder of a run.
+
+A storage that fails for a while is waited out, whatever is done with it: see `_again`.
+"""
 
 from __future__ import annotations
 
 import atexit
+import contextlib
+import datetime
 import functools
+import io
 import json
+import logging
 import os
+import re
 import shutil
 import tempfile
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
+from urllib.parse import urlsplit
 
 import fsspec
+from fsspec.implementations.arrow import ArrowFSWrapper
 
-from sevenfold.errors import InputError
+from sevenfold.errors import InputError, RunError
+
+PATIENCE = 120.0  # seconds that a failing storage is given in all
+FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds between two tries: doubled from one to the other
+SILENCE = 10.0  # seconds without a byte after which a request has failed
+WHOLE = 2 << 30  # the largest file that is read from an http server without range requests
+T = TypeVar("T")
 
 
 def in_ray_job() -> bool:
@@ -52,69 +70,87 @@ def join(root: str, *parts: str) -> str:
     return "/".join([root.rstrip("/"), *parts]) if is_url(root) else os.path.join(root, *parts)
 
 
-def files(path: str, suffix: str) -> list[str]:
-    """The files that a file, folder or glob names, sorted.
+def files(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """The files that a file, folder or glob names, sorted; of a folder those below it with one of these suffixes, but
+    none whose name, or folder's name, begins with . or _.
 
     Raises:
-        InputError: there is nothing at path, or a folder holds no file with this suffix.
+        InputError: there is nothing at path, a folder holds no such file, or it is a folder or glob over http.
+        RunError: the storage keeps failing.
     """
     fs, root = _fs(path)
-    if any(c in root for c in "*?["):
-        found = [p for p in fs.glob(root) if fs.isfile(p)]
+    info = _info(path)
+    if _is_http(path) and _is_listing(path, info, suffixes):
+        raise InputError(f"{path}: expected the URL of one file: over http a folder or glob cannot be listed")
+    if info.get("type") == "file":
+        found, what = [root], "a file"
+    elif info.get("type") == "directory":
+        names = _again(path, "listed", lambda: fs.find(root, on_error="raise"))
+        found = [p for p in names if p.endswith(suffixes) and not re.search(r"/[._]", p[len(root) :])]
+        what = f"shards ({', '.join('*' + s for s in suffixes)}) in this folder"
+    elif any(c in root for c in "*?["):
+        matches = _again(path, "listed", lambda: fs.glob(root, detail=True, on_error="raise"))
+        found = [p for p, i in matches.items() if i["type"] == "file" or (i["type"] == "other" and fs.isfile(p))]
         what = "a file that matches"
-    elif fs.isdir(root):
-        found = [p for p in fs.find(root, maxdepth=1) if p.endswith(suffix)]
-        what = f"shards (*{suffix}) in this folder"
     else:
-        found = [root] if fs.isfile(root) else []
-        what = "a file or folder"
+        found, what = [], "a file or folder"
     if not found:
         raise InputError(f"{path}: expected {what}, found none")
     return [fs.unstrip_protocol(p) if is_url(path) else p for p in sorted(found)]
 
 
 def exists(path: str) -> bool:
-    fs, root = _fs(path)
-    return bool(fs.exists(root))
+    return bool(_info(path))
 
 
 def size(path: str) -> int:
-    fs, root = _fs(path)
-    return int(fs.size(root))
+    """Bytes of a file. Raises InputError where there is none."""
+    info = _info(path)
+    if info and info["size"] is not None:
+        return int(info["size"])
+    with open_read(path) as f:
+        return f.size
 
 
 def listdir(path: str) -> list[str]:
     """Names in a folder, sorted; [] where there is none."""
     fs, root = _fs(path)
-    if not fs.isdir(root):
+    if _info(path).get("type") != "directory":
         return []
-    return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in fs.ls(root, detail=False))
+    found = _again(path, "listed", lambda: fs.ls(root, detail=False))
+    return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in found)
 
 
-def open_read(path: str) -> BinaryIO:
-    fs, root = _fs(path)
-    return cast(BinaryIO, fs.open(root, "rb"))
+def open_read(path: str) -> Reader:
+    """A file to read bytes and ranges of.
+
+    Raises:
+        InputError: there is no file at path, or it is refused.
+        RunError: the storage keeps failing; so do all reads.
+    """
+    return Reader(path)
 
 
 def makedirs(path: str) -> None:
     fs, root = _fs(path)
-    fs.makedirs(root, exist_ok=True)
+    _again(path, "made", lambda: fs.makedirs(root, exist_ok=True))
 
 
 def remove(path: str) -> None:
     fs, root = _fs(path)
-    if fs.exists(root):
-        fs.rm(root, recursive=True)
+    if _info(path):
+        _again(path, "removed", lambda: fs.rm(root, recursive=True))
 
 
 def write(path: str, data: bytes | str) -> None:
     """Writes a file whole or not at all: a rename on a local disk; on an object store a put is atomic by itself."""
     raw = data.encode() if isinstance(data, str) else data
     makedirs(path.rsplit("/", 1)[0])
-    if is_url(path):
-        fs, root = _fs(path)
-        fs.pipe_file(root, raw)
-        return
+    fs, root = _fs(path)
+    _again(path, "written", lambda: fs.pipe_file(root, raw) if is_url(path) else _replace(path, raw))
+
+
+def _replace(path: str, raw: bytes) -> None:
     aside = f"{path}.{os.getpid()}.tmp"
     with open(aside, "wb") as f:
         f.write(raw)
@@ -140,19 +176,280 @@ def local(folder: str) -> str:
     copy = tempfile.mkdtemp(prefix="sevenfold-")
     atexit.register(shutil.rmtree, copy, ignore_errors=True)
     fs, root = _fs(folder)
-    fs.get(root + "/", copy, recursive=True)
+    for found in _again(folder, "listed", lambda: fs.find(root, on_error="raise")):
+        to = os.path.join(copy, found[len(root) :].lstrip("/"))
+        os.makedirs(os.path.dirname(to), exist_ok=True)
+        with open_read(fs.unstrip_protocol(found)) as source, open(to, "wb") as target:
+            shutil.copyfileobj(source, target, 4 << 20)
     return copy
 
 
 def upload(folder: str, to: str) -> None:
     """Copies a local folder to where it belongs."""
     fs, root = _fs(to)
-    fs.put(str(Path(folder)) + "/", root, recursive=True)
+    for path in (p for p in sorted(Path(folder).rglob("*")) if p.is_file()):
+        target = f"{root}/{path.relative_to(folder).as_posix()}"
+        fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+        _again(to, "written", functools.partial(fs.put_file, str(path), target))
+
+
+class Reader(io.RawIOBase):
+    """A file whose reads outlast a failing storage: it is opened again at the same place. `size`: bytes, when it was
+    opened. It is not buffered; for lines wrap it in io.BufferedReader."""
+
+    _file: BinaryIO | None = None
+
+    def __init__(self, path: str):
+        self.name = path
+        self.size = -1
+        self._at = self._there = 0  # where the next read begins; where _file stands
+        _again(path, "read", self._opened)
+
+    def _opened(self) -> BinaryIO:
+        if self.closed:
+            raise ValueError("I/O operation on closed file")
+        if self._file is None:
+            file = _open(self.name)
+            size = file.seek(0, os.SEEK_END)
+            if self.size not in (-1, size):
+                raise RunError(f"{self.name}: had {self.size} bytes, has {size} now: it was changed while it was read")
+            self._file, self.size, self._there = file, size, size
+        if self._there != self._at or is_url(self.name):  # memory:// has one position for all readers
+            self._there = self._file.seek(self._at)
+        return self._file
+
+    def _read(self, wanted: int, read: Callable[[BinaryIO], T], count: Callable[[T], int]) -> T:
+        def attempt() -> T:
+            try:
+                got = read(self._opened())
+                if count(got) < min(wanted, self.size - self._at):
+                    raise OSError(f"ended {count(got)} bytes after byte {self._at} of {self.size}")
+                return got
+            except Exception:
+                self._drop()
+                raise
+
+        got = _again(self.name, "read", attempt)
+        self._at = self._there = self._at + count(got)
+        return got
+
+    def read(self, n: int | None = -1) -> bytes:
+        n = -1 if n is None else n
+        return self._read(n if n >= 0 else self.size, lambda f: f.read(n), len)
+
+    def readall(self) -> bytes:
+        return self.read()
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer).cast("B")
+        return self._read(len(view), lambda f: cast(Any, f).readinto(view), int)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        at = offset + (0, self._at, self.size)[whence]
+        if at < 0:
+            raise ValueError(f"negative seek position {at}")
+        self._at = at
+        return at
+
+    def tell(self) -> int:
+        return self._at
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _drop(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(OSError):
+                file.close()
+
+
+def _open(path: str) -> BinaryIO:
+    if not is_url(path):
+        return open(path, "rb")
+    fs, root = _fs(path)
+    file = fs.open(root, "rb")
+    if not _is_http(path):
+        return cast(BinaryIO, file)
+    with contextlib.suppress(ValueError):  # of fsspec, where the server ignores ranges
+        if file.size is not None:
+            file.seek(file.size - 1)
+            file.read(1)
+            return cast(BinaryIO, file)
+    file.close()
+    body = io.BytesIO()
+    with fs.open(root, "rb", block_size=0) as stream:
+        while chunk := stream.read(1 << 20):
+            if body.write(chunk) and body.tell() > WHOLE:
+                raise InputError(f"{path}: over {WHOLE >> 20} MiB on a server without range requests: copy it elsewhere")
+    return body
+
+
+def _info(path: str) -> dict[str, Any]:
+    """What the storage tells about a path; {} where there is nothing."""
+    fs, root = _fs(path)
+    try:
+        return _again(path, "looked up", lambda: cast(dict[str, Any], fs.info(root)))
+    except _MissingError:
+        return {}
+
+
+def _is_http(path: str) -> bool:
+    return path.startswith(("http://", "https://"))
+
+
+def _is_listing(url: str, info: dict[str, Any], suffixes: tuple[str, ...]) -> bool:
+    if not info:
+        return any(c in url for c in "*[")
+    return info.get("mimetype") == "text/html" and not urlsplit(url).path.endswith(suffixes)
+
+
+def _again(path: str, done: str, attempt: Callable[[], T]) -> T:
+    """What `attempt` returns, tried again and again where the storage fails.
+
+    Raises:
+        InputError: there is nothing at path, or it is refused.
+        RunError: the storage has failed for PATIENCE seconds.
+    """
+    began, wait = None, FIRST_WAIT
+    while True:
+        try:
+            return attempt()
+        except Exception as e:
+            final = _final(path, e)
+            if final is e:
+                raise
+            if final is not None:
+                raise final from e
+            now, why = time.monotonic(), " ".join(str(e).split()) or type(e).__name__
+            if began is None:
+                began = now
+                logging.getLogger(__name__).warning("%s: %s; trying again for %.0f s", path, why, PATIENCE)
+            left = began + PATIENCE - now
+            if left <= 0:
+                raise RunError(
+                    f"{path}: could not be {done}, tried for {now - began:.0f} s: {why}: "
+                    "check the storage and the way to it, then start the run again"
+                ) from e
+        time.sleep(min(wait, left))
+        wait = min(2 * wait, LONGEST_WAIT)
+
+
+class _MissingError(InputError):
+    """There is nothing at a path."""
+
+
+def _final(path: str, e: Exception) -> Exception | None:
+    """What to raise for a failure that another try cannot cure; None for one that it can."""
+    import aiohttp
+
+    if isinstance(e, FileNotFoundError) and isinstance(e.__cause__, (OSError, TimeoutError, aiohttp.ClientError)):
+        e = e.__cause__  # fsspec calls outages and refusals missing files
+    why = " ".join(str(e).split())
+    told = re.search(r"HTTP status (\d+)", why)  # by pyarrow
+    status = e.status if isinstance(e, aiohttp.ClientResponseError) else int(told[1]) if told else 0
+    if "NO_SUCH_BUCKET" in why:
+        return _MissingError(f"{path}: expected a bucket of this name, found none")
+    if isinstance(e, (FileNotFoundError, NotADirectoryError)) or status in (404, 410) or "NO_SUCH_KEY" in why:
+        return _MissingError(f"{path}: expected a file, found none")
+    if isinstance(e, IsADirectoryError):
+        return InputError(f"{path}: expected a file, found a folder")
+    refused = isinstance(e, PermissionError) or re.search(REFUSED, why)
+    if refused or (300 <= status < 500 and status not in (408, 425, 429)):
+        return InputError(f"{path}: refused ({why}): check the address, the credentials and the rights that they give")
+    if isinstance(e, FileExistsError) or (isinstance(e, aiohttp.ClientError) and isinstance(e, ValueError)):
+        return InputError(f"{path}: cannot be used: {why}")
+    return None if isinstance(e, (OSError, TimeoutError, aiohttp.ClientError)) else e
+
+
+REFUSED = (  # what S3 and GCS say, in pyarrow's words
+    "ACCESS_DENIED|ACCESS_KEY_ID|SIGNATURE|CLIENT_TOKEN|AUTHENTICATION_TOKEN|EXPIRED_TOKEN|UNRECOGNIZED_CLIENT"
+    "|PERMISSION_DENIED|UNAUTHENTICATED"
+)
+
+
+@functools.cache
+def _s3(endpoint: str | None, region: str | None) -> Any:
+    from pyarrow.fs import S3FileSystem
+
+    scheme, _, host = (endpoint or "").rstrip("/").rpartition("://")
+    return S3FileSystem(
+        endpoint_override=host or None,
+        scheme=scheme or "https",
+        region=region or ("us-east-1" if endpoint else None),  # none: pyarrow asks the network for it
+        request_timeout=SILENCE,
+        connect_timeout=SILENCE,
+    )
+
+
+@functools.cache
+def _gcs() -> Any:
+    from pyarrow.fs import GcsFileSystem
+
+    return GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=SILENCE))
+
+
+class _ObjectStore(ArrowFSWrapper):
+    """An object store through pyarrow, which needs no package besides; credentials: the environment's."""
+
+    cachable = False
+
+    def __init__(self, store: Any) -> None:
+        super().__init__(store)
+
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return [cls._strip_protocol(p) for p in path] if isinstance(path, list) else str(path).split("://")[-1].rstrip("/")
+
+    def isdir(self, path: str) -> bool:
+        try:
+            return bool(self.info(path)["type"] == "directory")
+        except FileNotFoundError:  # not any OSError, as fsspec has it: an outage is no answer
+            return False
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Nothing: a put needs no folder, and an empty object in its place would only be in the way."""
+
+
+class S3(_ObjectStore):
+    protocol = ("s3", "s3a")
+
+    def __init__(self, **_: Any) -> None:
+        env = os.environ.get
+        super().__init__(
+            _s3(env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL"), env("AWS_REGION") or env("AWS_DEFAULT_REGION"))
+        )
+
+
+class Gcs(_ObjectStore):
+    protocol = ("gs", "gcs")
+
+    def __init__(self, **_: Any) -> None:
+        super().__init__(_gcs())
+
+
+for _store in (S3, Gcs):
+    for _scheme in _store.protocol:
+        fsspec.register_implementation(_scheme, _store, clobber=True)
 
 
 def _fs(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    options: dict[str, Any] = {}
+    if _is_http(path):
+        import aiohttp
+
+        silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+        # identity: sizes and ranges are those of the file, not of its gzip
+        options = {"headers": {"Accept-Encoding": "identity"}, "client_kwargs": {"timeout": silence}}
     try:
-        fs, root = fsspec.core.url_to_fs(path)
+        fs, root = fsspec.core.url_to_fs(path, **options)
     except (ValueError, ImportError) as e:
         raise InputError(f"{path}: expected a path or a URL that fsspec knows: {e}") from None
     return fs, root
@@ -165,6 +462,7 @@ class RunFolder:
         self.root = root
         self.recipe = join(root, "recipe.yaml")
         self.manifest = join(root, "manifest.json")
+        self.ledger = join(root, "ledger")
         self.checkpoints = join(root, "checkpoints")
         self.tensorboard = join(root, "tensorboard")
         self.tokenizer = join(root, "tokenizer")

@@ -6,7 +6,8 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from sevenfold.data import tokens
+from sevenfold.data import encode, tokens
+from sevenfold.data.documents import Documents, Selection, Skipped
 from sevenfold.data.manifest import scan
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
@@ -16,45 +17,59 @@ from sevenfold.recipe import Source
 def tokenizer(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
     found = scan([Source(path=str(texts / "train"))], ("text",))
     folder = str(tmp_path_factory.mktemp("tokenizer"))
-    tokens.save_tokenizer(tokens.train_tokenizer(found, 600, 0.5, 0), folder)
+    tokens.save_tokenizer(tokens.train_tokenizer(found, Selection(), 600, 0.5, 0), folder)
     return tokens.load_tokenizer(folder)  # type: ignore[return-value]
 
 
-def column(*texts: str) -> pa.ChunkedArray:
-    return pa.chunked_array([list(texts)])
+def documents(*fields: list[str]) -> Documents:
+    arrays = [pa.array(f, pa.large_string()) for f in fields]
+    return Documents(arrays, np.arange(len(fields[0])), Skipped())
 
 
-def test_documents(tokenizer: PreTrainedTokenizerFast) -> None:
+@pytest.fixture(params=[encode.FAST, encode.REFERENCE])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_documents(tokenizer: PreTrainedTokenizerFast, backend: str) -> None:
     assert len(tokenizer) == 600
     text = "def f(x):\n    return 'über' + x\n"
-    made = tokens.TextEncoder(tokenizer, 24)([column(text, "", "pass")])
-    first = made.tokens[: made.lengths[0]]
-    assert len(made.lengths) == 2 and made.targets.all()
-    assert first[0] == tokenizer.bos_token_id and first[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(first[1:-1]) == text
+    encoder = encode.TextEncoder(tokenizer, 24, backend)
+    one, two = encoder.encode([documents([text, "pass"]), documents(["more"])])
+    assert tokenizer.decode(one.ids[: one.offsets[1]]) == text and tokenizer.decode(two.ids) == "more"
+    assert (encoder.head, encoder.tail) == (tokenizer.bos_token_id, tokenizer.eos_token_id)
+    assert encoder.dtype == np.uint16 and encoder.identity() == encode.TextEncoder(tokenizer, 99).identity()
 
 
-def test_a_special_tokens_spelling_stays_text(tokenizer: PreTrainedTokenizerFast) -> None:
-    made = tokens.TextEncoder(tokenizer, 24)([column("a <|eos|> b")])
-    assert (made.tokens == tokenizer.eos_token_id).sum() == 1
-    assert tokenizer.decode(made.tokens[1:-1]) == "a <|eos|> b"
+def test_a_special_tokens_spelling_stays_text(tokenizer: PreTrainedTokenizerFast, backend: str) -> None:
+    (made,) = encode.TextEncoder(tokenizer, 24, backend).encode([documents(["a <|eos|> b"])])
+    assert not (made.ids == tokenizer.eos_token_id).any()
+    assert tokenizer.decode(made.ids) == "a <|eos|> b"
 
 
-def test_token_bytes_add_up_to_the_text(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_token_bytes_add_up_to_the_text(tokenizer: PreTrainedTokenizerFast, backend: str) -> None:
     text = "naïve 中文 <|pad|> \n\tif x: 🙂"
-    made = tokens.TextEncoder(tokenizer, 24)([column(text)])
-    assert tokens.token_bytes(tokenizer)[made.tokens].sum() == len(text.encode())
+    (made,) = encode.TextEncoder(tokenizer, 24, backend).encode([documents([text])])
+    assert tokens.token_bytes(tokenizer)[made.ids].sum() == len(text.encode())
+
+
+def test_the_fast_encoder_is_admitted_where_it_agrees(tokenizer: PreTrainedTokenizerFast) -> None:
+    backend, why = encode.admit(tokenizer, ["some text", "<|bos|>"])
+    assert backend == encode.FAST and "the same ids" in why
+    unlike = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]"))
+    backend, why = encode.admit(PreTrainedTokenizerFast(tokenizer_object=unlike, eos_token="</s>"), ["a b"])
+    assert backend == encode.REFERENCE and "encoding by tokenizers" in why
 
 
 def test_completions(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoder = tokens.CompletionEncoder(tokenizer, 24)
-    made = encoder([column("short: ", "word " * 200), column("answer", "the answer")])
-    ends = np.cumsum(made.lengths)
+    encoder = encode.CompletionEncoder(tokenizer, 24)
+    (made,) = encoder.encode([documents(["short: ", "word " * 200], ["answer", "the answer"])])
+    assert made.targets is not None
     for i, answer in enumerate(("answer", "the answer")):
-        row = slice(ends[i] - made.lengths[i], ends[i])
-        learnt = made.tokens[row][made.targets[row]]
+        row = slice(made.offsets[i], made.offsets[i + 1])
+        learnt = made.ids[row][made.targets[row]]
         assert tokenizer.decode(learnt[:-1]) == answer and learnt[-1] == tokenizer.eos_token_id
-    assert made.lengths[1] == 24
+    assert made.offsets[2] - made.offsets[1] == 24
     assert encoder.prompt("word " * 200, 10)[0] == tokenizer.bos_token_id and len(encoder.prompt("word " * 200, 10)) == 10
 
 
@@ -67,7 +82,7 @@ def test_token_bytes_of_a_sentencepiece_vocabulary() -> None:
 def test_no_end_of_text(tokenizer: PreTrainedTokenizerFast) -> None:
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(InputError, match="no end-of-text token"):
-        tokens.TextEncoder(bare, 24)
+        encode.TextEncoder(bare, 24)
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:

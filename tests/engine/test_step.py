@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import run_ranks
 
-from sevenfold.data.rows import START, TARGET, Rows
+from sevenfold.data.rows import Rows, labels
 from sevenfold.engine import optim
 from sevenfold.engine.batch import IGNORE, Batch, micro_batches
 from sevenfold.engine.step import evaluate, token_losses, train_step
@@ -24,12 +24,16 @@ def rows_of(step: int) -> Rows:
     rng = np.random.default_rng(step)
     tokens = rng.integers(3, VOCAB, (ROWS, LENGTH)).astype(np.uint16)
     tokens[:, 1::2] = (tokens[:, ::2] * 7 + 5) % VOCAB  # something to learn
-    marks = np.full((ROWS, LENGTH), TARGET, np.uint8)
-    marks[rng.random((ROWS, LENGTH)) < 0.05] = START
-    marks[:, 0] = START
-    marks[0], marks[0, 0] = 0, START
-    marks[1, 10:] = 0
-    return Rows(tokens, marks)
+    begins = rng.random((ROWS, LENGTH)) < 0.05
+    begins[:, 0] = True
+    begins[1, 11:] = False
+    begins[1, 10] = True  # padding
+    used = np.full(ROWS, LENGTH, np.int32)
+    used[1] = 10
+    targets = np.ones((ROWS, LENGTH), bool)
+    targets[0] = False
+    bounds = np.concatenate([[0], np.cumsum(begins.sum(1))])
+    return Rows(tokens, np.nonzero(begins)[1].astype(np.int32), bounds, used, targets)
 
 
 def losses(tree: dict[str, Any], micro_batch: int) -> list[float]:
@@ -40,11 +44,11 @@ def losses(tree: dict[str, Any], micro_batch: int) -> list[float]:
     optimizer = optim.build(model, recipe.optimizer)
     out = []
     for step in range(STEPS):
-        mine = rows_of(step)[slice(rank * ROWS // world, (rank + 1) * ROWS // world)]
+        mine = rows_of(step).part(rank * ROWS // world, (rank + 1) * ROWS // world)
         share = -(-ROWS // world)
         count = -(-share // micro_batch)
         done = train_step(model, micro_batches(mine, micro_batch, count, torch.device("cpu")), optimizer, 1e-2, 1.0)
-        assert done.applied and done.targets == int(((rows_of(step).marks[:, 1:] & 3) == TARGET).sum())
+        assert done.applied and done.targets == int((labels(rows_of(step)) >= 0).sum())
         out.append(done.loss)
     return out
 
@@ -92,7 +96,7 @@ def no_target(tree: dict[str, Any]) -> str:
     model = parallel.shard(
         build.build(recipe, build.config_of(recipe, VOCAB), weights=True), torch.device("cpu"), torch.float32
     )
-    (batch,) = micro_batches(rows_of(0)[slice(0, 1)], 1, 1, torch.device("cpu"))
+    (batch,) = micro_batches(rows_of(0).part(0, 1), 1, 1, torch.device("cpu"))
     with pytest.raises(RunError, match="without a single target"):
         train_step(model, [batch], optim.build(model, recipe.optimizer), 1e-2, 1.0)
     return "refused"
@@ -116,10 +120,10 @@ def test_packed_documents_do_not_see_each_other(tree: dict[str, Any]) -> None:
     assert (packed - alone).abs().max() <= 1e-5 * alone.abs().max()
     assert (control - alone).abs().max() > 0.1
 
-    labels = torch.full_like(ids, IGNORE)
-    labels[:, cut:-1] = ids[:, cut + 1 :]
+    wanted = torch.full_like(ids, IGNORE)
+    wanted[:, cut:-1] = ids[:, cut + 1 :]
     with torch.no_grad():
-        both = token_losses(model, Batch(ids, apart, labels))
+        both = token_losses(model, Batch(ids, apart, wanted, torch.tensor([0, cut, LENGTH], dtype=torch.int32)))
     assert (both[:, :cut] == 0).all() and (both[:, cut:-1] > 0).all()
 
 
@@ -129,7 +133,7 @@ def measured(tree: dict[str, Any]) -> tuple[float, int, int]:
     model = parallel.shard(
         build.build(recipe, build.config_of(recipe, VOCAB), weights=rank == 0), torch.device("cpu"), torch.float32
     )
-    rows = rows_of(0)[slice(rank * ROWS // world, (rank + 1) * ROWS // world)]
+    rows = rows_of(0).part(rank * ROWS // world, (rank + 1) * ROWS // world)
     return evaluate(model, micro_batches(rows, 4, -(-ROWS // world // 4), torch.device("cpu")), torch.arange(VOCAB))
 
 

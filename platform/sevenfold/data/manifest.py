@@ -2,128 +2,179 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+import numpy as np
 
 from sevenfold import storage
+from sevenfold.data import shards
+from sevenfold.data.shards import RowGroup, Shard
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
 
-_TAIL = 64 * 1024
-
-
-@dataclass(frozen=True)
-class Shard:
-    path: str
-    columns: tuple[str, ...]  # those that a run reads, in the encoder's order
-    fingerprint: str  # of size and tail (the parquet footer): changes when the file does
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    shard: int
-    index: int  # of the row group within the shard
-    documents: int
-    bytes: int  # of text, uncompressed, as parquet counts
+TARGET_BYTES = 2 * 2**20  # of text in a row group
+_LEAST_BYTES = 8 * 2**10
+_AT_ONCE = 16  # shards looked at: their storage may be far
+_COLUMNS = tuple(f.name for f in fields(RowGroup))
 
 
 @dataclass(frozen=True)
 class Manifest:
+    """Row groups lie in the order of their sources, shards and rows.
+
+    Attributes:
+        table: int64 [row groups, 6], the fields of a RowGroup.
+        left_out: what was wrong with shards that were left out (on_bad_document: skip).
+        tokens_per_byte: of each source, measured on a sample; () before there is a tokenizer.
+    """
+
+    sources: tuple[Source, ...]
     shards: tuple[Shard, ...]
-    groups: tuple[RowGroup, ...]
+    table: np.ndarray
+    left_out: tuple[str, ...] = ()
+    tokens_per_byte: tuple[float, ...] = ()
 
-    @property
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def group(self, index: int) -> RowGroup:
+        return RowGroup(*self.table[index].tolist())
+
+    @functools.cached_property
     def bytes(self) -> int:
-        return sum(g.bytes for g in self.groups)
+        return int(self.table[:, 5].sum())
 
     @property
-    def documents(self) -> int:
-        return sum(g.documents for g in self.groups)
+    def documents(self) -> int | None:
+        """None where a text file among the shards was not read to count them."""
+        counts = self.table[:, 4]
+        return int(counts.sum()) if counts.all() else None
+
+    @functools.cached_property
+    def spans(self) -> tuple[range, ...]:
+        """The row groups of each source."""
+        source = np.array([s.source for s in self.shards])[self.table[:, 0]]
+        ends = np.searchsorted(source, np.arange(len(self.sources) + 1))
+        return tuple(range(int(a), int(b)) for a, b in itertools.pairwise(ends))
+
+    def tokens(self, source: int) -> float:
+        """Tokens of a source, estimated."""
+        span = self.spans[source]
+        size = float(self.table[span.start : span.stop, 5].sum())
+        return size * (self.tokens_per_byte[source] if self.tokens_per_byte else 0.25)
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        return {
+            "sources": [s.model_dump(mode="json") for s in self.sources],
+            "shards": [vars(s) for s in self.shards],
+            "row_groups": {c: self.table[:, i].tolist() for i, c in enumerate(_COLUMNS)},
+            "left_out": list(self.left_out),
+            "tokens_per_byte": list(self.tokens_per_byte),
+        }
 
     @staticmethod
     def from_json(tree: dict[str, Any]) -> Manifest:
+        table = np.array([tree["row_groups"][c] for c in _COLUMNS], np.int64).T
         return Manifest(
-            tuple(Shard(s["path"], tuple(s["columns"]), s["fingerprint"]) for s in tree["shards"]),
-            tuple(RowGroup(**g) for g in tree["groups"]),
-        )
+            tuple(Source(**s) for s in tree["sources"]), tuple(Shard(**s) for s in tree["shards"]),
+            np.ascontiguousarray(table), tuple(tree["left_out"]), tuple(tree["tokens_per_byte"]),
+        )  # fmt: skip
 
-    def check_unchanged(self, now: Manifest) -> None:
+    def hash(self) -> str:
+        """Of what is read: shards, row groups, sources."""
+        tree = self.to_json()
+        del tree["left_out"], tree["tokens_per_byte"]
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+    def measured(self, tokens_per_byte: Sequence[float]) -> Manifest:
+        return replace(self, tokens_per_byte=tuple(tokens_per_byte))
+
+    def check_unchanged(self) -> None:
         """Raises InputError, naming the file, where a source is no longer what this manifest says."""
-        then, there = {s.path: s for s in self.shards}, {s.path: s for s in now.shards}
-        for path in sorted(then.keys() | there.keys()):
-            if then.get(path) != there.get(path):
-                what = "is gone" if path not in there else "is new" if path not in then else "has changed"
-                raise InputError(f"{path}: {what} since this run began: put it back as it was, or start a run of another name")
-
-    def read(self, group: RowGroup) -> list[pa.ChunkedArray]:
-        """The columns of one row group: string arrays, one a column. Raises InputError where the shard cannot be read."""
-        shard = self.shards[group.shard]
-        try:
-            with storage.open_read(shard.path) as f:
-                file = pq.ParquetFile(f, page_checksum_verification=True)
-                table = file.read_row_group(group.index, columns=list(shard.columns), use_threads=False)
-        except (pa.ArrowException, OSError) as e:
-            raise InputError(f"{shard.path}: row group {group.index} cannot be read: {_line(e)}") from None
-        return [table[c] for c in shard.columns]
+        then = {s.path: s.fingerprint for s in self.shards}
+        now = {path for _, path in _listed(self.sources)}
+        left_out = {message.partition(": ")[0] for message in self.left_out}
+        for path in sorted(then.keys() | (now - left_out)):
+            what = "is gone" if path not in now else "is new" if path not in then else None
+            if what:
+                raise InputError(f"{path}: {what} since this run began: {_MEND}")
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            found = pool.map(shards.fingerprint, then)
+            for path, fingerprint in zip(then, found, strict=True):
+                if fingerprint != then[path]:
+                    raise InputError(f"{path}: has changed since this run began: {_MEND}")
 
 
-def scan(sources: Sequence[Source], fields: Sequence[str]) -> Manifest:
-    """Reads the shards' footers; no text.
+_MEND = "put it back as it was, or start a run of another name"
+
+
+def scan(
+    sources: Sequence[Source], texts: Sequence[str], windows: int = 1, on_bad: Literal["error", "skip"] = "error",
+    most: int = TARGET_BYTES,
+) -> Manifest:  # fmt: skip
+    """Looks at every shard: footers of parquet, sizes of text, compressed files as a whole; no document is kept.
 
     Args:
-        fields: which of a source's columns are read: ("text",) or ("prompt", "completion").
+        texts: which of a source's fields are read: ("text",) or ("prompt", "completion").
+        windows: into how many an epoch should at least be cut: row groups of a small corpus are made small for it.
+        most: bytes of text that a row group should have at most.
 
     Raises:
-        InputError: a path without shards, a shard that is no parquet or lacks a column, no document in all.
+        InputError: a path without shards, nothing in all shards; unless on_bad is skip, the first shard that is not what
+            its name says, lacks a column, is truncated, empty, a bomb, or the copy of another.
     """
-    shards: list[Shard] = []
-    groups: list[RowGroup] = []
-    for source in sources:
-        columns = tuple(getattr(source, f) for f in fields)
-        for path in storage.files(storage.locate(source.path), ".parquet"):
-            groups += _row_groups(path, columns, len(shards))
-            shards.append(Shard(path, columns, _fingerprint(path)))
-    if not groups:
-        raise InputError(f"{', '.join(s.path for s in sources)}: expected documents, found shards without a single row")
-    return Manifest(tuple(shards), tuple(groups))
+    listed = _listed(sources)
+    left_out: list[str] = []
+    found: list[Shard] = []
+    seen: dict[str, str] = {}
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for shard in pool.map(lambda item: shards.describe(item[1], item[0], sources[item[0]]), listed):
+            twin = seen.setdefault(shard.fingerprint, shard.path)
+            if twin is shard.path or shard.fingerprint.startswith("0-"):
+                found.append(shard)
+            else:
+                what = "is named twice" if twin == shard.path else f"is a copy of {twin}"
+                _refuse(f"{shard.path}: {what}: each document should be there once", on_bad, left_out)
+        total = sum(int(s.fingerprint.partition("-")[0]) for s in found)
+        target = max(_LEAST_BYTES, min(most, TARGET_BYTES, 3 * total // max(1, 4 * windows)))
+
+        def cut(item: tuple[int, Shard]) -> list[RowGroup] | str:
+            number, shard = item
+            source = sources[shard.source]
+            columns = [getattr(source, t) for t in texts]
+            others = sorted({f.column for f in source.filters} - set(columns))
+            try:
+                return shards.cut(number, shard, source, columns, others, target)
+            except InputError as e:
+                return str(e)
+
+        groups: list[RowGroup] = []
+        for result in pool.map(cut, enumerate(found)):
+            if isinstance(result, str):
+                _refuse(result, on_bad, left_out)
+            else:
+                groups += result
+    names = [s.name for s in sources]
+    for i, name in enumerate(names):
+        if not any(found[g.shard].source == i for g in groups):
+            why = f" ({left_out[0]})" if left_out else ""
+            raise InputError(f"source {name!r}: expected documents in {sources[i].path}, found none{why}")
+    table = np.array([list(vars(g).values()) for g in groups], np.int64).reshape(-1, len(_COLUMNS))
+    return Manifest(tuple(sources), tuple(found), table, tuple(left_out))
 
 
-def _row_groups(path: str, columns: tuple[str, ...], shard: int) -> list[RowGroup]:
-    try:
-        with storage.open_read(path) as f:
-            metadata = pq.ParquetFile(f).metadata
-            schema = metadata.schema.to_arrow_schema()
-    except (pa.ArrowException, OSError) as e:
-        raise InputError(f"{path}: expected a parquet file, as its name says, found something else: {_line(e)}") from None
-    for column in columns:
-        if column not in schema.names:
-            raise InputError(f"{path}: expected a column {column!r}, found {', '.join(schema.names)}: name it in the source")
-        if not (pa.types.is_string(schema.field(column).type) or pa.types.is_large_string(schema.field(column).type)):
-            raise InputError(f"{path}: column {column!r}: expected strings, found {schema.field(column).type}")
-    at = {metadata.schema.column(j).path: j for j in range(metadata.num_columns)}
-    out = []
-    for i in range(metadata.num_row_groups):
-        group = metadata.row_group(i)
-        if group.num_rows:
-            size = sum(group.column(at[c]).total_uncompressed_size for c in columns)
-            out.append(RowGroup(shard, i, group.num_rows, size))
-    return out
+def _listed(sources: Sequence[Source]) -> list[tuple[int, str]]:
+    return [(i, p) for i, s in enumerate(sources) for p in storage.files(storage.locate(s.path), shards.suffixes(s))]
 
 
-def _fingerprint(path: str) -> str:
-    size = storage.size(path)
-    with storage.open_read(path) as f:
-        f.seek(max(0, size - _TAIL))
-        return f"{size}-{hashlib.sha256(f.read()).hexdigest()[:16]}"
-
-
-def _line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+def _refuse(message: str, on_bad: str, left_out: list[str]) -> None:
+    if on_bad == "error":
+        raise InputError(f"{message}; or leave such shards out (data.on_bad_document=skip)")
+    left_out.append(message)

@@ -1,4 +1,5 @@
-"""Best-fit-decreasing packing (arXiv 2404.10830): no document is cut that would fit into a row."""
+"""Packing documents into rows: best-fit-decreasing (arXiv 2404.10830), which cuts no document that would fit into a row,
+or end to end, which pads nothing but the last row."""
 
 from __future__ import annotations
 
@@ -53,3 +54,18 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
             rows_with[left].append(at)
             free |= 1 << left
     return row, offset, rows
+
+
+def concatenate(lengths: np.ndarray, order: np.ndarray, capacity: int) -> tuple[np.ndarray, ...]:
+    """Lays documents end to end in this order and cuts them at the rows' edges.
+
+    Returns:
+        (document, start, length, row, offset) of every piece: int64 [pieces].
+    """
+    lengths = lengths[order]
+    ends = np.cumsum(lengths)
+    begins = ends - lengths
+    cuts = np.union1d(begins, np.arange(0, int(ends[-1]) if len(ends) else 0, capacity))  # where pieces begin
+    which = np.searchsorted(ends, cuts, side="right")
+    length = np.diff(np.append(cuts, ends[-1:]))
+    return order[which], cuts - begins[which], length, cuts // capacity, cuts % capacity

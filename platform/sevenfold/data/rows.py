@@ -1,80 +1,227 @@
-"""A window made into rows: read, encode, pack, permute. Any process can make any window, at any time, again."""
+"""A window made into rows: encode, pack, permute. Any process can make any window, at any time, again."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from sevenfold.data import pack
+from sevenfold.data.documents import Skipped
+from sevenfold.data.encode import Encoded, TextEncoder
 from sevenfold.data.order import Plan, shuffled
-from sevenfold.data.tokens import Encoder
+from sevenfold.errors import InputError
 
-START, TARGET = np.uint8(1), np.uint8(2)  # marks: a document or a piece of one begins here; predict this token
+IGNORE = -100
 
 
-@dataclass
+@dataclass(slots=True)
 class Rows:
     """Packed rows, as they travel.
 
     Attributes:
         tokens: uint16 or uint32 [rows, sequence]; 0 where padded.
-        marks: uint8 [rows, sequence]; bits START and TARGET. Padding is a document of its own without targets.
+        starts: int32 [pieces], where in its row each document (or piece of one) begins, row by row; padding counts as one.
+        bounds: int64 [rows + 1], the starts of row r are starts[bounds[r] - bounds[0] : bounds[r + 1] - bounds[0]].
+        used: int32 [rows], tokens of a row before its padding.
+        targets: bool [rows, sequence], tokens to be predicted; None where it is all of a document's but its first.
     """
 
     tokens: np.ndarray
-    marks: np.ndarray
+    starts: np.ndarray
+    bounds: np.ndarray
+    used: np.ndarray
+    targets: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def __getitem__(self, at: slice) -> Rows:
-        return Rows(self.tokens[at], self.marks[at])
+    def part(self, begin: int, end: int) -> Rows:
+        """Rows begin .. end - 1, as views."""
+        bounds = self.bounds[begin : end + 1]
+        first = self.bounds[0]
+        return Rows(
+            self.tokens[begin:end], self.starts[bounds[0] - first : bounds[-1] - first], bounds, self.used[begin:end],
+            None if self.targets is None else self.targets[begin:end],
+        )  # fmt: skip
 
     @staticmethod
     def concatenate(parts: list[Rows]) -> Rows:
-        return Rows(np.concatenate([p.tokens for p in parts]), np.concatenate([p.marks for p in parts]))
+        if len(parts) == 1:
+            return parts[0]
+        bounds = np.zeros(sum(len(p.tokens) for p in parts) + 1, np.int64)
+        np.cumsum(np.concatenate([p.bounds[1:] - p.bounds[:-1] for p in parts]), out=bounds[1:])
+        targets = None
+        if any(p.targets is not None for p in parts):
+            targets = np.concatenate([np.ones(p.tokens.shape, bool) if p.targets is None else p.targets for p in parts])
+        return Rows(
+            np.concatenate([p.tokens for p in parts]), np.concatenate([p.starts for p in parts]), bounds,
+            np.concatenate([p.used for p in parts]), targets,
+        )  # fmt: skip
+
+    @staticmethod
+    def empty(rows: int, sequence_length: int, dtype: type[np.unsignedinteger] | np.dtype = np.uint16) -> Rows:
+        """Rows of padding alone."""
+        return Rows(
+            np.zeros((rows, sequence_length), dtype), np.zeros(rows, np.int32), np.arange(rows + 1), np.zeros(rows, np.int32)
+        )
+
+    def hash(self) -> int:
+        """Of everything in them, 63 bits: blake2b."""
+        made = hashlib.blake2b(self.tokens.data, digest_size=8)
+        made.update(self.starts.tobytes() + self.used.tobytes())
+        if self.targets is not None:
+            made.update(np.packbits(self.targets).tobytes())
+        return int.from_bytes(made.digest(), "little") >> 1
 
 
-def make_window(plan: Plan, encoder: Encoder, sequence_length: int, index: int) -> Rows:
-    """The rows of a window, in their order: a function of its arguments alone."""
-    columns = [plan.manifest.read(group) for group in plan.window(index)]
-    parts = [encoder(c) for c in columns]
-    if not sum(len(p.lengths) for p in parts):  # documents without text: a row of padding keeps the count of windows
-        return Rows(np.zeros((1, sequence_length), np.uint16), np.full((1, sequence_length), START))
-    tokens = np.concatenate([p.tokens for p in parts])
-    targets = np.concatenate([p.targets for p in parts])
-    lengths = np.concatenate([p.lengths for p in parts])
-    document, start, length = pack.cut(lengths, sequence_length)
-    source = (np.cumsum(lengths) - lengths)[document] + start
-    row, offset, rows = pack.best_fit(length, sequence_length)
+@dataclass
+class Pieces:
+    """Where the documents of a window went: int64 [pieces] each.
+
+    Attributes:
+        group, origin: row group (its number in the manifest) and document in it.
+        start: token of the document with which the piece begins.
+        row, offset, length: where the piece lies.
+    """
+
+    group: np.ndarray
+    origin: np.ndarray
+    start: np.ndarray
+    row: np.ndarray
+    offset: np.ndarray
+    length: np.ndarray
+
+
+@dataclass
+class Window:
+    index: int
+    rows: Rows
+    skipped: Skipped = field(default_factory=Skipped)
+    pieces: Pieces | None = None  # only where it was made
+
+
+def make_window(
+    plan: Plan,
+    encoded: Callable[[list[int]], list[Encoded]],
+    encoder: TextEncoder,
+    sequence_length: int,
+    packing: str,
+    index: int,
+) -> Window:
+    """The rows of a window, in their order: a function of its arguments alone.
+
+    Args:
+        encoded: row groups -> their documents' ids.
+
+    Raises:
+        InputError: an id beyond the vocabulary.
+    """
+    groups = plan.window(index)
+    parts = encoded(groups)
+    head, tail = int(encoder.head is not None), int(encoder.tail is not None)
+    body = np.concatenate([np.zeros(0, np.int64), *(np.diff(p.offsets) for p in parts)])  # ids a document
+    lengths = np.where(body > 0, body + head + tail, 0)  # a document that came to nothing is left out
+    skipped = sum((p.skipped for p in parts), Skipped())
+    if not lengths.any():  # a row of padding keeps the count of windows
+        return Window(index, Rows.empty(1, sequence_length, encoder.dtype), skipped)
+    for group, part in zip(groups, parts, strict=True):
+        _check_ids(plan, group, part, encoder.vocab_size)
+    if packing == "best_fit":
+        document, start, length = pack.cut(lengths, sequence_length)
+        row, offset, rows = pack.best_fit(length, sequence_length)
+    else:
+        order = shuffled(len(lengths), plan.seed, index, 1)
+        document, start, length, row, offset = pack.concatenate(lengths, order[lengths[order] > 0], sequence_length)
+        by_document = np.argsort(document, kind="stable")
+        document, start, length, row, offset = (a[by_document] for a in (document, start, length, row, offset))
+        rows = int(row.max()) + 1
     place = np.empty(rows, np.int64)
     place[shuffled(rows, plan.seed, index)] = np.arange(rows)
-    to = place[row] * sequence_length + offset
+    row = place[row]
+    to = row * sequence_length + offset
 
-    out_tokens = np.zeros(rows * sequence_length, np.uint16 if tokens.max(initial=0) < 2**16 else np.uint32)
-    out_marks = np.zeros(rows * sequence_length, np.uint8)
-    for s, n, t in zip(source.tolist(), length.tolist(), to.tolist(), strict=True):
-        out_tokens[t : t + n] = tokens[s : s + n]
-        out_marks[t : t + n] = targets[s : s + n] * TARGET
-    out_marks[to] = START  # and no target: nothing is known before it
-    ends = np.zeros(rows, np.int64)
-    np.maximum.at(ends, place[row], offset + length)
-    padded = np.flatnonzero(ends < sequence_length)
-    out_marks[padded * sequence_length + ends[padded]] = START
-    return Rows(out_tokens.reshape(rows, -1), out_marks.reshape(rows, -1))
+    tokens = np.zeros(rows * sequence_length, encoder.dtype)
+    masked = any(p.targets is not None for p in parts)
+    targets = np.zeros(len(tokens), bool) if masked else None
+    low = np.maximum(start, head)  # the piece's part of the document's own ids, counted with the head
+    count = np.minimum(start + length, head + body[document]) - low
+    into = to + low - start
+    first = 0  # document of the window that a part begins with
+    for part in parts:
+        span = slice(*np.searchsorted(document, [first, first + len(part.origin)]))
+        source = part.offsets[document[span] - first] + low[span] - head
+        _copy(part.ids, tokens, source, into[span], count[span])
+        if targets is not None:
+            _copy(
+                np.ones(len(part.ids), bool) if part.targets is None else part.targets, targets, source, into[span], count[span]
+            )
+        first += len(part.origin)
+    if head:
+        tokens[to[start == 0]] = encoder.head
+    if tail:
+        ends = start + length == lengths[document]
+        tokens[(to + length - 1)[ends]] = encoder.tail
+    used = np.bincount(row, weights=length, minlength=rows).astype(np.int32)
+    padded = np.flatnonzero(used < sequence_length)
+    flat = np.sort(np.concatenate([to, padded * sequence_length + used[padded]]))
+    made = Rows(
+        tokens.reshape(rows, -1), (flat % sequence_length).astype(np.int32),
+        np.searchsorted(flat, np.arange(rows + 1) * sequence_length), used,
+        None if targets is None else targets.reshape(rows, -1),
+    )  # fmt: skip
+    owner = np.repeat(groups, [len(p.origin) for p in parts])
+    origin = np.concatenate([p.origin for p in parts])
+    return Window(index, made, skipped, Pieces(owner[document], origin[document], start, row, offset, length))
 
 
-def positions(marks: np.ndarray) -> np.ndarray:
-    """Each token's position in its document: int64 [rows, sequence]."""
-    at = np.arange(marks.shape[1])
-    begin = np.where(marks & START, at, 0)
-    return at - np.maximum.accumulate(begin, axis=1)
+def _copy(source: np.ndarray, into: np.ndarray, begin: np.ndarray, at: np.ndarray, count: np.ndarray) -> None:
+    for s, t, n in zip(begin.tolist(), at.tolist(), count.tolist(), strict=True):
+        if n > 0:
+            into[t : t + n] = source[s : s + n]
 
 
-def labels(rows: Rows, ignore: int = -100) -> np.ndarray:
+def _check_ids(plan: Plan, group: int, part: Encoded, vocab_size: int) -> None:
+    if len(part.ids) and part.ids.max() >= vocab_size:
+        at = int(np.argmax(part.ids >= vocab_size))
+        document = int(part.origin[np.searchsorted(part.offsets, at, side="right") - 1])
+        path = plan.manifest.shards[plan.manifest.group(group).shard].path
+        raise InputError(
+            f"{path}: document {document} of row group {group}: token id {int(part.ids[at])} is beyond the vocabulary of "
+            f"{vocab_size}: the tokens were made with another tokenizer, or are damaged: make them anew (jobs/tokenize.py)"
+        )
+
+
+def cu_seqlens(rows: Rows) -> np.ndarray:
+    """Where documents begin in the rows laid end to end, and the end of all: int32 [pieces + 1]."""
+    count, length = rows.tokens.shape
+    out = np.empty(len(rows.starts) + 1, np.int32)
+    np.add(rows.starts, np.repeat(np.arange(0, count * length, length), rows.bounds[1:] - rows.bounds[:-1]), out=out[:-1])
+    out[-1] = count * length
+    return out
+
+
+def positions(rows: Rows, edges: np.ndarray | None = None) -> np.ndarray:
+    """Each token's position in its document: int64 [rows, sequence]. edges: cu_seqlens, where they are at hand."""
+    edges = cu_seqlens(rows) if edges is None else edges
+    out = np.arange(edges[-1], dtype=np.int64)
+    out -= np.repeat(edges[:-1], edges[1:] - edges[:-1])
+    return out.reshape(rows.tokens.shape)
+
+
+def labels(rows: Rows, edges: np.ndarray | None = None, ignore: int = IGNORE) -> np.ndarray:
     """For each token the next one, where that is a target; else `ignore`: int64 [rows, sequence]."""
-    out = np.full(rows.tokens.shape, ignore, np.int64)
-    wanted = (rows.marks[:, 1:] & (START | TARGET)) == TARGET
-    out[:, :-1][wanted] = rows.tokens[:, 1:][wanted]
+    edges = cu_seqlens(rows) if edges is None else edges
+    sequence_length = rows.tokens.shape[1]
+    flat = np.empty(rows.tokens.size, np.int64)
+    flat[:-1] = rows.tokens.reshape(-1)[1:]
+    if rows.targets is not None:
+        flat[:-1][~rows.targets.reshape(-1)[1:]] = ignore
+    flat[edges[1:] - 1] = ignore  # nothing is known before a document's first token
+    out = flat.reshape(rows.tokens.shape)
+    if rows.used.min(initial=sequence_length) < sequence_length:
+        for r in np.flatnonzero(rows.used < sequence_length).tolist():
+            out[r, rows.used[r] :] = ignore
     return out

@@ -1,21 +1,20 @@
-"""Text to tokens: the tokenizer, and the two encoders (plain documents; prompt and completion)."""
+"""The tokenizer: trained on a sample of the sources, or loaded."""
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from sevenfold import storage
+from sevenfold.data.documents import Selection, texts
+from sevenfold.data.encode import TextEncoder
 from sevenfold.data.manifest import Manifest
 from sevenfold.data.order import shuffled
 from sevenfold.errors import InputError
@@ -28,40 +27,40 @@ _BYTE = re.compile(r"^<0x[0-9A-F]{2}>$")
 BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
 
 
-@dataclass
-class Documents:
-    """Encoded documents end to end.
-
-    Attributes:
-        tokens: int64 [total].
-        targets: bool [total], whether a token is to be predicted.
-        lengths: int64 [documents].
-    """
-
-    tokens: np.ndarray
-    targets: np.ndarray
-    lengths: np.ndarray
+def sample(manifest: Manifest, selection: Selection, source: int, megabytes: float, seed: int) -> Iterator[list[str]]:
+    """Texts of row groups of a source, drawn by seed, of about this much text."""
+    left, span = megabytes * 1e6, manifest.spans[source]
+    for i in shuffled(len(span), seed, 0x746F6B):
+        if left <= 0:
+            return
+        for column in texts(selection.read(manifest, span[int(i)])):
+            left -= sum(map(len, column))
+            yield column
 
 
-class Encoder(Protocol):
-    fields: tuple[str, ...]
+def per_byte(manifest: Manifest, selection: Selection, encoder: TextEncoder, source: int, megabytes: float, seed: int) -> float:
+    """Tokens that a byte of a source's row groups comes to, on a sample of them: filters and the split count as well."""
+    tokens = size = 0
+    span = manifest.spans[source]
+    for i in shuffled(len(span), seed, 0x746F6B):
+        if size > megabytes * 1e6:
+            break
+        (made,) = encoder.encode([selection.read(manifest, span[int(i)])])
+        tokens += len(made.ids) + len(made.origin) * sum(t is not None for t in (encoder.head, encoder.tail))
+        size += manifest.group(span[int(i)]).bytes
+    return max(tokens, 1) / size
 
-    def __call__(self, columns: list[pa.ChunkedArray]) -> Documents: ...
 
-
-def train_tokenizer(manifest: Manifest, vocab_size: int, megabytes: float, seed: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on a sample of row groups of about this much text."""
+def train_tokenizer(
+    manifest: Manifest, selection: Selection, vocab_size: int, megabytes: float, seed: int
+) -> PreTrainedTokenizerFast:
+    """A byte-level BPE trained on a sample of the sources' row groups, of each in proportion to its size."""
     from transformers import PreTrainedTokenizerFast
 
-    def texts() -> Iterator[list[str]]:
-        left = megabytes * 1e6
-        for i in shuffled(len(manifest.groups), seed, 0x746F6B):
-            if left <= 0:
-                return
-            for column in manifest.read(manifest.groups[i]):
-                batch = column.to_pylist()
-                left -= sum(len(t) for t in batch if t)
-                yield [t for t in batch if t]
+    def drawn() -> Iterator[list[str]]:
+        for number, span in enumerate(manifest.spans):
+            part = int(manifest.table[span.start : span.stop, 5].sum()) / manifest.bytes
+            yield from sample(manifest, selection, number, megabytes * part, seed)
 
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -72,7 +71,7 @@ def train_tokenizer(manifest: Manifest, vocab_size: int, megabytes: float, seed:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts(), trainer)
+    bpe.train_from_iterator(drawn(), trainer)
     bpe.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, bpe.token_to_id(BOS))]
     )
@@ -103,82 +102,6 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         raise InputError(f"{folder}: expected a fast tokenizer (tokenizer.json), found {type(tokenizer).__name__}")
     tokenizer.padding_side = "left"
     return tokenizer
-
-
-class TextEncoder:
-    """Plain documents: BOS text EOS, every token but the first a target.
-
-    The spelling of a special token in the text stays text. Raises InputError where the tokenizer has no EOS token.
-    """
-
-    fields: tuple[str, ...] = ("text",)
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int):
-        self._room = sequence_length
-        if tokenizer.eos_token_id is None:
-            raise InputError("the tokenizer has no end-of-text token (eos_token): documents could not be told apart")
-        self._json = tokenizer.backend_tokenizer.to_str()
-        self._head = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        self._eos = int(tokenizer.eos_token_id)
-
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        encodings = _backend(self._json).encode_batch_fast(texts, add_special_tokens=False)
-        return [e.ids for e in encodings]
-
-    def __call__(self, columns: list[pa.ChunkedArray]) -> Documents:
-        texts = [t for t in columns[0].to_pylist() if t]
-        rows = [[*self._head, *ids, self._eos] for ids in self.ids(texts)]
-        lengths = np.array([len(r) for r in rows], np.int64)
-        tokens = np.fromiter((t for r in rows for t in r), np.int64, int(lengths.sum()))
-        return Documents(tokens, np.ones(len(tokens), bool), lengths)
-
-
-class CompletionEncoder(TextEncoder):
-    """BOS prompt completion EOS, the completion and EOS alone targets. A prompt that leaves no room loses its middle,
-    so that what it asks (its end) and the whole completion stay; a completion longer than a row is cut."""
-
-    fields = ("prompt", "completion")
-
-    def prompt(self, text: str, room: int) -> list[int]:
-        """Ids of BOS and the prompt in at most `room` tokens."""
-        return self._shorten(self.ids([text])[0], room)
-
-    def _shorten(self, ids: list[int], room: int) -> list[int]:
-        ids = [*self._head, *ids]
-        if len(ids) <= room:
-            return ids
-        tail = room // 2
-        return ids[: room - tail] + (ids[-tail:] if tail else [])
-
-    def __call__(self, columns: list[pa.ChunkedArray]) -> Documents:
-        pairs = [(p, c) for p, c in zip(columns[0].to_pylist(), columns[1].to_pylist(), strict=True) if p and c]
-        prompts, completions = self.ids([p for p, _ in pairs]), self.ids([c for _, c in pairs])
-        rows, masks = [], []
-        for asked, answer in zip(prompts, completions, strict=True):
-            learnt = [*answer, self._eos][: self._room - 1]
-            given = self._shorten(asked, self._room - len(learnt))
-            rows.append(given + learnt)
-            masks.append([False] * len(given) + [True] * len(learnt))
-        lengths = np.array([len(r) for r in rows], np.int64)
-        total = int(lengths.sum())
-        return Documents(
-            np.fromiter((t for r in rows for t in r), np.int64, total),
-            np.fromiter((m for r in masks for m in r), bool, total),
-            lengths,
-        )
-
-
-ENCODERS: dict[str, type[TextEncoder]] = {"causal": TextEncoder, "sft": CompletionEncoder}  # by objective
-
-
-@functools.lru_cache(maxsize=4)
-def _backend(serialized: str) -> tokenizers.Tokenizer:
-    """One a process: parsing a vocabulary of 128k takes half a second."""
-    backend = tokenizers.Tokenizer.from_str(serialized)
-    backend.encode_special_tokens = True
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

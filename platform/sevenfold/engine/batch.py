@@ -7,19 +7,30 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sevenfold.data.rows import START, Rows, labels, positions
+from sevenfold.data.rows import IGNORE, Rows, cu_seqlens, labels, positions
 
-IGNORE = -100
+__all__ = ["IGNORE", "Batch", "micro_batches", "to_batch"]
 
 
 @dataclass
 class Batch:
-    """A micro-batch; all int64 [rows, sequence]. `labels` are the next tokens, IGNORE where none is asked for;
-    `position_ids` begin anew at each document, which is what keeps packed documents apart."""
+    """A micro-batch; int64 [rows, sequence]. `labels` are the next tokens, IGNORE where none is asked for;
+    `position_ids` begin anew at each document, which is what keeps packed documents apart. `cu_seqlens`: int32
+    [documents + 1], where documents begin in the rows laid end to end, and the end of all (what varlen kernels take)."""
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
+    cu_seqlens: torch.Tensor
+
+
+def to_batch(rows: Rows, device: torch.device) -> Batch:
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    edges = cu_seqlens(rows)
+    tokens = rows.tokens.astype(np.int64)
+    return Batch(tensor(tokens), tensor(positions(rows, edges)), tensor(labels(rows, edges)), tensor(edges))
 
 
 def micro_batches(rows: Rows, micro_batch: int, count: int, device: torch.device) -> list[Batch]:
@@ -29,12 +40,5 @@ def micro_batches(rows: Rows, micro_batch: int, count: int, device: torch.device
     if missing < 0:
         raise ValueError(f"{len(rows)} rows do not fit into {count} micro-batches of {micro_batch}")
     if missing:
-        marks = np.zeros((missing, rows.marks.shape[1]), np.uint8)
-        marks[:, 0] = START
-        rows = Rows.concatenate([rows, Rows(np.zeros(marks.shape, rows.tokens.dtype), marks)])
-
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array.astype(np.int64)).to(device, non_blocking=True)
-
-    parts = [rows[slice(i * micro_batch, (i + 1) * micro_batch)] for i in range(count)]
-    return [Batch(tensor(p.tokens), tensor(positions(p.marks)), tensor(labels(p, IGNORE))) for p in parts]
+        rows = Rows.concatenate([rows, Rows.empty(missing, rows.tokens.shape[1], rows.tokens.dtype)])
+    return [to_batch(rows.part(i * micro_batch, (i + 1) * micro_batch), device) for i in range(count)]

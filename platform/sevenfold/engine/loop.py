@@ -15,7 +15,7 @@ from sevenfold.data.rows import Rows
 from sevenfold.engine.batch import micro_batches
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.optim import learning_rate
-from sevenfold.engine.step import train_step
+from sevenfold.engine.step import NoTargets, train_step
 from sevenfold.errors import RunError
 from sevenfold.recipe import Recipe
 
@@ -36,7 +36,7 @@ def fit(
     recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, rows: Iterator[Rows], rows_per_rank: int,
     device: torch.device, meter: Meter, hooks: Hooks, start: int = 0,
 ) -> None:  # fmt: skip
-    """Runs steps start .. recipe.steps - 1.
+    """Runs steps start .. recipe.steps - 1, or fewer where the rows of all ranks end before (rows of padding alone).
 
     Args:
         rows_per_rank: the most rows that any rank gets in a step: decides the number of micro-batches of all.
@@ -50,12 +50,18 @@ def fit(
     model.train()
     for step in range(start, steps):
         begin = time.perf_counter()
-        batches = micro_batches(next(rows), train.micro_batch, count, device)
+        drawn = next(rows)
+        batches = micro_batches(drawn, train.micro_batch, count, device)
         waited = time.perf_counter() - begin
         # dropout is a function of (seed, step, rank): there is no generator state to save
         torch.manual_seed(((recipe.seed << 31) + (step << 16) + dist.get_rank()) % 2**63)
         rate = learning_rate(step, steps, recipe.optimizer.learning_rate, recipe.schedule)
-        done = train_step(model, batches, optimizer, rate, train.max_grad_norm)
+        try:
+            done = train_step(model, batches, optimizer, rate, train.max_grad_norm)
+        except NoTargets:
+            if _any_tokens(drawn, device):
+                raise
+            return _finish(step, hooks)
         meter.add(recipe.tokens_per_step, waited)
         skipped = 0 if done.applied else skipped + 1
         if skipped >= MAX_SKIPPED:
@@ -76,6 +82,19 @@ def fit(
             meter.reset()
     if start >= steps:  # ended between the last save and the last report
         hooks.report(steps, hooks.validate(steps))
+
+
+def _any_tokens(rows: Rows, device: torch.device) -> bool:
+    total = torch.tensor(int(rows.used.sum()), device=device)
+    dist.all_reduce(total)
+    return bool(total)
+
+
+def _finish(at: int, hooks: Hooks) -> None:
+    """The data ended: what happens after the last step."""
+    metrics = hooks.validate(at)
+    hooks.save(at)
+    hooks.report(at, metrics)
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -14,6 +14,10 @@ from sevenfold.engine.batch import IGNORE, Batch
 from sevenfold.errors import RunError
 
 
+class NoTargets(RunError):
+    """A step without a single target token, on any rank."""
+
+
 @dataclass
 class Step:
     """Of all ranks together: loss in nats a target token, number of target tokens, norm of the gradient before
@@ -36,14 +40,14 @@ def train_step(
     model: nn.Module, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float
 ) -> Step:
     """The loss is the mean over the target tokens of all micro-batches of all ranks: how they are dealt out does
-    not show in it. Raises RunError where there is no target token at all."""
+    not show in it. Raises NoTargets where there is no target token at all."""
     world = dist.get_world_size()
     device = batches[0].labels.device
     targets = torch.stack([(b.labels != IGNORE).sum() for b in batches]).sum()
     dist.all_reduce(targets)
     count = int(targets)
     if not count:
-        raise RunError("a step without a single target token: the documents are empty, or every one of them is masked")
+        raise NoTargets("a step without a single target token: the documents are empty, or every one of them is masked")
 
     total = torch.zeros((), device=device)
     for i, batch in enumerate(batches):

@@ -14,23 +14,36 @@ def describe(recipe: Recipe) -> str:
     if root := prepare.corpus_to_make(recipe):
         data = [f"corpus: {root} is not there yet; the run makes it first"]
     else:
-        found = prepare.inputs(recipe)
-        plan = Plan(found.train, recipe.seed, recipe.lanes)
-        windows, groups = plan.windows_per_epoch, plan.groups_per_window
-        held_out = f"; held out {found.validation.documents:,}" if found.validation else ""
-        data = [
-            f"documents: {found.train.documents:,} in {len(found.train.shards)} shards, "
-            f"{found.train.bytes / 1e6:,.1f} MB of text{held_out}",
-            f"chunks: {windows} windows an epoch (row groups a window: {groups}), {plan.lanes} lanes",
-        ]
+        data = _data(recipe)
     rows = most_rows(recipe.train.global_batch, recipe.cluster.num_workers, recipe.lanes)
     figures = [
         f"parameters: {count:,}",
         f"tokens a step: {recipe.tokens_per_step:,} ({recipe.train.global_batch} rows of {recipe.data.sequence_length})",
-        f"steps: {recipe.steps:,}, {recipe.steps * recipe.tokens_per_step:,} tokens in all",
+        f"steps: {recipe.steps:,}, {recipe.steps * recipe.tokens_per_step:,} tokens in all"
+        if recipe.steps
+        else f"steps: as many as {recipe.data.epochs} epochs last",
         f"each worker: at most {rows} rows a step in {-(-rows // recipe.train.micro_batch)} micro-batches",
         *data,
         "needs: " + ", ".join(f"{v:g} {k}" for k, v in prepare.needs(recipe).items() if v),
         f"run folder: {storage.join(storage.place(recipe.storage), recipe.name)}",
     ]
     return recipe.to_yaml() + "".join(f"# {line}\n" for line in figures)
+
+
+def _data(recipe: Recipe) -> list[str]:
+    """What the sources hold and how they will be read. Tokens are a guess of one to 4 bytes: there is no tokenizer yet."""
+    found = prepare.inputs(recipe)
+    plan = Plan.of(found.train, recipe.data, recipe.seed, recipe.lanes)
+    documents, held = found.train.documents, found.validation
+    aside = f"; held out {recipe.data.held_out:.2%}" if recipe.data.held_out else ""
+    aside = f"; held out {held.bytes / 1e6:,.1f} MB" if held else aside
+    out = [
+        f"documents: {f'{documents:,}' if documents else 'uncounted'} in {len(found.train.shards)} shards, "
+        f"{found.train.bytes / 1e6:,.1f} MB of text"
+        + aside,
+        f"chunks: {plan.windows_per_epoch} windows an epoch ({plan.groups_per_window} row groups a window), {plan.lanes} lanes",
+    ]  # fmt: skip
+    for (begin, weights), segment in zip(plan.stages, plan.segments, strict=True):
+        share = ", ".join(f"{s.name} {w / sum(weights):.1%}" for s, w in zip(recipe.data.sources, weights, strict=True))
+        out.append(f"mixture from token {begin:,} (window {segment.first // plan.groups_per_window}): {share}")
+    return out

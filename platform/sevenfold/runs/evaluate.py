@@ -12,11 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sevenfold import storage
-from sevenfold.data.order import Plan
-from sevenfold.data.rows import Rows, labels
+from sevenfold.data.encode import CompletionEncoder
+from sevenfold.data.rows import IGNORE, Rows, labels
 from sevenfold.data.stream import Stream
-from sevenfold.data.tokens import CompletionEncoder, load_tokenizer, token_bytes
-from sevenfold.engine.batch import IGNORE, micro_batches
+from sevenfold.data.tokens import load_tokenizer, token_bytes
+from sevenfold.engine.batch import to_batch
 from sevenfold.engine.step import token_losses
 from sevenfold.errors import InputError
 from sevenfold.evaluate import metrics
@@ -45,17 +45,17 @@ def run(path: str, verbose: bool = False, workers: int | None = None) -> RunFold
     if not folder.finished():
         raise InputError(f"{folder.root}: expected a finished run, found one under way: resubmit its job first")
     recipe = loads(storage.read_text(folder.recipe), folder.recipe)
-    found = prepare.inputs(recipe)
-    if found.validation is None:
-        raise InputError(f"{folder.root}: its recipe names no data.validation: there is nothing to measure it on")
+    train, held = prepare.reopen(folder, recipe)
+    if held is None:
+        raise InputError(f"{folder.root}: its recipe has no data.validation or data.held_out: nothing to measure it on")
     if not ray.is_initialized():
         cluster.connect(verbose)
     workers = workers or max(1, min(2, int(ray.cluster_resources().get("CPU", 0)) - 1))  # a CPU is left to the reading
     cluster.require({"CPU": workers + 1}, f"evaluating {folder.name}", recipe.cluster.wait_seconds)
-    _, held = prepare.streams(recipe, found, folder.tokenizer)
-    assert held is not None
-    measure = _perplexity if recipe.objective == "causal" else _completions
-    measured, predictions = measure(folder, recipe, found, held, workers)
+    if recipe.objective == "causal":
+        measured, predictions = _perplexity(folder, recipe, train, held, workers)
+    else:
+        measured, predictions = _completions(folder, recipe, held, workers)
     storage.write(folder.metrics, json.dumps(measured, indent=1))
     storage.write(folder.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
     show(folder, measured, predictions)
@@ -63,21 +63,20 @@ def run(path: str, verbose: bool = False, workers: int | None = None) -> RunFold
 
 
 def _perplexity(
-    folder: RunFolder, recipe: Recipe, found: prepare.Inputs, held: Stream, workers: int
+    folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, workers: int
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """Bits per byte of every held-out document, in rows as in training, beside a unigram and xz on the same text."""
-    assert found.validation is not None
     rows = held.epoch()
     size = token_bytes(load_tokenizer(folder.tokenizer))
-    wanted = labels(rows, IGNORE)
+    wanted = labels(rows)
     asked = wanted[wanted != IGNORE]
-    scored = _mapped(pa.table({"tokens": list(rows.tokens), "marks": list(rows.marks)}), _Scorer, {"folder": folder}, workers)
+    starts = np.split(rows.starts, rows.bounds[1:-1])
+    packed = pa.table({"tokens": list(rows.tokens), "starts": starts, "used": rows.used})
+    scored = _mapped(packed, _Scorer, {"folder": folder}, workers)
     nats = sum(r["nats"] for r in scored)
-    train_plan = Plan(found.train, recipe.seed, recipe.lanes)
-    seen = Stream(train_plan, held.encoder, held.sequence_length, "inline")
-    counted = [labels(seen.window(i), IGNORE) for i in range(min(UNIGRAM_WINDOWS, train_plan.windows_per_epoch))]
+    counted = [labels(train.window(i).rows) for i in range(min(UNIGRAM_WINDOWS, train.plan.windows_per_epoch))]
     frequent = np.concatenate([c[c != IGNORE] for c in counted])
-    texts = [t for g in found.validation.groups for t in found.validation.read(g)[0].to_pylist() if t]
+    texts = [text for (column,) in held.documents() for text in column]
     text_bytes = int(size[asked].sum())
     measured = {
         "bits_per_byte": metrics.bits_per_byte(nats, text_bytes), "perplexity": float(np.exp(nats / len(asked))),
@@ -97,12 +96,9 @@ def _perplexity(
     return measured, [{"prompt": r["prompt"], "completion": r["completion"]} for r in made]
 
 
-def _completions(
-    folder: RunFolder, recipe: Recipe, found: prepare.Inputs, held: Stream, workers: int
-) -> tuple[dict[str, Any], list[dict[str, str]]]:
+def _completions(folder: RunFolder, recipe: Recipe, held: Stream, workers: int) -> tuple[dict[str, Any], list[dict[str, str]]]:
     """ROUGE of greedy completions of every held-out prompt, beside the prompt's own first sentence."""
-    assert found.validation is not None
-    pairs = first_pairs(held, found.validation.documents)
+    pairs = first_pairs(held)
     new = recipe.validation.max_new_tokens
     made = _mapped(
         pa.table({"prompt": [p for p, _ in pairs], "reference": [r for _, r in pairs]}), _Completer,
@@ -141,8 +137,9 @@ class _Scorer:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        rows = Rows(np.stack(list(batch["tokens"])), np.stack(list(batch["marks"])))
-        (made,) = micro_batches(rows, len(rows), 1, self.model.device)
+        bounds = np.cumsum([0, *map(len, batch["starts"])])
+        rows = Rows(np.stack(list(batch["tokens"])), np.concatenate(list(batch["starts"])), bounds, batch["used"])
+        made = to_batch(rows, self.model.device)
         return {"nats": token_losses(self.model, made).double().sum(1).cpu().numpy()}
 
 

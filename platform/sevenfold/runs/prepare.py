@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
 
 from sevenfold import storage
 from sevenfold.data import corpus, tokens
+from sevenfold.data.cache import TokenCache
+from sevenfold.data.documents import Selection
+from sevenfold.data.encode import ENCODERS, TextEncoder, admit
 from sevenfold.data.manifest import Manifest, scan
-from sevenfold.data.order import Plan
+from sevenfold.data.order import WINDOWS_PER_LANE, Plan
 from sevenfold.data.stream import TASK_CPUS, Stream
 from sevenfold.errors import InputError
 from sevenfold.model import build
@@ -20,6 +24,8 @@ from sevenfold.report.console import say
 from sevenfold.runs import cluster
 from sevenfold.runs.worker import Job
 from sevenfold.storage import RunFolder
+
+SAMPLE_MB = 1.0  # of text of each source, on which encoders are compared and tokens a byte are measured
 
 
 @dataclass(frozen=True)
@@ -38,9 +44,9 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
         RunError: others hold the cluster's resources.
     """
     here, _ = check(recipe)
-    found = None if corpus_to_make(recipe) else inputs(recipe)
     if storage.exists(folder.recipe):
         claim(folder, recipe)
+    found = None if corpus_to_make(recipe) else kept(folder) or inputs(recipe)
     if folder.finished():
         say(f"{folder.root}: finished before; nothing to do")
         return None
@@ -51,10 +57,13 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
         corpus.build_python(root)
     found = found or inputs(recipe)
     claim(folder, recipe)
-    _keep_manifest(folder, found)
-    if not storage.exists(storage.join(folder.tokenizer, tokens.LAST_WRITTEN)):
-        cluster.fetch(_settle_tokenizer.remote(here, found.train, folder.tokenizer))
+    found = settle(here, found, folder.tokenizer)
+    if not storage.exists(folder.manifest):
+        storage.write(folder.manifest, json.dumps({k: m.to_json() for k, m in vars(found).items() if m}))
     train, held = streams(here, found, folder.tokenizer)
+    if not here.steps:
+        here = here.override({"train.steps": train.plan.estimated_steps(here.tokens_per_step)})
+        say(f"{recipe.data.epochs} epochs: about {here.steps:,} steps")
     return Job(here, recipe.hash(), folder.root, folder.tokenizer, train, held, verbose=verbose)
 
 
@@ -72,7 +81,7 @@ def check(recipe: Recipe) -> tuple[Recipe, int]:
     size = here.tokenizer.vocab_size
     if size is None:
         tokenizer = tokens.load_tokenizer(here.tokenizer.path or str(here.model.path))
-        tokens.ENCODERS[here.objective](tokenizer, here.data.sequence_length)
+        ENCODERS[here.objective](tokenizer, here.data.sequence_length)
         size = len(tokenizer)
     return here, build.check(here, size)
 
@@ -84,19 +93,80 @@ def corpus_to_make(recipe: Recipe) -> str | None:
 
 
 def inputs(recipe: Recipe) -> Inputs:
-    """Raises InputError where sources are not there or not what they should be."""
-    fields = tokens.ENCODERS[recipe.objective].fields
-    validation = scan(recipe.data.validation, fields) if recipe.data.validation else None
-    return Inputs(scan(recipe.data.sources, fields), validation)
+    """Looks at the sources. Raises InputError where they are not there or not what they should be."""
+    data, fields = recipe.data, ENCODERS[recipe.objective].fields
+    validation = scan(data.validation, fields, on_bad=data.on_bad_document) if data.validation else None
+    windows = recipe.lanes * WINDOWS_PER_LANE
+    begins = [0, *(stage.at_tokens for stage in data.curriculum)]
+    shortest = min((b - a for a, b in itertools.pairwise(begins)), default=2**62)
+    found = Inputs(scan(data.sources, fields, windows, data.on_bad_document, 2 * shortest // windows), validation)
+    Plan.of(found.train, data, recipe.seed, recipe.lanes).segments  # noqa: B018 (a curriculum that cannot be kept raises)
+    left_out = [*found.train.left_out, *(validation.left_out if validation else ())]
+    if left_out:
+        say(f"left out {len(left_out)} shards, the first: {left_out[0]}")
+    return found
+
+
+def kept(folder: RunFolder) -> Inputs | None:
+    """What the run in a folder began with; None where it has not begun. Raises InputError where a source has changed."""
+    if not storage.exists(folder.manifest):
+        return None
+    found = _kept(folder)
+    for manifest in (found.train, found.validation):
+        if manifest:
+            manifest.check_unchanged()
+    return found
+
+
+def _kept(folder: RunFolder) -> Inputs:
+    tree = storage.read_json(folder.manifest)
+    validation = tree.get("validation")
+    return Inputs(Manifest.from_json(tree["train"]), Manifest.from_json(validation) if validation else None)
+
+
+def reopen(folder: RunFolder, recipe: Recipe) -> tuple[Stream, Stream | None]:
+    """The streams of a run that has begun, made in this process: what it read can be read again."""
+    if not storage.exists(folder.manifest):
+        raise InputError(f"{folder.root}: expected a run that has begun to train, found no {folder.manifest}")
+    recipe = recipe.override({"data.executor": "inline", "data.cache": None})
+    return streams(recipe, _kept(folder), folder.tokenizer)
+
+
+def settle(recipe: Recipe, found: Inputs, tokenizer: str) -> Inputs:
+    """Makes or copies the tokenizer, chooses the encoder and measures tokens a byte; a task of the cluster does it.
+
+    Returns:
+        The inputs, measured.
+    """
+    if not (storage.exists(_encoder_file(tokenizer)) and found.train.tokens_per_byte):
+        made = cluster.fetch(_settle.remote(recipe, found.train, tokenizer))
+        say(made["why"])
+        storage.write(_encoder_file(tokenizer), json.dumps(made, indent=1))
+        found = Inputs(found.train.measured(made["tokens_per_byte"]), found.validation)
+    return found
 
 
 def streams(recipe: Recipe, found: Inputs, tokenizer: str) -> tuple[Stream, Stream | None]:
     """The training stream, and the held-out one: always inline and in one lane, so that it is the same for all."""
-    length = recipe.data.sequence_length
-    encoder = tokens.ENCODERS[recipe.objective](tokens.load_tokenizer(tokenizer), length)
-    train = Stream(Plan(found.train, recipe.seed, recipe.lanes), encoder, length, recipe.data.executor)
-    held = Stream(Plan(found.validation, 0, 1), encoder, length, "inline") if found.validation else None
+    data = recipe.data
+    encoder = encoder_of(recipe, tokenizer)
+    plan = Plan.of(found.train, data, recipe.seed, recipe.lanes)
+    chosen = Selection.of(data, encoder.fields)
+    cache = TokenCache.open(storage.locate(data.cache), found.train, chosen, encoder) if data.cache else None
+    train = Stream(plan, chosen, encoder, data.sequence_length, data.executor, data.packing, tuple(data.skip), cache)
+    held = None
+    if found.validation:
+        held = Stream(Plan(found.validation, 0, 1), replace(chosen, held_out=0), encoder, data.sequence_length, "inline")
+    elif data.held_out:
+        aside = Selection.of(data, encoder.fields, "held_out")
+        held = Stream(Plan(found.train, 0, 1), aside, encoder, data.sequence_length, "inline")
     return train, held
+
+
+def encoder_of(recipe: Recipe, tokenizer: str) -> TextEncoder:
+    """Of a tokenizer's folder that was settled."""
+    backend = storage.read_json(_encoder_file(tokenizer))["backend"]
+    return ENCODERS[recipe.objective](tokens.load_tokenizer(tokenizer), recipe.data.sequence_length, backend)
 
 
 def needs(recipe: Recipe) -> dict[str, float]:
@@ -119,7 +189,8 @@ def claim(folder: RunFolder, recipe: Recipe) -> None:
                 f"{folder.root}: a run of this name exists with another recipe ({_difference(there, recipe)}): "
                 "resume it with its own, or give this one a new name (name=...)"
             )
-        return
+        if there == recipe:
+            return
     storage.write(folder.recipe, recipe.to_yaml())
 
 
@@ -133,19 +204,25 @@ def _difference(there: Recipe, here: Recipe) -> str:
     return ", ".join(f"{k}: {a.get(k)} there, {b.get(k)} here" for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k))
 
 
-def _keep_manifest(folder: RunFolder, found: Inputs) -> None:
-    """Stores what a run reads from at its first start; raises InputError where a later one finds it changed."""
-    now = {"train": found.train, "validation": found.validation}
-    if not storage.exists(folder.manifest):
-        storage.write(folder.manifest, json.dumps({k: m.to_json() for k, m in now.items() if m}))
-    for key, then in storage.read_json(folder.manifest).items():
-        Manifest.from_json(then).check_unchanged(now[key] or Manifest((), ()))
+def _encoder_file(tokenizer: str) -> str:
+    return storage.join(tokenizer, "encoder.json")
 
 
 @ray.remote(num_cpus=1)
-def _settle_tokenizer(recipe: Recipe, manifest: Manifest, to: str) -> None:
-    if recipe.tokenizer.vocab_size:
-        made: Any = tokens.train_tokenizer(manifest, recipe.tokenizer.vocab_size, recipe.tokenizer.train_mb, recipe.seed)
-    else:
-        made = tokens.load_tokenizer(recipe.tokenizer.path or str(recipe.model.path))
-    tokens.save_tokenizer(made, to)
+def _settle(recipe: Recipe, manifest: Manifest, to: str) -> dict[str, Any]:
+    chosen = Selection.of(recipe.data, ENCODERS[recipe.objective].fields)
+    wanted = recipe.tokenizer
+    if not storage.exists(storage.join(to, tokens.LAST_WRITTEN)):
+        if wanted.vocab_size:
+            made: Any = tokens.train_tokenizer(manifest, chosen, wanted.vocab_size, wanted.train_mb, recipe.seed)
+        else:
+            made = tokens.load_tokenizer(wanted.path or str(recipe.model.path))
+        tokens.save_tokenizer(made, to)
+    tokenizer = tokens.load_tokenizer(to)
+    sample = [
+        t for s in range(len(manifest.sources)) for c in tokens.sample(manifest, chosen, s, SAMPLE_MB, recipe.seed) for t in c
+    ]
+    backend, why = admit(tokenizer, sample)
+    encoder = ENCODERS[recipe.objective](tokenizer, recipe.data.sequence_length, backend)
+    density = [tokens.per_byte(manifest, chosen, encoder, s, SAMPLE_MB, recipe.seed) for s in range(len(manifest.sources))]
+    return {"backend": backend, "why": why, "identity": encoder.identity(), "tokens_per_byte": density}

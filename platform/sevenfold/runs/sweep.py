@@ -55,7 +55,7 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     if job is None:
         report.show(folder)
         return folder
-    say(f"{recipe.name}: {search.trials} trials of {recipe.steps} steps, {_concurrency(search, each)} at a time")
+    say(f"{recipe.name}: {search.trials} trials of {job.recipe.steps} steps, {_concurrency(search, each)} at a time")
     trainable = tune.with_resources(
         tune.with_parameters(_trial, job=job, address=ray.get_runtime_context().gcs_address), {"CPU": DRIVER_CPUS}
     )
@@ -96,7 +96,7 @@ def checked(recipe: Recipe) -> Search:
 def metrics_of(recipe: Recipe) -> list[str]:
     """What a run of this recipe reports at each validation."""
     out = ["train/loss"]
-    if recipe.data.validation:
+    if recipe.data.validation or recipe.data.held_out:
         out += ["validation/loss", "validation/bits_per_byte"]
         if recipe.objective == "sft" and recipe.validation.generate:
             out += ["validation/rouge1", "validation/rouge2", "validation/rougeL"]
@@ -141,7 +141,8 @@ def _trial(config: dict[str, Any], job: Job, address: str) -> None:
     )
     folder = RunFolder(storage.join(job.folder, "trials", str(trial_id)))
     prepare.claim(folder, recipe)
-    found = prepare.Inputs(job.train.plan.manifest, job.validation.plan.manifest if job.validation else None)
+    validation = job.validation.plan.manifest if job.validation and not recipe.data.held_out else None
+    found = prepare.Inputs(job.train.plan.manifest, validation)
     stream, held = prepare.streams(recipe, found, job.tokenizer)
     mine = replace(job, recipe=recipe, identity=recipe.hash(), folder=folder.root, train=stream, validation=held)
     train.launch(mine, [TuneReportCallback()])

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import ray.train
 import ray.train.torch
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 import sevenfold
-from sevenfold.data.order import LanePosition, most_rows
-from sevenfold.data.stream import LaneReader, Stream
-from sevenfold.data.tokens import CompletionEncoder, load_tokenizer, token_bytes
+from sevenfold.data.encode import CompletionEncoder
+from sevenfold.data.ledger import Ledger
+from sevenfold.data.order import most_rows
+from sevenfold.data.rows import Rows
+from sevenfold.data.stream import Draw, LaneReader, ReaderState, Stream
+from sevenfold.data.tokens import load_tokenizer, token_bytes
 from sevenfold.engine import checkpoint as ckpt
 from sevenfold.engine import loop, optim
 from sevenfold.engine.batch import Batch, micro_batches
@@ -64,6 +67,7 @@ class Worker:
         torch.set_flush_denormal(True)  # fresh models are full of denormals, which some CPUs crawl through
         self.tokenizer = load_tokenizer(job.tokenizer)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
+        self.ledger = Ledger(self.folder.ledger)
         self.saved: str | None = None
         self.reported: dict[str, Any] = {}
         self.writer: SummaryWriter | None = None
@@ -78,10 +82,11 @@ class Worker:
         self.model = parallel.shard(model, self.device, build.DTYPES[recipe.train.dtype])
         self.optimizer = optim.build(self.model, recipe.optimizer)
         self.held_out = self._held_out()
-        start, positions = self._resume()
+        start, self.before = self._resume()
         if self.rank == 0:  # what a killed start wrote after its last save is drawn no more
             self.writer = SummaryWriter(self.folder.tensorboard, purge_step=start + 1 if start else None)
-        self.reader = self._reader(positions)
+        shard: Any = ray.train.get_dataset_shard("train")  # a data.stream.Shard
+        self.reader: LaneReader = shard.reader(recipe.train.global_batch // recipe.lanes, self.before, start)
         peak = recipe.cluster.peak_tflops * 1e12 if recipe.cluster.peak_tflops else peak_flops(self.device)
         most = most_rows(recipe.train.global_batch, self.world, recipe.lanes)
         hooks = loop.Hooks(self._log, self._validate, self._save, self._report)
@@ -96,10 +101,6 @@ class Worker:
                 self.writer.close()
         return self.reported
 
-    def _reader(self, positions: dict[int, LanePosition]) -> LaneReader:
-        shard: Any = ray.train.get_dataset_shard("train")  # a data.stream.Shard
-        return shard.reader(self.recipe.train.global_batch // self.recipe.lanes, positions)
-
     def _held_out(self) -> list[Batch]:
         """This rank's part of the held-out rows; every rank gets as many micro-batches."""
         if self.job.validation is None:
@@ -107,27 +108,46 @@ class Worker:
         rows = self.job.validation.epoch(self.recipe.validation.rows)
         share = -(-len(rows) // self.world)
         count = -(-share // self.recipe.train.micro_batch)
-        mine = np.arange(len(rows))[self.rank :: self.world]
-        rows.tokens, rows.marks = rows.tokens[mine], rows.marks[mine]
-        return micro_batches(rows, self.recipe.train.micro_batch, count, self.device)
+        mine = [rows.part(i, i + 1) for i in range(self.rank, len(rows), self.world)]
+        drawn = Rows.concatenate(mine) if mine else Rows.empty(0, rows.tokens.shape[1], rows.tokens.dtype)
+        return micro_batches(drawn, self.recipe.train.micro_batch, count, self.device)
 
-    def _resume(self) -> tuple[int, dict[int, LanePosition]]:
+    def _resume(self) -> tuple[int, ReaderState]:
         found = [ckpt.latest(self.folder.checkpoints, self._tell) if self.rank == 0 else None]
         torch.distributed.broadcast_object_list(found)
-        if found[0] is None:
-            return 0, {}
+        step = found[0].step if found[0] else 0
+        state = ReaderState.from_json(found[0].extra["reader"]) if found[0] else ReaderState()
         if self.rank == 0:
-            self._tell(f"going on from step {found[0].step} ({found[0].path})")
-        ckpt.load(found[0], self.model, self.optimizer)
-        self.saved = found[0].path
-        return found[0].step, {int(k): LanePosition(*v) for k, v in found[0].extra["positions"].items()}
+            self.ledger.cut(step)
+            if found[0]:
+                self._tell(f"going on from step {step} ({found[0].path})")
+                self._warn_of_skips(step)
+        if found[0]:
+            ckpt.load(found[0], self.model, self.optimizer)
+            self.saved = found[0].path
+        return step, state
+
+    def _warn_of_skips(self, step: int) -> None:
+        if self.recipe.data.skip:
+            trained = {d.data_step for d in self.ledger.read(1, step)}
+            for first, last in self.recipe.data.skip:
+                if any(first <= s <= last for s in trained):
+                    self._tell(
+                        f"data.skip [{first}, {last}]: was trained on before step {step}, where this run stands: to train "
+                        "without it, remove the checkpoints after it began"
+                    )
 
     def _save(self, step: int) -> None:
-        parts: list[dict[int, LanePosition]] = [{}] * self.world
-        torch.distributed.all_gather_object(parts, self.reader.positions)
-        positions = {lane: (p.ordinal, p.row) for part in parts for lane, p in part.items()}
+        parts: list[tuple[ReaderState, list[Draw]]] = [(ReaderState(), [])] * self.world
+        torch.distributed.all_gather_object(parts, (self.reader.state, self.reader.take_draws()))
+        state = ReaderState.together([s for s, _ in parts], self.before.skipped)
+        if self.rank == 0:
+            self.ledger.write([d for _, draws in parts for d in draws])
+            if state.skipped > self.before.skipped:
+                self._tell(f"{state.skipped:,} bad documents left out so far (data.on_bad_document=skip)")
         versions = {"sevenfold": sevenfold.__version__, "torch": torch.__version__}
-        extra = {"recipe": self.job.identity, "positions": positions, "versions": versions}
+        encoder = {"backend": self.job.train.encoder.backend, "identity": self.job.train.encoder.identity()}
+        extra = {"recipe": self.job.identity, "reader": state.to_json(), "encoder": encoder, "versions": versions}
         saved = ckpt.save(self.folder.checkpoints, step, self.model, self.optimizer, extra)
         self.saved = saved.path
         if self.rank == 0:
@@ -167,6 +187,9 @@ class Worker:
         return {f"validation/{k}": v for k, v in rouge(predictions, [r for _, r in pairs]).items()}
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
+        while self.reader.complaints:
+            wrong = self.reader.complaints.pop()
+            self._tell(f"left out {wrong.count} bad documents of a window, the first: {wrong.first}")
         if self.writer is None:
             return
         for key, value in metrics.items():
@@ -184,11 +207,7 @@ class Worker:
         ray.train.report(self.reported)
 
 
-def first_pairs(stream: Stream, limit: int) -> list[tuple[str, str]]:
-    """The first prompts and completions of a held-out stream."""
-    out: list[tuple[str, str]] = []
-    for group in stream.plan.manifest.groups:
-        if len(out) < limit:
-            prompts, completions = stream.plan.manifest.read(group)
-            out += [(p, c) for p, c in zip(prompts.to_pylist(), completions.to_pylist(), strict=True) if p and c]
-    return out[:limit]
+def first_pairs(stream: Stream, limit: int | None = None) -> list[tuple[str, str]]:
+    """The first prompts and completions of a held-out stream; all without a limit."""
+    pairs = (pair for prompts, completions in stream.documents() for pair in zip(prompts, completions, strict=True))
+    return list(itertools.islice(pairs, limit))

@@ -1,0 +1,205 @@
+"""What the benchmark scripts share: a command's cost, environments for peers, A B A B rounds, the table of claims."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import json
+import os
+import platform
+import select
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from statistics import median as median
+from typing import Any, NamedTuple
+
+CPU_EVERY, PSS_EVERY, PSS_SHARE = 0.1, 0.5, 0.05  # seconds; PSS_SHARE: most of a core that reading PSS may take
+LIBRARIES = ("torch", "ray", "transformers", "tokenizers", "pyarrow", "numpy")
+_TAIL, _ROOT = 3000, (0, 0)  # characters of stderr in an error; the Key of this process
+Key = tuple[int, int]  # pid and start time: pids come round again
+
+
+class Measured(NamedTuple):
+    wall_s: float  # until the command itself ended
+    cpu_s: float  # of all its processes
+    peak_mb: float  # PSS of all its processes: shared memory counts once
+    stdout_json: Any  # its last line
+
+
+class _Process(NamedTuple):
+    key: Key
+    parent: int
+    state: str
+    own_s: float
+    waited_s: float  # of the children that it has waited for
+
+
+class _Tree:
+    """All descendants of this process that start from now on, also those whose own parent has ended."""
+
+    def __init__(self) -> None:
+        if ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0):
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")  # orphans would go to init, unseen
+        self._before = {p.key for p in _processes()}
+        self._seen: dict[Key, _Process] = {}
+        self._parent: dict[Key, Key] = {}
+        self._reaped: dict[Key, float] = {}  # as the kernel says, with what they waited for
+        self.status: dict[int, int] = {}  # of those reaped
+        self.peak_mb, self._pss_due = 0.0, 0.0
+
+    def sample(self) -> list[int]:
+        """Reads all processes of the tree; returns the pids of those that have not ended."""
+        children: dict[int, list[_Process]] = {}
+        for p in _processes():
+            children.setdefault(p.parent, []).append(p)
+        level = [(p, _ROOT) for p in children.get(os.getpid(), []) if p.key not in self._before]
+        alive: list[int] = []
+        while level:
+            for p, parent in level:
+                self._seen[p.key], self._parent[p.key] = p, parent
+                if p.state not in "ZX":
+                    alive.append(p.key[0])
+                elif parent == _ROOT:
+                    pid, status, usage = os.wait4(p.key[0], os.WNOHANG)
+                    if pid:
+                        self._reaped[p.key] = usage.ru_utime + usage.ru_stime
+                        self.status[pid] = os.waitstatus_to_exitcode(status)
+            level = [(c, p.key) for p, _ in level for c in children.get(p.key[0], [])]
+        if (now := time.perf_counter()) >= self._pss_due:
+            self.peak_mb = max(self.peak_mb, sum(map(_pss_mb, alive)))
+            self._pss_due = now + max(PSS_EVERY, (time.perf_counter() - now) / PSS_SHARE)
+        return alive
+
+    def cpu_s(self) -> float:
+        """Of each subtree the larger of two: what the kernel says of its root and those that it waited for (this has
+        children too short to be seen), and what was seen of each process (this has those nobody waits for)."""
+        below: dict[Key, list[Key]] = {}
+        for key, parent in self._parent.items():  # what this process reaped, no other has waited for
+            below.setdefault(_ROOT if key in self._reaped or parent not in self._seen else parent, []).append(key)
+
+        def total(key: Key) -> float:
+            p = self._seen[key]
+            return max(self._reaped.get(key, p.own_s + p.waited_s), p.own_s + sum(map(total, below.get(key, []))))
+
+        return sum(map(total, below.get(_ROOT, [])))
+
+    def end(self, patience: float = 5) -> None:
+        """Terminates what is left, kills what is then left, and returns when nothing is."""
+        start, told = time.perf_counter(), set[int]()
+        while alive := self.sample():
+            late = time.perf_counter() - start > patience
+            for pid in alive if late else set(alive) - told:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL if late else signal.SIGTERM)
+            told.update(alive)
+            time.sleep(0.05)
+        self.sample()  # reaps those that ended while the last sample was read
+
+
+def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None, timeout: float = 600) -> Measured:
+    """Runs a command and measures it with all its processes, daemons included; none is left afterwards. One at a time.
+    env: set on top of this process's own. Raises RuntimeError where it fails, lasts too long, or prints no JSON last."""
+    tree, words = _Tree(), [os.fspath(c) for c in command]
+    # Files, not pipes: a daemon that keeps a pipe open would hold us up
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        start = time.perf_counter()
+        child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(env or {})})
+        ended = os.pidfd_open(child.pid)
+        try:
+            while not (done := select.select([ended], [], [], CPU_EVERY)[0]) and time.perf_counter() - start < timeout:
+                tree.sample()
+            wall = time.perf_counter() - start
+        finally:
+            tree.end()
+            child.returncode = tree.status.get(child.pid, -1)  # we have waited for it: subprocess must not
+            os.close(ended)
+        printed, complaints = (os.pread(f.fileno(), 1 << 30, 0).decode(errors="replace").strip() for f in (out, err))
+    if not done or child.returncode:
+        what = f"failed with status {child.returncode}" if done else f"took longer than {timeout:g} s"
+        raise RuntimeError(f"{' '.join(words)}: {what}\n{complaints[-_TAIL:]}")
+    try:
+        return Measured(wall, tree.cpu_s(), tree.peak_mb, json.loads(printed.rpartition("\n")[2]))
+    except ValueError:
+        raise RuntimeError(f"{' '.join(words)}: expected JSON as its last line, found:\n{printed[-_TAIL:]}") from None
+
+
+def _processes() -> Iterator[_Process]:
+    tick = os.sysconf("SC_CLK_TCK")
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with contextlib.suppress(OSError):
+            v = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()  # the name before may hold spaces
+            own, waited = (int(v[11]) + int(v[12])) / tick, (int(v[13]) + int(v[14])) / tick
+            yield _Process((int(pid), int(v[19])), int(v[1]), v[0].decode(), own, waited)
+
+
+def _pss_mb(pid: int) -> float:
+    try:
+        return int(Path(f"/proc/{pid}/smaps_rollup").read_text().split("Pss:")[1].split()[0]) / 1024
+    except (OSError, IndexError):  # it has ended
+        return 0.0
+
+
+def environment(name: str, requirements: Sequence[str]) -> Path:
+    """The python of a virtual environment with these packages, made once; without requirements, the one that runs.
+    Name torch as "torch==2.13.*" in them: a looser range may bring gigabytes of CUDA."""
+    if not requirements:
+        return Path(sys.executable)
+    folder = Path(os.environ.get("SEVENFOLD_BENCH") or Path.home() / ".cache" / "sevenfold-bench").absolute() / name
+    python, ready = folder / "bin" / "python", folder / "ready.json"
+    wanted = json.dumps([platform.python_version(), *sorted(requirements)])
+    if not ready.exists() or ready.read_text() != wanted:
+        print(f"making the environment of {name}: {wanted}", file=sys.stderr, flush=True)
+        ready.unlink(missing_ok=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
+        for command in ([sys.executable, "-m", "venv", "--clear", folder], install):
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"environment of {name}: not made\n{(done.stdout + done.stderr)[-_TAIL:]}")
+        ready.write_text(wanted)  # last: a half-made one is made anew
+    return python
+
+
+def machine() -> dict[str, Any]:
+    """What figures depend on."""
+    models = [s.partition(":")[2].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if s[:10] == "model name"]
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    out = {"cpu": (models or [platform.machine()])[0], "cores": len(os.sched_getaffinity(0)), "memory_gb": round(memory, 1)}
+    installed = {d.name: d.version for d in importlib.metadata.distributions()}
+    return {**out, "python": platform.python_version(), "libraries": {k: installed.get(k) for k in LIBRARIES}}
+
+
+def claim(name: str, ours: float, other: float | None, goal: float, at_most: bool = False) -> dict[str, Any]:
+    """ours / other, or ours alone where other is None, against the least (or the most) that it has to be."""
+    ratio = None if other is None else ours / other
+    value = ours if ratio is None else ratio
+    holds, sign = (value <= goal, "<=") if at_most else (value >= goal, ">=")
+    return {"name": name, "ours": ours, "other": other, "ratio": ratio, "goal": f"{sign} {goal:g}", "holds": holds}
+
+
+def report(claims: Sequence[dict[str, Any]], json_path: str | Path | None = None) -> bool:
+    """Prints the table of claims, writes it as JSON where asked to; returns whether all hold."""
+    from rich.console import Console
+    from rich.table import Table
+
+    about = machine()
+    caption = ", ".join(f"{k} {v}" for k, v in (about | about["libraries"]).items() if k != "libraries")
+    table = Table(*claims[0], caption=caption)
+    for c in claims:
+        cells = [f"{v:,.4g}" if type(v) in (int, float) else "-" if v is None else str(v) for v in c.values()]
+        table.add_row(*cells[:-1], "yes" if c["holds"] else "[bold red]NO")
+    Console().print(table)
+    if json_path:
+        Path(json_path).write_text(json.dumps({"machine": about, "claims": claims}, indent=1) + "\n")
+    return all(c["holds"] for c in claims)
+
+
+def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """A B A B: what the machine does beside us falls on both sides."""
+    by_round = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
+    return {name: [figures[name] for figures in by_round] for name in sides}

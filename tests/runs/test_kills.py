@@ -1,0 +1,165 @@
+"""Exactness, proved by kills: SIGKILL at random steps, another number of workers each time, and one ledger in the end."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+from conftest import RECIPE, run_job, start_job, stdlib_texts
+
+from sevenfold.data.ledger import Ledger
+
+STEPS = 60
+SEEDS = range(5)  # in CI; SEVENFOLD_KILL_SEEDS=50 for the long proof
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a recipe of two sources, whose mixture changes twice in two epochs, and the unkilled run `whole`."""
+    root = tmp_path_factory.mktemp("kills")
+    texts = [t[:3000] for t in stdlib_texts() if len(t) > 300]
+    for name, part in (("code.jsonl", texts[:40]), ("more.jsonl", texts[40:60])):
+        (root / name).write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    tree = json.loads(json.dumps(RECIPE))
+    tree["data"] |= {
+        "sources": [{"path": str(root / "code.jsonl"), "weight": 3}, {"path": str(root / "more.jsonl"), "weight": 1}],
+        "curriculum": [
+            {"at_tokens": 40_000, "weights": {"code.jsonl": 1, "more.jsonl": 1}},
+            {"at_tokens": 80_000, "weights": {"code.jsonl": 4, "more.jsonl": 1}},
+        ],
+        "sequence_length": 128, "lanes": 4,
+    }  # fmt: skip
+    tree["train"] |= {"global_batch": 16, "micro_batch": 4, "steps": STEPS}
+    tree |= {"checkpoint": {"every": 5}, "cluster": {"num_workers": 2}}
+    (root / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    run_job("pretrain", "recipe.yaml", "name=whole", home=root)
+    return root
+
+
+class Run:
+    """A job under way, whose steps are watched."""
+
+    def __init__(self, home: Path, name: str, workers: int):
+        self.process = start_job("pretrain", "recipe.yaml", f"name={name}", f"cluster.num_workers={workers}", home=home)
+        self.step, self.lines = 0, []
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if ": step " in line:
+                self.step = int(line.split(": step ")[1].split("/")[0])
+
+    def reach(self, step: int) -> None:
+        deadline = time.monotonic() + 200
+        while self.step < step:
+            assert time.monotonic() < deadline and self.process.poll() is None, (self.step, step, self.lines[-5:])
+            time.sleep(0.01)
+
+    def kill_worker(self, rng: random.Random) -> None:
+        found = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "TrainWorker" in " ".join(p.cmdline())]
+        rng.choice(found).send_signal(signal.SIGKILL)
+
+    def kill(self) -> None:
+        """The driver; its Ray notices and ends."""
+        left = psutil.Process(self.process.pid).children(recursive=True)
+        os.kill(self.process.pid, signal.SIGKILL)
+        self.process.wait(30)
+        psutil.wait_procs(left, timeout=30)
+
+
+def ledger(run: Path) -> dict[int, list[tuple[int, ...]]]:
+    out: dict[int, list[tuple[int, ...]]] = {}
+    for d in Ledger(str(run / "ledger")).read(1, STEPS):
+        out.setdefault(d.step, []).append(tuple(d[1:]))
+    return out
+
+
+def killed(home: Path, seed: int) -> str:
+    """Kills and resumes a run as the seed says. Returns what was done."""
+    rng, name, told = random.Random(seed), f"killed-{seed}", []
+    at = 0
+    for workers in (2, 3, 1):
+        run = Run(home, name, workers)
+        if workers == 2:
+            at = rng.randint(2, 12)
+            run.reach(at)
+            run.kill_worker(rng)
+            told.append(f"worker of 2 at {run.step}")
+            run.step = 0
+            run.reach(1)  # it goes on by itself
+        at = rng.randint(at + 1, at + 14)
+        run.reach(at)
+        run.kill()
+        told.append(f"driver of {workers} at {run.step}")
+    out = run_job("pretrain", "recipe.yaml", f"name={name}", "cluster.num_workers=4", home=home)
+    assert "going on from step" in out
+    return ", ".join(told)
+
+
+def check(home: Path, seed: int) -> None:
+    told = killed(home, seed)
+    found, whole = ledger(home / f"runs/killed-{seed}"), ledger(home / "runs/whole")
+    assert sorted(found) == list(range(1, STEPS + 1)), told
+    assert found == whole, told
+    print(f"seed {seed}: {told}: {sum(map(len, found.values()))} draws of {STEPS} steps as in the unkilled run")
+
+
+def test_the_unkilled_run_reads_each_row_once_and_its_mixture_changes(home: Path) -> None:
+    whole = ledger(home / "runs/whole")
+    rows: dict[int, list[int]] = {}
+    for step in sorted(whole):
+        for _, _, window, row, count, _ in whole[step]:
+            rows.setdefault(window, []).extend(range(row, row + count))
+    assert all(found == list(range(len(found))) for found in rows.values())  # none twice, none missing, in order
+    manifest: dict[str, Any] = json.loads((home / "runs/whole/manifest.json").read_text())["train"]
+    assert len(rows) > 2 * len(manifest["row_groups"]["shard"]) or max(rows) > 16  # through two epochs
+
+
+def test_kills_do_not_show(home: Path) -> None:
+    check(home, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, int(os.environ.get("SEVENFOLD_KILL_SEEDS", len(SEEDS)))))
+def test_more_kills_do_not_show(home: Path, seed: int) -> None:
+    check(home, seed)
+
+
+def test_the_ledger_tells_and_replays(home: Path) -> None:
+    def sevenfold(*args: str, code: int = 0) -> str:
+        import sys
+
+        env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "platform")}
+        command = [sys.executable, "-m", "sevenfold.cli", "ledger", *args]
+        done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=200)
+        assert done.returncode == code, done.stderr
+        return done.stdout if code == 0 else done.stderr
+
+    said = sevenfold("runs/whole", "which", "--step", "30", "--out", "step.parquet")
+    assert "code.jsonl" in said and "more.jsonl" in said
+    import pyarrow.parquet as pq
+
+    pieces = pq.read_table(home / "step.parquet").to_pylist()
+    texts = [json.loads(line)["text"] for line in (home / "code.jsonl").read_text().splitlines()]
+    from sevenfold.data.documents import document_hash
+
+    known = {document_hash([t]) for t in texts}
+    assert {p["hash"] for p in pieces if p["source"] == "code.jsonl"} <= known
+    said = sevenfold("runs/whole", "replay", "--step", "30", "--out", "step.safetensors")
+    assert "every hash is the ledger's" in said
+    from safetensors.numpy import load_file
+
+    batch = load_file(home / "step.safetensors")
+    assert batch["input_ids"].shape == batch["labels"].shape == (16, 128) and batch["cu_seqlens"][-1] == 16 * 128
+    assert "found steps 1 to 60" in sevenfold("runs/whole", "which", "--step", "61", code=2)
