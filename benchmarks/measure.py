@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median as median
@@ -21,8 +22,8 @@ from typing import Any, NamedTuple
 
 CPU_EVERY, PSS_EVERY, PSS_SHARE = 0.1, 0.5, 0.05  # seconds; PSS_SHARE: most of a core that reading PSS may take
 LIBRARIES = ("torch", "ray", "transformers", "tokenizers", "pyarrow", "numpy")
-_TAIL, _ROOT = 3000, (0, 0)  # characters of stderr in an error; the Key of this process
 Key = tuple[int, int]  # pid and start time: pids come round again
+_TAIL, _ROOT = 3000, (0, 0)  # characters of stderr in an error; the Key of this process
 
 
 class Measured(NamedTuple):
@@ -47,22 +48,20 @@ class _Tree:
         if ctypes.CDLL(None, use_errno=True).prctl(36, 1, 0, 0, 0):
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER)")  # orphans would go to init, unseen
         self._before = {p.key for p in _processes()}
-        self._seen: dict[Key, _Process] = {}
-        self._parent: dict[Key, Key] = {}
+        self._seen: dict[Key, tuple[_Process, Key]] = {}  # and its parent
         self._reaped: dict[Key, float] = {}  # as the kernel says, with what they waited for
         self.status: dict[int, int] = {}  # of those reaped
         self.peak_mb, self._pss_due = 0.0, 0.0
 
     def sample(self) -> list[int]:
         """Reads all processes of the tree; returns the pids of those that have not ended."""
-        children: dict[int, list[_Process]] = {}
+        children = defaultdict[int, list[_Process]](list)
         for p in _processes():
-            children.setdefault(p.parent, []).append(p)
-        level = [(p, _ROOT) for p in children.get(os.getpid(), []) if p.key not in self._before]
-        alive: list[int] = []
+            children[p.parent].append(p)
+        alive, level = list[int](), [(p, _ROOT) for p in children[os.getpid()] if p.key not in self._before]
         while level:
             for p, parent in level:
-                self._seen[p.key], self._parent[p.key] = p, parent
+                self._seen[p.key] = p, parent
                 if p.state not in "ZX":
                     alive.append(p.key[0])
                 elif parent == _ROOT:
@@ -70,7 +69,7 @@ class _Tree:
                     if pid:
                         self._reaped[p.key] = usage.ru_utime + usage.ru_stime
                         self.status[pid] = os.waitstatus_to_exitcode(status)
-            level = [(c, p.key) for p, _ in level for c in children.get(p.key[0], [])]
+            level = [(c, p.key) for p, _ in level for c in children[p.key[0]]]
         if (now := time.perf_counter()) >= self._pss_due:
             self.peak_mb = max(self.peak_mb, sum(map(_pss_mb, alive)))
             self._pss_due = now + max(PSS_EVERY, (time.perf_counter() - now) / PSS_SHARE)
@@ -79,15 +78,15 @@ class _Tree:
     def cpu_s(self) -> float:
         """Of each subtree the larger of two: what the kernel says of its root and those that it waited for (this has
         children too short to be seen), and what was seen of each process (this has those nobody waits for)."""
-        below: dict[Key, list[Key]] = {}
-        for key, parent in self._parent.items():  # what this process reaped, no other has waited for
-            below.setdefault(_ROOT if key in self._reaped or parent not in self._seen else parent, []).append(key)
+        below = defaultdict[Key, list[Key]](list)
+        for key, (_, parent) in self._seen.items():  # what this process reaped, no other has waited for
+            below[_ROOT if key in self._reaped or parent not in self._seen else parent].append(key)
 
         def total(key: Key) -> float:
-            p = self._seen[key]
-            return max(self._reaped.get(key, p.own_s + p.waited_s), p.own_s + sum(map(total, below.get(key, []))))
+            p, _ = self._seen[key]
+            return max(self._reaped.get(key, p.own_s + p.waited_s), p.own_s + sum(map(total, below[key])))
 
-        return sum(map(total, below.get(_ROOT, [])))
+        return sum(map(total, below[_ROOT]))
 
     def end(self, patience: float = 5) -> None:
         """Terminates what is left, kills what is then left, and returns when nothing is."""
@@ -105,10 +104,9 @@ class _Tree:
 def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None, timeout: float = 600) -> Measured:
     """Runs a command and measures it with all its processes, daemons included; none is left afterwards. One at a time.
     env: set on top of this process's own. Raises RuntimeError where it fails, lasts too long, or prints no JSON last."""
-    tree, words = _Tree(), [os.fspath(c) for c in command]
+    tree, words, start = _Tree(), [os.fspath(c) for c in command], time.perf_counter()
     # Files, not pipes: a daemon that keeps a pipe open would hold us up
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        start = time.perf_counter()
         child = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env={**os.environ, **(env or {})})
         ended = os.pidfd_open(child.pid)
         try:
@@ -117,8 +115,8 @@ def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None, tim
             wall = time.perf_counter() - start
         finally:
             tree.end()
-            child.returncode = tree.status.get(child.pid, -1)  # we have waited for it: subprocess must not
             os.close(ended)
+            child.returncode = tree.status.get(child.pid, -1)  # we have waited for it: subprocess must not
         printed, complaints = (os.pread(f.fileno(), 1 << 30, 0).decode(errors="replace").strip() for f in (out, err))
     if not done or child.returncode:
         what = f"failed with status {child.returncode}" if done else f"took longer than {timeout:g} s"
@@ -130,11 +128,10 @@ def run(command: Sequence[str | Path], env: Mapping[str, str] | None = None, tim
 
 
 def _processes() -> Iterator[_Process]:
-    tick = os.sysconf("SC_CLK_TCK")
     for pid in filter(str.isdigit, os.listdir("/proc")):
         with contextlib.suppress(OSError):
             v = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()  # the name before may hold spaces
-            own, waited = (int(v[11]) + int(v[12])) / tick, (int(v[13]) + int(v[14])) / tick
+            own, waited = (sum(map(int, v[i : i + 2])) / os.sysconf("SC_CLK_TCK") for i in (11, 13))
             yield _Process((int(pid), int(v[19])), int(v[1]), v[0].decode(), own, waited)
 
 
@@ -146,8 +143,7 @@ def _pss_mb(pid: int) -> float:
 
 
 def environment(name: str, requirements: Sequence[str]) -> Path:
-    """The python of a virtual environment with these packages, made once; without requirements, the one that runs.
-    Name torch as "torch==2.13.*" in them: a looser range may bring gigabytes of CUDA."""
+    """The python of a virtual environment with these packages, made once; without requirements, the one that runs."""
     if not requirements:
         return Path(sys.executable)
     folder = Path(os.environ.get("SEVENFOLD_BENCH") or Path.home() / ".cache" / "sevenfold-bench").absolute() / name
@@ -156,8 +152,8 @@ def environment(name: str, requirements: Sequence[str]) -> Path:
     if not ready.exists() or ready.read_text() != wanted:
         print(f"making the environment of {name}: {wanted}", file=sys.stderr, flush=True)
         ready.unlink(missing_ok=True)
-        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements]
-        for command in ([sys.executable, "-m", "venv", "--clear", folder], install):
+        make = (sys.executable, "-m", "venv", "--clear", str(folder))
+        for command in (make, (str(python), "-m", "pip", "install", "--quiet", *requirements)):
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"environment of {name}: not made\n{(done.stdout + done.stderr)[-_TAIL:]}")
@@ -168,16 +164,15 @@ def environment(name: str, requirements: Sequence[str]) -> Path:
 def machine() -> dict[str, Any]:
     """What figures depend on."""
     models = [s.partition(":")[2].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if s[:10] == "model name"]
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    out = {"cpu": (models or [platform.machine()])[0], "cores": len(os.sched_getaffinity(0)), "memory_gb": round(memory, 1)}
-    installed = {d.name: d.version for d in importlib.metadata.distributions()}
-    return {**out, "python": platform.python_version(), "libraries": {k: installed.get(k) for k in LIBRARIES}}
+    memory = round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    out = {"cpu": (models or [platform.machine()])[0], "cores": len(os.sched_getaffinity(0)), "memory_gb": memory}
+    versions = {d.name: d.version for d in importlib.metadata.distributions() if d.name in LIBRARIES}
+    return {**out, "python": platform.python_version(), "libraries": versions}
 
 
 def claim(name: str, ours: float, other: float | None, goal: float, at_most: bool = False) -> dict[str, Any]:
     """ours / other, or ours alone where other is None, against the least (or the most) that it has to be."""
-    ratio = None if other is None else ours / other
-    value = ours if ratio is None else ratio
+    ratio, value = (None, ours) if other is None else (ours / other,) * 2
     holds, sign = (value <= goal, "<=") if at_most else (value >= goal, ">=")
     return {"name": name, "ours": ours, "other": other, "ratio": ratio, "goal": f"{sign} {goal:g}", "holds": holds}
 
@@ -201,5 +196,5 @@ def report(claims: Sequence[dict[str, Any]], json_path: str | Path | None = None
 
 def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """A B A B: what the machine does beside us falls on both sides."""
-    by_round = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
-    return {name: [figures[name] for figures in by_round] for name in sides}
+    figures = [{name: side() for name, side in sides.items()} for _ in range(rounds)]
+    return {name: [row[name] for row in figures] for name in sides}

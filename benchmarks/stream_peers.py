@@ -374,7 +374,7 @@ def resume(peer: Peer, path: Path, start: float) -> dict[str, Any]:
 
 
 def crc32(batch: torch.Tensor) -> int:
-    return zlib.crc32(batch.contiguous().numpy())
+    return zlib.crc32(batch.numpy().tobytes())
 
 
 def checked(batch: torch.Tensor) -> torch.Tensor:
