@@ -243,7 +243,7 @@ def test_http_nothing_there_or_refused(served: Served) -> None:
             look(gone)
     served.status = 403
     for look in (storage.open_read, storage.size, storage.exists):
-        with pytest.raises(InputError, match="refused .*403"):
+        with pytest.raises(InputError, match=r"refused .*403"):
             look(served.url("/x.bin"))
     assert time.monotonic() - began < 5
 
@@ -390,7 +390,7 @@ def test_s3_nothing_there_or_refused(
             refused("s3://no-such-bucket/x")
     ask("POST", f"{moto[1]}/moto-api/reset-auth", b"0")
     for look in (storage.open_read, storage.exists, storage.listdir, storage.remove, lambda p: storage.write(p, b"1")):
-        with pytest.raises(InputError, match="refused .*check the address, the credentials"):
+        with pytest.raises(InputError, match=r"refused .*check the address, the credentials"):
             look(f"{bucket}/x")
     assert time.monotonic() - began < 20
 

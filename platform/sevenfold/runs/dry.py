@@ -31,7 +31,7 @@ def describe(recipe: Recipe) -> str:
 
 
 def _data(recipe: Recipe) -> list[str]:
-    """What the sources hold and how they will be read. Tokens are a guess of one to 4 bytes: there is no tokenizer yet."""
+    """What the sources hold and how they will be read. Tokens are guessed, 4 bytes each: there is no tokenizer yet."""
     found = prepare.inputs(recipe)
     plan = Plan.of(found.train, recipe.data, recipe.seed, recipe.lanes)
     documents, held = found.train.documents, found.validation
@@ -43,7 +43,7 @@ def _data(recipe: Recipe) -> list[str]:
         + aside,
         f"chunks: {plan.windows_per_epoch} windows an epoch ({plan.groups_per_window} row groups a window), {plan.lanes} lanes",
     ]  # fmt: skip
-    for (begin, weights), segment in zip(plan.stages, plan.segments, strict=True):
+    for (begin, weights), segment in zip(plan.stages, plan.segments, strict=False):
         share = ", ".join(f"{s.name} {w / sum(weights):.1%}" for s, w in zip(recipe.data.sources, weights, strict=True))
         out.append(f"mixture from token {begin:,} (window {segment.first // plan.groups_per_window}): {share}")
     return out
