@@ -239,7 +239,7 @@ def test_http_nothing_there_or_refused(served: Served) -> None:
     gone = served.url("/none.parquet")
     assert not storage.exists(gone)
     for look in (storage.open_read, storage.size, lambda p: storage.files(p, SHARDS)):
-        with pytest.raises(InputError, match="expected a file.*found none"):
+        with pytest.raises(InputError, match=r"expected a file.*found none"):
             look(gone)
     served.status = 403
     for look in (storage.open_read, storage.size, storage.exists):
@@ -383,7 +383,7 @@ def test_s3_nothing_there_or_refused(
     assert not storage.exists(f"{bucket}/none") and not storage.exists("s3://no-such-bucket/x")
     for look in (storage.open_read, storage.size, storage.read_text, lambda p: storage.files(p, SHARDS)):
         for path in (f"{bucket}/none", "s3://no-such-bucket/x"):
-            with pytest.raises(InputError, match="expected a file.*found none"):
+            with pytest.raises(InputError, match=r"expected a file.*found none"):
                 look(path)
     for refused in (lambda p: storage.files(p + "*", SHARDS), lambda p: storage.write(p, b"1")):
         with pytest.raises(InputError, match="expected a bucket of this name, found none"):
