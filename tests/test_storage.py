@@ -313,7 +313,7 @@ def test_patience_ends(served: Served, quick: None, monkeypatch: pytest.MonkeyPa
 @pytest.fixture(scope="module")
 def moto() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """An S3 server in a process of its own, and its address."""
-    program = shutil.which("moto_server", path=os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]))
+    program = shutil.which("moto_server", path=os.path.dirname(sys.executable))
     if program is None:
         pytest.skip("moto_server is not installed")
     with socket.create_server(("127.0.0.1", 0)) as s:

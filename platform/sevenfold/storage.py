@@ -328,7 +328,8 @@ def _again(path: str, done: str, attempt: Callable[[], T]) -> T:
                 raise
             if final is not None:
                 raise final from e
-            now, why = time.monotonic(), " ".join(str(e).split()) or type(e).__name__
+            told = e.__cause__ if isinstance(e, FileNotFoundError) and e.__cause__ else e  # fsspec's word for an outage
+            now, why = time.monotonic(), " ".join(str(told).split()) or type(told).__name__
             if began is None:
                 began = now
                 logging.getLogger(__name__).warning("%s: %s; trying again for %.0f s", path, why, PATIENCE)

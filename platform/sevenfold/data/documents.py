@@ -138,6 +138,8 @@ def _bad(column: pa.Array, most: int) -> list[tuple[int, str]]:
 
 def _passes(column: pa.ChunkedArray, rule: Filter, path: str) -> np.ndarray:
     """bool [documents]."""
+    if pa.types.is_null(column.type):
+        return np.zeros(len(column), bool)
     tests = []
     try:
         if rule.min is not None:

@@ -106,6 +106,10 @@ def cut(
     Raises:
         InputError: not what its name says, truncated, a column missing or of another type, a decompression bomb, empty.
     """
+    if shard.format == "txt" and (others or list(texts) != [settings.text]):
+        raise InputError(
+            f"{shard.path}: expected columns, found plain text: it has no filters but on {settings.text!r}, no pairs"
+        )
     try:
         if shard.format == "parquet":
             groups = _cut_parquet(number, shard, texts, others, target)
@@ -289,7 +293,7 @@ def _range(f: Any, compression: str | None, separator: bytes, start: int, end: i
         first = at + k
     if not k:
         return start, bytes(data), None
-    searched = max(first, end - k - base)
+    searched = max(0, end - k - base)  # as the next group looks for its beginning
     while (at := data.find(separator, searched)) < 0:
         searched = max(searched, len(data) - k + 1)
         before = data.rfind(separator, first, end - base)

@@ -1,0 +1,360 @@
+"""How fast the data stream is, and what a resume and a large corpus cost it: batches [8, 1024] from text in parquet.
+
+    python benchmarks/stream.py [--quick] [--json FILE] [--data FOLDER]
+
+Speed is tokens over CPU seconds of all processes of the reader, its start (imports, Ray) included; beside it stands what
+the reading alone took, where one process does it all. What is made (text, tokenizers, the peers' own shards) stays in
+--data and is used again; --quick needs 0.2 GB there, the full run 4 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import pickle
+import random
+import secrets
+import shutil
+import site
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import measure
+import stream_peers
+from stream_peers import ENV, LENGTH, ROWS
+
+MB = 10**6
+GROUP_BYTES, SHARD_GROUPS, DOCUMENT_BYTES = 2 * MB, 16, 20_000  # longer texts are split at blank lines
+HERE = Path(__file__).resolve()
+EXECUTORS = ("inline", "ray")
+FRACTIONS = (0.05, 0.95)
+
+
+class Size(NamedTuple):
+    corpus_mb: int
+    vocabulary: int
+    sample_mb: int  # of text that the tokenizer is trained on
+    epochs: int
+    rounds: int
+    peers: tuple[str, ...]
+    peer_seconds: float  # of reading, at most
+    resume_mb: int
+    memory_mb: tuple[int, int]
+    memory_batches: int
+    resumers: tuple[str, ...]  # peers
+
+
+FULL = Size(
+    250, 32_000, 20, 5, 3, ("datasets", "ray", "mosaicml", "litdata", "memmap"), 40, 1000, (1000, 4000), 16_000,
+    ("datasets", "mosaicml"),
+)  # fmt: skip
+QUICK = Size(30, 8_000, 3, 2, 1, ("datasets",), 10, 100, (50, 200), 1000, ())
+
+
+# Ours: each in a process of its own
+
+
+def ours(a: argparse.Namespace, start: float) -> dict[str, Any]:
+    """Reads as a.ours says. seconds and cpu_s (of this process) are from when imports and Ray stand."""
+    import torch
+
+    from sevenfold.data.order import LanePosition
+    from sevenfold.data.stream import ReaderState, Stream
+    from sevenfold.engine.batch import to_batch
+
+    torch.set_num_threads(1)
+    plan, selection, encoder = pickle.loads((a.data / "stream.pkl").read_bytes())  # noqa: S301
+    state, first, tokens, device = ReaderState(), None, 0, torch.device("cpu")
+    if a.fraction is not None:
+        ordinal = int(a.fraction * plan.windows_per_epoch / plan.lanes)
+        state.positions = {lane: LanePosition(ordinal, 0) for lane in range(plan.lanes)}
+    stream = Stream(replace(plan, epochs=a.epochs), selection, encoder, LENGTH, a.ours)
+    with local_ray() if a.ours == "ray" else contextlib.nullcontext():
+        began, cpu = time.perf_counter(), time.process_time()
+        reader = stream.shard(0, 1).reader(ROWS // plan.lanes, state)
+        try:
+            for rows in itertools.islice(reader, a.batches):
+                batch = to_batch(rows, device)
+                first = first or time.perf_counter() - start
+                if batch.input_ids.shape != (ROWS, LENGTH) or batch.input_ids.dtype != torch.int64:
+                    raise SystemExit(f"expected a batch [{ROWS}, {LENGTH}], found {list(batch.input_ids.shape)}")
+                reader.take_draws()
+                tokens += int(rows.used.sum())  # where an epoch ends, rows are padding
+            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+        finally:
+            reader.close()
+    return {"tokens": tokens, "seconds": seconds, "first_batch_s": first, "cpu_s": cpu}
+
+
+@contextlib.contextmanager
+def local_ray() -> Iterator[None]:
+    folder = tempfile.mkdtemp(prefix="ray-")
+    os.environ.pop("RAY_ADDRESS", None)
+    # its own token: without one, Ray leaves ~/.ray/auth_token behind, which changes how each later cluster starts
+    os.environ.update(RAY_TMPDIR=folder, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    import ray
+
+    from sevenfold.runs.cluster import connect
+
+    try:
+        connect()
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_ours(executor: str, data: Path, *options: str | int | float) -> measure.Measured:
+    return measure.run([sys.executable, HERE, "--ours", executor, "--data", data, *map(str, options)], ENV, 1800)
+
+
+# What is read
+
+
+def documents() -> Iterator[str]:
+    """Python source of this interpreter and its packages, and the system's documentation; over and over, then marked."""
+    paths = {p for name in ("stdlib", "purelib", "platlib") for p in Path(sysconfig.get_path(name)).rglob("*.py")}
+    paths.update(p for folder in site.getsitepackages() for p in Path(folder).rglob("*.py"))
+    paths.update(p for p in Path("/usr/share/doc").rglob("*") if p.is_file() and p.suffix not in (".gz", ".xz", ".png"))
+    order = sorted(paths)
+    random.Random(0).shuffle(order)  # noqa: S311
+    for copy in itertools.count():
+        for path in order:
+            try:
+                text = path.read_text("utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            for part in [text] if len(text) < DOCUMENT_BYTES else text.split("\n\n\n"):
+                if part.strip():
+                    yield f"# {copy}: {part}" if copy else part
+
+
+def write_text(folder: Path, size_mb: int) -> None:
+    """Parquet, zstd, row groups of about GROUP_BYTES; done once."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if (folder / "ready").exists():
+        return
+    say(f"writing {size_mb} MB of text to {folder}")
+    text = stream_peers.fresh(folder) / "text"
+    text.mkdir()
+    schema, left, given = pa.schema([("text", pa.string())]), size_mb * MB, documents()
+    for shard in itertools.count():
+        if left <= 0:
+            break
+        with pq.ParquetWriter(text / f"{shard:05}.parquet", schema, compression="zstd") as out:
+            for _ in range(SHARD_GROUPS):
+                group, size = list[str](), 0
+                while size < min(GROUP_BYTES, left):
+                    group.append(next(given))
+                    size += len(group[-1].encode())
+                left -= size
+                if group:
+                    out.write_table(pa.table({"text": group}, schema), row_group_size=len(group))
+    (folder / "ready").touch()
+
+
+class Corpora:
+    """By size in MB; all with one tokenizer. Each folder also holds stream.pkl, what a run hands its workers."""
+
+    def __init__(self, folder: Path, size: Size):
+        self.folder, self.size, self.encoder = folder, size, None
+
+    def __call__(self, size_mb: int) -> Path:
+        from sevenfold.data import tokens
+        from sevenfold.data.documents import Selection
+        from sevenfold.data.encode import TextEncoder, admit
+        from sevenfold.data.manifest import scan
+        from sevenfold.data.order import WINDOWS_PER_LANE, Plan
+        from sevenfold.recipe import Data, Source
+
+        folder = self.folder / f"{size_mb}mb-{self.size.vocabulary}"
+        write_text(folder, size_mb)
+        source, selection = Source(path=str(folder / "text")), Selection()
+        manifest = scan([source], ("text",), ROWS * WINDOWS_PER_LANE)
+        if self.encoder is None:
+            if not (folder / "tokenizer" / tokens.LAST_WRITTEN).exists():
+                made = tokens.train_tokenizer(manifest, selection, self.size.vocabulary, self.size.sample_mb, 0)
+                tokens.save_tokenizer(made, str(folder / "tokenizer"))
+            tokenizer = tokens.load_tokenizer(str(folder / "tokenizer"))
+            sample = [t for column in tokens.sample(manifest, selection, 0, 1, 0) for t in column]
+            backend, why = admit(tokenizer, sample)
+            say(why)
+            self.encoder = TextEncoder(tokenizer, LENGTH, backend)
+        manifest = manifest.measured([tokens.per_byte(manifest, selection, self.encoder, 0, 1, 0)])
+        plan = Plan.of(manifest, Data(sources=[source], sequence_length=LENGTH), 0, ROWS)
+        (folder / "stream.pkl").write_bytes(pickle.dumps((plan, selection, self.encoder)))
+        say(f"{size_mb} MB: {plan.tokens / MB:.1f} M tokens, {plan.windows_per_epoch} windows an epoch")
+        return folder
+
+
+# The claims
+
+
+class Peers:
+    def __init__(self, data: Path):
+        self.data = data
+
+    def run(self, peer: str, *words: str | float | Path) -> measure.Measured:
+        python = measure.environment(peer, stream_peers.REQUIREMENTS[peer])
+        script = HERE.with_name("stream_peers.py")
+        return measure.run([python, script, peer, *map(str, words), "--data", self.data], ENV, 3600)
+
+    def prepare(self, names: Sequence[str]) -> None:
+        """Once; the tokens that memmap makes are what the others begin with."""
+        for name in dict.fromkeys(["memmap", *names]):
+            done = self.data / f"{name}.ready"
+            if not done.exists():
+                say(f"preparing {name}")
+                self.run(name, "prepare")
+                done.touch()
+
+
+def speed(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
+    data = corpora(size.corpus_mb)
+    peers = Peers(data)
+    if any(p not in ("datasets", "ray") for p in size.peers):
+        peers.prepare([p for p in size.peers if p not in ("datasets", "ray")])
+    for peer in size.peers:
+        measure.environment(peer, stream_peers.REQUIREMENTS[peer])  # pip's CPU is not theirs
+    sides: dict[str, Callable[[], measure.Measured]] = {
+        f"ours, {e}": partial(run_ours, e, data, "--epochs", size.epochs) for e in EXECUTORS
+    }
+    for peer in size.peers:
+        sides[peer] = partial(peers.run, peer, "read", "--epochs", size.epochs, "--max-seconds", size.peer_seconds)
+    seen: dict[str, list[measure.Measured]] = {name: [] for name in sides}
+
+    def rate(name: str) -> float:
+        say(f"reading: {name}")
+        m = sides[name]()
+        seen[name].append(m)
+        return m.stdout_json["tokens"] / m.cpu_s / MB
+
+    rates = {k: measure.median(v) for k, v in measure.interleaved({n: partial(rate, n) for n in sides}, size.rounds).items()}
+    rows = []
+    for name, all_of_it in seen.items():
+        m = all_of_it[-1]
+        out = m.stdout_json
+        alone = f"{out['tokens'] / out['cpu_s'] / MB:.3g}" if name == "ours, inline" else "-"
+        figures = (rates[name], out["tokens"] / MB, m.cpu_s, out["first_batch_s"], m.peak_mb)
+        rows.append([name, *(f"{f:,.3g}" if f < 1000 else f"{f:,.0f}" for f in figures), alone])
+    show(
+        f"{size.corpus_mb} MB of text; medians of {size.rounds}, but figures of the last round from the third column on",
+        (
+            "reader",
+            "M tokens / CPU s",
+            "M tokens",
+            "CPU s",
+            "first batch s",
+            "peak MB (PSS)",
+            "M tokens / CPU s, reading alone",
+        ),
+        rows,
+    )
+    inline, by_ray, other = rates["ours, inline"], rates["ours, ray"], rates["datasets"]
+    return [
+        measure.claim("online_vs_datasets", inline, other, 30),
+        measure.claim("ray_vs_datasets", by_ray, other, 30),
+        measure.claim("inline_mtokens_per_cpu_s", inline, None, 20),
+        measure.claim("ray_mtokens_per_cpu_s", by_ray, None, 12),
+    ]
+
+
+def resume(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
+    """Seconds from the start of the process to the first batch, imports included."""
+    rounds, data = 3, corpora(size.resume_mb)
+
+    def one(fraction: float) -> float:
+        return run_ours("inline", data, "--batches", 1, "--fraction", fraction).stdout_json["first_batch_s"]
+
+    say("resuming: ours")
+    early, late = medians({f: partial(one, f) for f in FRACTIONS}, rounds)
+    rows = [["ours, inline", str(size.resume_mb), f"{early:.2f}", f"{late:.2f}", f"{late / early:.2f}"]]
+    small = corpora.size.corpus_mb  # peers read from the beginning to get there
+    peers = Peers(corpora(small) if size.resumers else data)
+    if size.resumers:
+        peers.prepare(size.resumers)
+    for name in size.resumers:
+        say(f"resuming: {name}")
+        states = {f: peers.data / f"{name}-{f}.json" for f in FRACTIONS}
+        for f, path in states.items():
+            peers.run(name, "resume", "--save", path, "--fraction", f)
+
+        def load(name: str, path: Path) -> float:
+            return peers.run(name, "resume", "--load", path).stdout_json["first_batch_s"]
+
+        a, b = medians({f: partial(load, name, path) for f, path in states.items()}, rounds)
+        rows.append([name, str(small), f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}"])
+    show(f"Resuming: s to the first batch, medians of {rounds}", ("reader", "MB of text", "at 5%", "at 95%", "ratio"), rows)
+    return [measure.claim("resume_is_constant", late, early, 1.2, at_most=True)]
+
+
+def memory(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
+    """The same batches' worth of a small and of a large corpus. The claim takes the executor that grows more."""
+    folders = {mb: corpora(mb) for mb in size.memory_mb}
+    peaks: dict[str, tuple[float, ...]] = {}
+    for executor in EXECUTORS if size is FULL else EXECUTORS[:1]:
+        say(f"memory: {executor}")
+        peaks[executor] = tuple(run_ours(executor, d, "--batches", size.memory_batches).peak_mb for d in folders.values())
+    rows = [[f"ours, {e}", f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.2f}"] for e, (a, b) in peaks.items()]
+    columns = ("reader", *(f"{mb} MB of text" for mb in folders), "ratio")
+    show(f"Peak MB (PSS) over {size.memory_batches:,} batches", columns, rows)
+    small, large = max(peaks.values(), key=lambda p: p[1] / p[0])
+    return [measure.claim("memory_is_constant", large, small, 1.1, at_most=True)]
+
+
+def medians(sides: Mapping[float, Callable[[], float]], rounds: int) -> list[float]:
+    found = measure.interleaved({str(k): v for k, v in sides.items()}, rounds)
+    return [measure.median(found[str(k)]) for k in sides]
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def main() -> int:
+    start = time.perf_counter()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cache = Path(os.environ.get("SEVENFOLD_BENCH") or Path.home() / ".cache" / "sevenfold-bench") / "stream-data"
+    parser.add_argument("--quick", action="store_true", help="about 60 s of CPU; too small to judge the claims by")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--data", type=lambda s: Path(s).absolute(), default=cache, help="where what is read is kept")
+    own = parser.add_argument_group("how the script calls itself")
+    own.add_argument("--ours", choices=EXECUTORS)
+    own.add_argument("--epochs", type=int)
+    own.add_argument("--batches", type=int)
+    own.add_argument("--fraction", type=float)
+    a = parser.parse_args()
+    os.environ.update(ENV)
+    if a.ours:
+        print(json.dumps(ours(a, start)), flush=True)
+        return 0
+    size = QUICK if a.quick else FULL
+    corpora = Corpora(a.data.absolute(), size)
+    claims = [c for part in (speed, resume, memory) for c in part(corpora, size)]
+    return 0 if measure.report(claims, a.json) or a.quick else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
