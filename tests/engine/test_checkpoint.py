@@ -33,7 +33,7 @@ def steps(tree: dict[str, Any], folder: str, until: int, save_at: list[int]) -> 
         ckpt.load(found, model, optimizer)
     out = []
     for step in range(found.step if found else 0, until):
-        rows = rows_of(step)[slice(rank * ROWS // world, (rank + 1) * ROWS // world)]
+        rows = rows_of(step).part(rank * ROWS // world, (rank + 1) * ROWS // world)
         out.append(
             train_step(model, micro_batches(rows, 4, -(-ROWS // world // 4), torch.device("cpu")), optimizer, 1e-2, 1.0).loss
         )

@@ -32,8 +32,7 @@ def rows_of(step: int) -> Rows:
     used[1] = 10
     targets = np.ones((ROWS, LENGTH), bool)
     targets[0] = False
-    bounds = np.concatenate([[0], np.cumsum(begins.sum(1))])
-    return Rows(tokens, np.nonzero(begins)[1].astype(np.int32), bounds, used, targets)
+    return Rows(tokens, np.nonzero(begins)[1].astype(np.int32), used, targets)
 
 
 def losses(tree: dict[str, Any], micro_batch: int) -> list[float]:

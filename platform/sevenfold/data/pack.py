@@ -22,7 +22,7 @@ def cut(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, np.
 def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray, int]:
     """Puts pieces into rows: the longest first, each into the fullest row that still holds it.
 
-    The rows' free spaces are kept as the bits of one integer, so that finding the tightest is O(1) a piece.
+    The rows' free spaces are kept as the bits of one integer, so that the tightest is found at once.
 
     Returns:
         (row, offset, rows): for every piece its row and where it begins there, int64 [pieces]; the number of rows.
@@ -32,28 +32,37 @@ def best_fit(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray
     """
     if len(lengths) and not (lengths.min() > 0 and lengths.max() <= capacity):
         raise ValueError(f"pieces must have 1 to {capacity} tokens, found {lengths.min()} to {lengths.max()}")
-    row = np.empty(len(lengths), np.int64)
-    offset = np.empty(len(lengths), np.int64)
+    values, counts = np.unique(lengths, return_counts=True)
+    row: list[int] = []  # of the pieces from the longest to the shortest
+    offset: list[int] = []
     rows_with: list[list[int]] = [[] for _ in range(capacity + 1)]  # by free space
     free = 0  # bit s is set where some row has s tokens of free space
     rows = 0
-    for i in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[i])
-        fits = free >> length
-        if fits:
-            space = length + (fits & -fits).bit_length() - 1
-            at = rows_with[space].pop()
-            if not rows_with[space]:
-                free &= ~(1 << space)
-        else:
-            space, at = capacity, rows
-            rows += 1
-        row[i], offset[i] = at, capacity - space
-        left = space - length
-        if left:
-            rows_with[left].append(at)
-            free |= 1 << left
-    return row, offset, rows
+    for length, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
+        while count:  # pieces of this length, as many at once as go the same way
+            fits = free >> length
+            space = length + (fits & -fits).bit_length() - 1 if fits else capacity
+            each = min(space // length, count)  # in a row: what remains of it stays the tightest
+            take = max(1, count // each)
+            if fits:
+                at = rows_with[space][-take:]
+                del rows_with[space][-take:]
+                if not rows_with[space]:
+                    free &= ~(1 << space)
+            else:
+                at = list(range(rows, rows + take))
+                rows += take
+            begin, left = capacity - space, space - each * length
+            row += at if each == 1 else [r for r in at for _ in range(each)]
+            offset += list(range(begin, begin + each * length, length)) * len(at)
+            count -= each * len(at)
+            if left:
+                rows_with[left] += at
+                free |= 1 << left
+    by_length = np.argsort(-lengths, kind="stable")
+    back = np.empty_like(by_length)
+    back[by_length] = np.arange(len(lengths))
+    return np.array(row, np.int64)[back], np.array(offset, np.int64)[back], rows
 
 
 def concatenate(lengths: np.ndarray, order: np.ndarray, capacity: int) -> tuple[np.ndarray, ...]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from sevenfold.data import pack
 from sevenfold.data.documents import Skipped
@@ -23,58 +23,75 @@ class Rows:
 
     Attributes:
         tokens: uint16 or uint32 [rows, sequence]; 0 where padded.
-        starts: int32 [pieces], where in its row each document (or piece of one) begins, row by row; padding counts as one.
-        bounds: int64 [rows + 1], the starts of row r are starts[bounds[r] - bounds[0] : bounds[r + 1] - bounds[0]].
+        starts: int32 [pieces], where in its row each document (or piece of one) begins, row by row; padding counts as one,
+            and each row begins with one.
         used: int32 [rows], tokens of a row before its padding.
         targets: bool [rows, sequence], tokens to be predicted; None where it is all of a document's but its first.
+        bounds: int64 [rows + 1], the starts of row r are starts[bounds[r] : bounds[r + 1]]; follows from them.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
-    bounds: np.ndarray
     used: np.ndarray
     targets: np.ndarray | None = None
+    bounds: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.bounds = np.append(np.flatnonzero(self.starts == 0), len(self.starts))
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def part(self, begin: int, end: int) -> Rows:
-        """Rows begin .. end - 1, as views."""
-        bounds = self.bounds[begin : end + 1]
-        first = self.bounds[0]
-        return Rows(
-            self.tokens[begin:end], self.starts[bounds[0] - first : bounds[-1] - first], bounds, self.used[begin:end],
-            None if self.targets is None else self.targets[begin:end],
-        )  # fmt: skip
+        """Rows begin .. end - 1."""
+        return Rows.of([(self, begin, end)])
 
     @staticmethod
-    def concatenate(parts: list[Rows]) -> Rows:
+    def of(parts: Sequence[tuple[Rows, int, int]]) -> Rows:
+        """Of each (rows, begin, end) the rows begin .. end - 1; one after the other. Views where there is one part."""
         if len(parts) == 1:
-            return parts[0]
-        bounds = np.zeros(sum(len(p.tokens) for p in parts) + 1, np.int64)
-        np.cumsum(np.concatenate([p.bounds[1:] - p.bounds[:-1] for p in parts]), out=bounds[1:])
+            ((r, a, b),) = parts
+            targets = None if r.targets is None else r.targets[a:b]
+            return Rows(r.tokens[a:b], r.starts[r.bounds[a] : r.bounds[b]], r.used[a:b], targets)
         targets = None
-        if any(p.targets is not None for p in parts):
-            targets = np.concatenate([np.ones(p.tokens.shape, bool) if p.targets is None else p.targets for p in parts])
+        if any(r.targets is not None for r, _, _ in parts):
+            targets = np.concatenate(
+                [np.ones((b - a, r.tokens.shape[1]), bool) if r.targets is None else r.targets[a:b] for r, a, b in parts]
+            )
         return Rows(
-            np.concatenate([p.tokens for p in parts]), np.concatenate([p.starts for p in parts]), bounds,
-            np.concatenate([p.used for p in parts]), targets,
-        )  # fmt: skip
+            np.concatenate([r.tokens[a:b] for r, a, b in parts]),
+            np.concatenate([r.starts[r.bounds[a] : r.bounds[b]] for r, a, b in parts]),
+            np.concatenate([r.used[a:b] for r, a, b in parts]),
+            targets,
+        )
+
+    @staticmethod
+    def concatenate(parts: Sequence[Rows]) -> Rows:
+        return Rows.of([(p, 0, len(p)) for p in parts])
 
     @staticmethod
     def empty(rows: int, sequence_length: int, dtype: type[np.unsignedinteger] | np.dtype = np.uint16) -> Rows:
         """Rows of padding alone."""
-        return Rows(
-            np.zeros((rows, sequence_length), dtype), np.zeros(rows, np.int32), np.arange(rows + 1), np.zeros(rows, np.int32)
-        )
+        return Rows(np.zeros((rows, sequence_length), dtype), np.zeros(rows, np.int32), np.zeros(rows, np.int32))
+
+    def hashes(self) -> np.ndarray:
+        """Of everything in each row: uint64 [rows], XXH3."""
+        edges = self.bounds.tolist()
+        starts, packed = self.starts.data, None if self.targets is None else np.packbits(self.targets, axis=1)
+        out = np.empty(len(self), np.uint64)
+        for i, (tokens, used) in enumerate(zip(self.tokens, self.used.tolist(), strict=True)):
+            made = xxh3_64_intdigest(tokens.data, used)
+            made = xxh3_64_intdigest(starts[edges[i] : edges[i + 1]], made)
+            out[i] = made if packed is None else xxh3_64_intdigest(packed[i].data, made)
+        return out
 
     def hash(self) -> int:
-        """Of everything in them, 63 bits: blake2b."""
-        made = hashlib.blake2b(self.tokens.data, digest_size=8)
-        made.update(self.starts.tobytes() + self.used.tobytes())
-        if self.targets is not None:
-            made.update(np.packbits(self.targets).tobytes())
-        return int.from_bytes(made.digest(), "little") >> 1
+        return together(self.hashes())
+
+
+def together(hashes: np.ndarray) -> int:
+    """One of the hashes of several rows; 63 bits."""
+    return (int(hashes[0]) if len(hashes) == 1 else xxh3_64_intdigest(hashes.data)) >> 1
 
 
 @dataclass
@@ -99,6 +116,7 @@ class Pieces:
 class Window:
     index: int
     rows: Rows
+    hashes: np.ndarray  # of each row
     skipped: Skipped = field(default_factory=Skipped)
     pieces: Pieces | None = None  # only where it was made
 
@@ -126,7 +144,8 @@ def make_window(
     lengths = np.where(body > 0, body + head + tail, 0)  # a document that came to nothing is left out
     skipped = sum((p.skipped for p in parts), Skipped())
     if not lengths.any():  # a row of padding keeps the count of windows
-        return Window(index, Rows.empty(1, sequence_length, encoder.dtype), skipped)
+        none = Rows.empty(1, sequence_length, encoder.dtype)
+        return Window(index, none, none.hashes(), skipped)
     for group, part in zip(groups, parts, strict=True):
         _check_ids(plan, group, part, encoder.vocab_size)
     if packing == "best_fit":
@@ -153,7 +172,7 @@ def make_window(
     for part in parts:
         span = slice(*np.searchsorted(document, [first, first + len(part.origin)]))
         source = part.offsets[document[span] - first] + low[span] - head
-        _copy(part.ids, tokens, source, into[span], count[span])
+        _copy(part.ids.astype(encoder.dtype, copy=False), tokens, source, into[span], count[span])
         if targets is not None:
             _copy(
                 np.ones(len(part.ids), bool) if part.targets is None else part.targets, targets, source, into[span], count[span]
@@ -168,13 +187,12 @@ def make_window(
     padded = np.flatnonzero(used < sequence_length)
     flat = np.sort(np.concatenate([to, padded * sequence_length + used[padded]]))
     made = Rows(
-        tokens.reshape(rows, -1), (flat % sequence_length).astype(np.int32),
-        np.searchsorted(flat, np.arange(rows + 1) * sequence_length), used,
+        tokens.reshape(rows, -1), (flat % sequence_length).astype(np.int32), used,
         None if targets is None else targets.reshape(rows, -1),
     )  # fmt: skip
     owner = np.repeat(groups, [len(p.origin) for p in parts])
     origin = np.concatenate([p.origin for p in parts])
-    return Window(index, made, skipped, Pieces(owner[document], origin[document], start, row, offset, length))
+    return Window(index, made, made.hashes(), skipped, Pieces(owner[document], origin[document], start, row, offset, length))
 
 
 def _copy(source: np.ndarray, into: np.ndarray, begin: np.ndarray, at: np.ndarray, count: np.ndarray) -> None:
@@ -196,10 +214,13 @@ def _check_ids(plan: Plan, group: int, part: Encoded, vocab_size: int) -> None:
 
 def cu_seqlens(rows: Rows) -> np.ndarray:
     """Where documents begin in the rows laid end to end, and the end of all: int32 [pieces + 1]."""
-    count, length = rows.tokens.shape
+    length = rows.tokens.shape[1]
     out = np.empty(len(rows.starts) + 1, np.int32)
-    np.add(rows.starts, np.repeat(np.arange(0, count * length, length), rows.bounds[1:] - rows.bounds[:-1]), out=out[:-1])
-    out[-1] = count * length
+    np.cumsum(rows.starts == 0, out=out[:-1])
+    out[:-1] -= 1
+    out[:-1] *= length
+    out[:-1] += rows.starts
+    out[-1] = rows.tokens.size
     return out
 
 

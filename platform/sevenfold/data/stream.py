@@ -6,6 +6,7 @@ import functools
 import itertools
 import queue
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from sevenfold.data.cache import TokenCache
 from sevenfold.data.documents import Selection, Skipped, texts
 from sevenfold.data.encode import Encoded, TextEncoder
 from sevenfold.data.order import LanePosition, Plan, lanes_of, skipped, windows_of
-from sevenfold.data.rows import Rows, Window, make_window
+from sevenfold.data.rows import Rows, Window, make_window, together
 from sevenfold.errors import RunError
 
 TASK_CPUS = 0.25  # logical: a data task of a worker is at work for a small part of the time
@@ -128,81 +129,93 @@ class Draw(NamedTuple):
     hash: int
 
 
+@dataclass(slots=True)
+class _Lane:
+    number: int
+    ordinal: int
+    row: int
+    waiting: deque[Window] = field(default_factory=deque)  # the first one is window `ordinal` of the lane
+
+    def serve(self, end: int) -> None:
+        """Its rows up to `end` of the first window have been given."""
+        self.row = end
+        if end == len(self.waiting[0].hashes):
+            self.ordinal, self.row = self.ordinal + 1, 0
+            self.waiting.popleft()
+
+
 class LaneReader:
     """Iterates over a rank's rows of each step: `rows_per_lane` of each of its lanes, in lane order. Where the data ends
     (data.epochs) rows of padding fill up, and then StopIteration ends it.
 
     Attributes:
-        state: after the rows served so far.
         draws: of the rows served since they were taken last (`take_draws`).
         complaints: what was wrong with bad documents that were left out, one a window.
     """
 
     def __init__(self, stream: Stream, lanes: tuple[int, ...], rows_per_lane: int, state: ReaderState, step: int = 0):
         positions = {lane: state.positions.get(lane, LanePosition()) for lane in lanes}
-        self.state = ReaderState(state.data_step, positions, state.skipped)
         self.draws: list[Draw] = []
         self.complaints: list[Skipped] = []
         self._stream, self._rows, self._end = stream, rows_per_lane, stream.plan.windows
-        self._lanes = stream.plan.lanes
-        self._expected = windows_of(dict(positions), self._lanes, self._end)
-        self._windows = stream.windows(windows_of(dict(positions), self._lanes, self._end), len(lanes))
-        self._waiting: dict[int, list[Window]] = {lane: [] for lane in lanes}
-        self._served = step
+        self._lanes = {lane: _Lane(lane, *at) for lane, at in positions.items()}
+        self._expected = windows_of(positions, stream.plan.lanes, self._end)
+        self._windows = stream.windows(windows_of(positions, stream.plan.lanes, self._end), len(lanes))
+        self._served, self._data_step, self._skipped = step, state.data_step, state.skipped
 
     def __iter__(self) -> Iterator[Rows]:
         return self
 
     def __next__(self) -> Rows:
-        while skipped(self._stream.skip, self.state.data_step):
+        while skipped(self._stream.skip, self._data_step):
             self._step(keep=False)
-        rows = self._step(keep=True)
+            self._data_step += 1
+        parts = self._step(keep=True)
+        self._data_step += 1
         self._served += 1
-        return rows
+        return Rows.of(parts)
+
+    @property
+    def state(self) -> ReaderState:
+        """After the rows served so far."""
+        positions = {lane.number: LanePosition(lane.ordinal, lane.row) for lane in self._lanes.values()}
+        return ReaderState(self._data_step, positions, self._skipped)
 
     @property
     def ended(self) -> bool:
         """Whether these lanes have no row left."""
-        return self._end is not None and all(self._over(lane) for lane in self.state.positions)
+        return all(self._over(lane) for lane in self._lanes.values())
 
     def take_draws(self) -> list[Draw]:
         taken, self.draws = self.draws, []
         return taken
 
-    def _over(self, lane: int) -> bool:
-        return self._end is not None and self.state.positions[lane].ordinal * self._lanes + lane >= self._end
+    def _over(self, lane: _Lane) -> bool:
+        return self._end is not None and lane.ordinal * self._stream.plan.lanes + lane.number >= self._end
 
-    def _step(self, keep: bool) -> Rows:
-        parts = [part for lane in self.state.positions for part in self._draw(lane, keep)]
-        self.state.data_step += 1
-        return Rows.concatenate(parts)
-
-    def _draw(self, lane: int, keep: bool) -> list[Rows]:
-        out: list[Rows] = []
-        need = self._rows
-        while need:
-            if self._over(lane):
-                out.append(Rows.empty(need, self._stream.sequence_length, self._stream.encoder.dtype))
-                break
-            while not self._waiting[lane]:
-                self._receive()
-            position, window = self.state.positions[lane], self._waiting[lane][0]
-            if window.skipped.count and not position.row:  # not of a window that a resumed run makes again
-                self.state.skipped += window.skipped.count
-                self.complaints.append(window.skipped)
-            part = window.rows.part(position.row, min(position.row + need, len(window.rows)))
-            need -= len(part)
-            out.append(part)
-            if keep:
-                self.draws.append(
-                    Draw(self._served + 1, lane, self.state.data_step + 1, window.index, position.row, len(part), part.hash())
-                )
-            row = position.row + len(part)
-            if row < len(window.rows):
-                self.state.positions[lane] = LanePosition(position.ordinal, row)
-            else:
-                self.state.positions[lane] = LanePosition(position.ordinal + 1, 0)
-                self._waiting[lane].pop(0)
+    def _step(self, keep: bool) -> list[tuple[Rows, int, int]]:
+        """(rows, begin, end) of what each lane gives."""
+        out: list[tuple[Rows, int, int]] = []
+        for lane in self._lanes.values():
+            need = self._rows
+            while need:
+                if not lane.waiting and self._over(lane):
+                    out.append((Rows.empty(need, self._stream.sequence_length, self._stream.encoder.dtype), 0, need))
+                    break
+                while not lane.waiting:
+                    self._receive()
+                window, begin = lane.waiting[0], lane.row
+                if not begin and window.skipped.count:  # not of a window that a resumed run makes again
+                    self._skipped += window.skipped.count
+                    self.complaints.append(window.skipped)
+                end = min(begin + need, len(window.hashes))
+                need -= end - begin
+                out.append((window.rows, begin, end))
+                if keep:
+                    digest = together(window.hashes[begin:end])
+                    at = (self._served + 1, lane.number, self._data_step + 1)
+                    self.draws.append(Draw(*at, window.index, begin, end - begin, digest))
+                lane.serve(end)
         return out
 
     def _receive(self) -> None:
@@ -212,7 +225,7 @@ class LaneReader:
             raise RunError(
                 f"the data stream delivered window {window.index} where {expected} was due: nothing was trained on it"
             )
-        self._waiting[window.index % self._lanes].append(window)
+        self._lanes[window.index % self._stream.plan.lanes].waiting.append(window)
 
     def close(self) -> None:
         self._windows.close()  # type: ignore[attr-defined]
@@ -297,6 +310,7 @@ def _to_arrow(window: Window) -> pa.Table:
         "tokens": fixed(rows.tokens),
         "starts": pa.ListArray.from_arrays(pa.array(rows.bounds.astype(np.int32)), pa.array(rows.starts)),
         "used": pa.array(rows.used),
+        "hash": pa.array(window.hashes),
         "skipped": pa.array(np.full(n, window.skipped.count)),
         "complaint": pa.array([window.skipped.first] * n).dictionary_encode(),
     }
@@ -309,12 +323,10 @@ def _from_arrow(block: pa.Table, sequence_length: int) -> Window:
     def fixed(name: str) -> np.ndarray:
         return block[name].chunk(0).flatten().to_numpy().reshape(-1, sequence_length)
 
-    starts = block["starts"].chunk(0)
-    bounds = starts.offsets.to_numpy().astype(np.int64)
     targets = fixed("targets").view(bool) if "targets" in block.column_names else None
-    rows = Rows(fixed("tokens"), starts.flatten().to_numpy(), bounds - bounds[0], block["used"].chunk(0).to_numpy(), targets)
+    rows = Rows(fixed("tokens"), block["starts"].chunk(0).flatten().to_numpy(), block["used"].chunk(0).to_numpy(), targets)
     wrong = Skipped(block["skipped"][0].as_py(), block["complaint"][0].as_py())
-    return Window(block["window"][0].as_py(), rows, wrong)
+    return Window(block["window"][0].as_py(), rows, block["hash"].chunk(0).to_numpy(), wrong)
 
 
 def _context() -> Any:

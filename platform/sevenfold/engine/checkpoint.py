@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from sevenfold import storage
-from sevenfold.errors import RunError
+from sevenfold.errors import InputError, RunError
 
 log = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
@@ -87,7 +87,7 @@ def read(path: str) -> Checkpoint:
     """Raises RunError where the manifest cannot be read or names a file outside its folder."""
     try:
         found = Checkpoint(path=path, **storage.read_json(storage.join(path, MANIFEST)))
-    except (OSError, ValueError, TypeError) as e:
+    except (InputError, OSError, ValueError, TypeError) as e:
         raise RunError(f"{path}: damaged: {MANIFEST} cannot be read ({type(e).__name__})") from None
     for name in found.files:
         if "/" in name or "\\" in name or name in ("", ".", ".."):

@@ -137,8 +137,7 @@ class _Scorer:
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        bounds = np.cumsum([0, *map(len, batch["starts"])])
-        rows = Rows(np.stack(list(batch["tokens"])), np.concatenate(list(batch["starts"])), bounds, batch["used"])
+        rows = Rows(np.stack(list(batch["tokens"])), np.concatenate(list(batch["starts"])), batch["used"])
         made = to_batch(rows, self.model.device)
         return {"nats": token_losses(self.model, made).double().sum(1).cpu().numpy()}
 
