@@ -45,7 +45,7 @@ def read(stream: Stream, world: int, steps: int, at: ReaderState | None = None) 
 def test_rows(stream: Stream) -> None:
     window = stream.window(0).rows
     assert stream.window(0).rows.hash() == window.hash() and window.tokens.dtype == np.uint16
-    positions, labels, edges = r.positions(window), r.labels(window), r.cu_seqlens(window)
+    positions, labels, edges = r.positions(window), r.labels(window), window.edges
     starts = np.zeros(window.tokens.size, bool)
     starts[edges[:-1]] = True
     starts = starts.reshape(window.tokens.shape)

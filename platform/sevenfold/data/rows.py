@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from sevenfold.errors import InputError
 IGNORE = -100
 
 
-@dataclass(slots=True)
+@dataclass
 class Rows:
     """Packed rows, as they travel.
 
@@ -27,17 +28,28 @@ class Rows:
             and each row begins with one.
         used: int32 [rows], tokens of a row before its padding.
         targets: bool [rows, sequence], tokens to be predicted; None where it is all of a document's but its first.
-        bounds: int64 [rows + 1], the starts of row r are starts[bounds[r] : bounds[r + 1]]; follows from them.
     """
 
     tokens: np.ndarray
     starts: np.ndarray
     used: np.ndarray
     targets: np.ndarray | None = None
-    bounds: np.ndarray = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.bounds = np.append(np.flatnonzero(self.starts == 0), len(self.starts))
+    @functools.cached_property
+    def bounds(self) -> np.ndarray:
+        """int64 [rows + 1], the starts of row r are starts[bounds[r] : bounds[r + 1]]."""
+        return np.append(np.flatnonzero(self.starts == 0), len(self.starts))
+
+    @functools.cached_property
+    def edges(self) -> np.ndarray:
+        """Where documents begin in the rows laid end to end, and the end of all: int64 [pieces + 1]."""
+        row = (self.starts == 0).cumsum()  # from 1
+        row *= self.tokens.shape[1]
+        row += self.starts
+        out = np.empty(len(row) + 1, np.int64)
+        np.subtract(row, self.tokens.shape[1], out=out[:-1])
+        out[-1] = self.tokens.size
+        return out
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -49,21 +61,13 @@ class Rows:
     @staticmethod
     def of(parts: Sequence[tuple[Rows, int, int]]) -> Rows:
         """Of each (rows, begin, end) the rows begin .. end - 1; one after the other. Views where there is one part."""
-        if len(parts) == 1:
-            ((r, a, b),) = parts
-            targets = None if r.targets is None else r.targets[a:b]
-            return Rows(r.tokens[a:b], r.starts[r.bounds[a] : r.bounds[b]], r.used[a:b], targets)
-        targets = None
-        if any(r.targets is not None for r, _, _ in parts):
-            targets = np.concatenate(
-                [np.ones((b - a, r.tokens.shape[1]), bool) if r.targets is None else r.targets[a:b] for r, a, b in parts]
-            )
-        return Rows(
-            np.concatenate([r.tokens[a:b] for r, a, b in parts]),
-            np.concatenate([r.starts[r.bounds[a] : r.bounds[b]] for r, a, b in parts]),
-            np.concatenate([r.used[a:b] for r, a, b in parts]),
-            targets,
-        )
+        tokens = _joined([r.tokens[a:b] for r, a, b in parts])
+        starts = _joined([r.starts[r.bounds[a] : r.bounds[b]] for r, a, b in parts])
+        used = _joined([r.used[a:b] for r, a, b in parts])
+        if not any(r.targets is not None for r, _, _ in parts):
+            return Rows(tokens, starts, used)
+        masks = [np.ones((b - a, tokens.shape[1]), bool) if r.targets is None else r.targets[a:b] for r, a, b in parts]
+        return Rows(tokens, starts, used, _joined(masks))
 
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
@@ -87,6 +91,10 @@ class Rows:
 
     def hash(self) -> int:
         return together(self.hashes())
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def together(hashes: np.ndarray) -> int:
@@ -196,9 +204,11 @@ def make_window(
 
 
 def _copy(source: np.ndarray, into: np.ndarray, begin: np.ndarray, at: np.ndarray, count: np.ndarray) -> None:
-    for s, t, n in zip(begin.tolist(), at.tolist(), count.tolist(), strict=True):
+    """By memoryviews: numpy gives up the GIL for each piece, which a thread that draws beside this one pays for."""
+    a, b, size = source.data.cast("B"), into.data.cast("B"), into.itemsize
+    for s, t, n in zip((begin * size).tolist(), (at * size).tolist(), (count * size).tolist(), strict=True):
         if n > 0:
-            into[t : t + n] = source[s : s + n]
+            b[t : t + n] = a[s : s + n]
 
 
 def _check_ids(plan: Plan, group: int, part: Encoded, vocab_size: int) -> None:
@@ -212,37 +222,27 @@ def _check_ids(plan: Plan, group: int, part: Encoded, vocab_size: int) -> None:
         )
 
 
-def cu_seqlens(rows: Rows) -> np.ndarray:
-    """Where documents begin in the rows laid end to end, and the end of all: int32 [pieces + 1]."""
-    length = rows.tokens.shape[1]
-    out = np.empty(len(rows.starts) + 1, np.int32)
-    np.cumsum(rows.starts == 0, out=out[:-1])
-    out[:-1] -= 1
-    out[:-1] *= length
-    out[:-1] += rows.starts
-    out[-1] = rows.tokens.size
-    return out
+def positions(rows: Rows) -> np.ndarray:
+    """Each token's position in its document: int64 [rows, sequence]."""
+    edges = rows.edges
+    return (_count(rows.tokens.size) - edges[:-1].repeat(edges[1:] - edges[:-1])).reshape(rows.tokens.shape)
 
 
-def positions(rows: Rows, edges: np.ndarray | None = None) -> np.ndarray:
-    """Each token's position in its document: int64 [rows, sequence]. edges: cu_seqlens, where they are at hand."""
-    edges = cu_seqlens(rows) if edges is None else edges
-    out = np.arange(edges[-1], dtype=np.int64)
-    out -= np.repeat(edges[:-1], edges[1:] - edges[:-1])
-    return out.reshape(rows.tokens.shape)
+@functools.lru_cache(maxsize=2)
+def _count(to: int) -> np.ndarray:
+    return np.arange(to)
 
 
-def labels(rows: Rows, edges: np.ndarray | None = None, ignore: int = IGNORE) -> np.ndarray:
+def labels(rows: Rows, ignore: int = IGNORE) -> np.ndarray:
     """For each token the next one, where that is a target; else `ignore`: int64 [rows, sequence]."""
-    edges = cu_seqlens(rows) if edges is None else edges
-    sequence_length = rows.tokens.shape[1]
     flat = np.empty(rows.tokens.size, np.int64)
     flat[:-1] = rows.tokens.reshape(-1)[1:]
     if rows.targets is not None:
         flat[:-1][~rows.targets.reshape(-1)[1:]] = ignore
-    flat[edges[1:] - 1] = ignore  # nothing is known before a document's first token
+    flat[rows.edges[1:] - 1] = ignore  # nothing is known before a document's first token
     out = flat.reshape(rows.tokens.shape)
-    if rows.used.min(initial=sequence_length) < sequence_length:
-        for r in np.flatnonzero(rows.used < sequence_length).tolist():
+    short = rows.used < rows.tokens.shape[1]
+    if short.any():
+        for r in np.flatnonzero(short).tolist():
             out[r, rows.used[r] :] = ignore
     return out

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from sevenfold.data.rows import IGNORE, Rows, cu_seqlens, labels, positions
+from sevenfold.data.rows import IGNORE, Rows, labels, positions
 
 __all__ = ["IGNORE", "Batch", "micro_batches", "to_batch"]
 
@@ -28,9 +28,8 @@ def to_batch(rows: Rows, device: torch.device) -> Batch:
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
-    edges = cu_seqlens(rows)
-    tokens = rows.tokens.astype(np.int64)
-    return Batch(tensor(tokens), tensor(positions(rows, edges)), tensor(labels(rows, edges)), tensor(edges))
+    made = rows.tokens.astype(np.int64), positions(rows), labels(rows), rows.edges.astype(np.int32)
+    return Batch(*map(tensor, made))
 
 
 def micro_batches(rows: Rows, micro_batch: int, count: int, device: torch.device) -> list[Batch]:
