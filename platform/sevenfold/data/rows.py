@@ -36,9 +36,9 @@ class Rows:
     targets: np.ndarray | None = None
 
     @functools.cached_property
-    def bounds(self) -> np.ndarray:
-        """int64 [rows + 1], the starts of row r are starts[bounds[r] : bounds[r + 1]]."""
-        return np.append(np.flatnonzero(self.starts == 0), len(self.starts))
+    def bounds(self) -> list[int]:
+        """[rows + 1], the starts of row r are starts[bounds[r] : bounds[r + 1]]."""
+        return [*np.flatnonzero(self.starts == 0).tolist(), len(self.starts)]
 
     @functools.cached_property
     def edges(self) -> np.ndarray:
@@ -80,7 +80,7 @@ class Rows:
 
     def hashes(self) -> np.ndarray:
         """Of everything in each row: uint64 [rows], XXH3."""
-        edges = self.bounds.tolist()
+        edges = self.bounds
         starts, packed = self.starts.data, None if self.targets is None else np.packbits(self.targets, axis=1)
         out = np.empty(len(self), np.uint64)
         for i, (tokens, used) in enumerate(zip(self.tokens, self.used.tolist(), strict=True)):

@@ -1,4 +1,4 @@
-"""Who makes the windows (Ray Data tasks or a thread), and how a rank draws the rows of a step from its lanes."""
+"""Who makes the windows (Ray Data tasks or the reader itself), and how a rank draws the rows of a step from its lanes."""
 
 from __future__ import annotations
 
@@ -67,10 +67,11 @@ class Stream:
     def shard(self, rank: int, world_size: int) -> Shard:
         return Shard(self, tuple(lanes_of(rank, world_size, self.plan.lanes)))
 
-    def windows(self, order: Iterator[int], lanes: int) -> Iterator[Window]:
-        """The windows of this order, made ahead. lanes: how many take turns in it."""
+    def windows(self, order: Iterator[int], lanes: int) -> Generator[Window, None, None]:
+        """The windows of this order. lanes: how many take turns in it. Ray Data makes them ahead; inline they are made as
+        they are needed: a thread beside the step would fight it for the GIL (a fifth more CPU, benchmarks/RESULTS.md)."""
         if self.executor == "inline":
-            return _ahead(self.window(index) for index in order)
+            return (self.window(index) for index in order)
         size = int(3 * self.plan.tokens / self.plan.windows_per_epoch)
         return _ahead(_by_ray(self, order, max(lanes, min(CHUNK_WINDOWS, CHUNK_BYTES // max(1, size)))))
 
@@ -149,13 +150,12 @@ class LaneReader:
     (data.epochs) rows of padding fill up, and then StopIteration ends it.
 
     Attributes:
-        draws: of the rows served since they were taken last (`take_draws`).
         complaints: what was wrong with bad documents that were left out, one a window.
     """
 
     def __init__(self, stream: Stream, lanes: tuple[int, ...], rows_per_lane: int, state: ReaderState, step: int = 0):
         positions = {lane: state.positions.get(lane, LanePosition()) for lane in lanes}
-        self.draws: list[Draw] = []
+        self._draws: list[tuple[int, ...]] = []  # as Draw; plain, since there are many
         self.complaints: list[Skipped] = []
         self._stream, self._rows, self._end = stream, rows_per_lane, stream.plan.windows
         self._lanes = {lane: _Lane(lane, *at) for lane, at in positions.items()}
@@ -187,8 +187,9 @@ class LaneReader:
         return all(self._over(lane) for lane in self._lanes.values())
 
     def take_draws(self) -> list[Draw]:
-        taken, self.draws = self.draws, []
-        return taken
+        """Of the rows served since they were taken last."""
+        taken, self._draws = self._draws, []
+        return [Draw(*d) for d in taken]
 
     def _over(self, lane: _Lane) -> bool:
         return self._end is not None and lane.ordinal * self._stream.plan.lanes + lane.number >= self._end
@@ -214,7 +215,7 @@ class LaneReader:
                 if keep:
                     digest = together(window.hashes[begin:end])
                     at = (self._served + 1, lane.number, self._data_step + 1)
-                    self.draws.append(Draw(*at, window.index, begin, end - begin, digest))
+                    self._draws.append((*at, window.index, begin, end - begin, digest))
                 lane.serve(end)
         return out
 
@@ -228,10 +229,10 @@ class LaneReader:
         self._lanes[window.index % self._stream.plan.lanes].waiting.append(window)
 
     def close(self) -> None:
-        self._windows.close()  # type: ignore[attr-defined]
+        self._windows.close()
 
 
-def _ahead(windows: Generator[Window, None, None]) -> Iterator[Window]:
+def _ahead(windows: Generator[Window, None, None]) -> Generator[Window, None, None]:
     """Draws from an iterator in a background thread, a few windows ahead of who reads."""
     ready: queue.Queue[Window | BaseException | None] = queue.Queue(AHEAD)
     stop = threading.Event()
@@ -286,8 +287,10 @@ def _by_ray(stream: Stream, order: Iterator[int], chunk: int) -> Generator[Windo
             windows = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
                 make, batch_size=1, num_cpus=TASK_CPUS
             )
-            for block in windows.iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield _from_arrow(block.combine_chunks(), stream.sequence_length)
+            # not iter_batches: it leaves a thread behind each time (Ray 2.60), which holds blocks and breaks Ray's end
+            for bundle in windows.iter_internal_ref_bundles():
+                for block in ray.get(list(bundle.block_refs)):
+                    yield _from_arrow(block.combine_chunks(), stream.sequence_length)
 
 
 @functools.lru_cache(maxsize=2)
@@ -308,7 +311,7 @@ def _to_arrow(window: Window) -> pa.Table:
     columns = {
         "window": pa.array(np.full(n, window.index)),
         "tokens": fixed(rows.tokens),
-        "starts": pa.ListArray.from_arrays(pa.array(rows.bounds.astype(np.int32)), pa.array(rows.starts)),
+        "starts": pa.ListArray.from_arrays(pa.array(rows.bounds, pa.int32()), pa.array(rows.starts)),
         "used": pa.array(rows.used),
         "hash": pa.array(window.hashes),
         "skipped": pa.array(np.full(n, window.skipped.count)),
