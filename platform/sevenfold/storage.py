@@ -234,8 +234,9 @@ class Reader(io.RawIOBase):
         return got
 
     def read(self, n: int | None = -1) -> bytes:
-        n = -1 if n is None else n
-        return self._read(n if n >= 0 else self.size, lambda f: f.read(n), len)
+        left = max(0, self.size - self._at)  # never -1: pyarrow's S3 files fail on it
+        n = left if n is None or n < 0 else min(n, left)
+        return self._read(n, lambda f: f.read(n), len)
 
     def readall(self) -> bytes:
         return self.read()
@@ -385,6 +386,7 @@ def _s3(endpoint: str | None, region: str | None) -> Any:
         endpoint_override=host or None,
         scheme=scheme or "https",
         region=region or ("us-east-1" if endpoint else None),  # none: pyarrow asks the network for it
+        allow_delayed_open=True,  # a small file is one request
         request_timeout=SILENCE,
         connect_timeout=SILENCE,
     )
