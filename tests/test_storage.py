@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sevenfold import storage
+from sevenfold import object_stores, storage
 from sevenfold.errors import InputError, RunError
 
 BYTES = random.Random(7).randbytes(13 << 20)
@@ -397,7 +397,7 @@ def test_s3_nothing_there_or_refused(
 
 def test_s3_region(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def region() -> str:
-        return str(storage.S3().fs.region)
+        return str(object_stores.S3().fs.region)
 
     assert region() == "us-east-1"
     monkeypatch.setenv("AWS_DEFAULT_REGION", "eu-west-3")
@@ -414,8 +414,8 @@ def test_s3_outage(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """The server hangs, longer than pyarrow tries by itself, in a read and before a write and a listing."""
-    monkeypatch.setattr(storage, "SILENCE", 0.5)
-    storage._s3.cache_clear()
+    monkeypatch.setattr(object_stores, "SILENCE", 0.5)
+    object_stores._s3.cache_clear()
     storage.write(f"{bucket}/x", BYTES)
 
     def hang() -> threading.Timer:
@@ -438,4 +438,4 @@ def test_s3_outage(
         assert storage.listdir(bucket) == ["x", "y"] and storage.read_text(f"{bucket}/y") == "there"
         timer.join()
     finally:
-        storage._s3.cache_clear()
+        object_stores._s3.cache_clear()

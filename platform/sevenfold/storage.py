@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import datetime
 import functools
 import io
 import json
@@ -23,13 +22,12 @@ from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
 import fsspec
-from fsspec.implementations.arrow import ArrowFSWrapper
 
+from sevenfold import object_stores
 from sevenfold.errors import InputError, RunError
 
 PATIENCE = 120.0  # seconds that a failing storage is given in all
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds between two tries: doubled from one to the other
-SILENCE = 10.0  # seconds without a byte after which a request has failed
 WHOLE = 2 << 30  # the largest file that is read from an http server without range requests
 T = TypeVar("T")
 
@@ -377,78 +375,12 @@ REFUSED = (  # what S3 and GCS say, in pyarrow's words
 )
 
 
-@functools.cache
-def _s3(endpoint: str | None, region: str | None) -> Any:
-    from pyarrow.fs import S3FileSystem
-
-    scheme, _, host = (endpoint or "").rstrip("/").rpartition("://")
-    return S3FileSystem(
-        endpoint_override=host or None,
-        scheme=scheme or "https",
-        region=region or ("us-east-1" if endpoint else None),  # none: pyarrow asks the network for it
-        allow_delayed_open=True,  # a small file is one request
-        request_timeout=SILENCE,
-        connect_timeout=SILENCE,
-    )
-
-
-@functools.cache
-def _gcs() -> Any:
-    from pyarrow.fs import GcsFileSystem
-
-    return GcsFileSystem(retry_time_limit=datetime.timedelta(seconds=SILENCE))
-
-
-class _ObjectStore(ArrowFSWrapper):
-    """An object store through pyarrow, which needs no package besides; credentials: the environment's."""
-
-    cachable = False
-
-    def __init__(self, store: Any) -> None:
-        super().__init__(store)
-
-    @classmethod
-    def _strip_protocol(cls, path: Any) -> Any:
-        return [cls._strip_protocol(p) for p in path] if isinstance(path, list) else str(path).split("://")[-1].rstrip("/")
-
-    def isdir(self, path: str) -> bool:
-        try:
-            return bool(self.info(path)["type"] == "directory")
-        except FileNotFoundError:  # not any OSError, as fsspec has it: an outage is no answer
-            return False
-
-    def makedirs(self, path: str, exist_ok: bool = False) -> None:
-        """Nothing: a put needs no folder, and an empty object in its place would only be in the way."""
-
-
-class S3(_ObjectStore):
-    protocol = ("s3", "s3a")
-
-    def __init__(self, **_: Any) -> None:
-        env = os.environ.get
-        super().__init__(
-            _s3(env("AWS_ENDPOINT_URL_S3") or env("AWS_ENDPOINT_URL"), env("AWS_REGION") or env("AWS_DEFAULT_REGION"))
-        )
-
-
-class Gcs(_ObjectStore):
-    protocol = ("gs", "gcs")
-
-    def __init__(self, **_: Any) -> None:
-        super().__init__(_gcs())
-
-
-for _store in (S3, Gcs):
-    for _scheme in _store.protocol:
-        fsspec.register_implementation(_scheme, _store, clobber=True)
-
-
 def _fs(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     options: dict[str, Any] = {}
     if _is_http(path):
         import aiohttp
 
-        silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+        silence = aiohttp.ClientTimeout(total=None, sock_connect=object_stores.SILENCE, sock_read=object_stores.SILENCE)
         # identity: sizes and ranges are those of the file, not of its gzip
         options = {"headers": {"Accept-Encoding": "identity"}, "client_kwargs": {"timeout": silence}}
     try:
