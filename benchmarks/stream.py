@@ -89,7 +89,9 @@ def ours(a: argparse.Namespace, start: float) -> dict[str, Any]:
                 if batch.input_ids.shape != (ROWS, LENGTH) or batch.input_ids.dtype != torch.int64:
                     raise SystemExit(f"expected a batch [{ROWS}, {LENGTH}], found {list(batch.input_ids.shape)}")
                 reader.take_draws()
-                tokens += int(rows.used.sum())  # where an epoch ends, rows are padding
+                tokens += int(rows.used.sum())  # where the epochs end, rows are padding
+                if reader.ended:
+                    break
             seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
         finally:
             reader.close()

@@ -146,8 +146,8 @@ class _Lane:
 
 
 class LaneReader:
-    """Iterates over a rank's rows of each step: `rows_per_lane` of each of its lanes, in lane order. Where the data ends
-    (data.epochs) rows of padding fill up, and then StopIteration ends it.
+    """Iterates over a rank's rows of each step: `rows_per_lane` of each of its lanes, in lane order. It has no end of its
+    own: a lane that is over (data.epochs) gives rows of padding, and a run stops where those of all ranks have `ended`.
 
     Attributes:
         complaints: what was wrong with bad documents that were left out, one a window.
