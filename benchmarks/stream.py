@@ -36,6 +36,7 @@ from stream_peers import ENV, LENGTH, ROWS
 MB = 10**6
 GROUP_BYTES, SHARD_GROUPS, DOCUMENT_BYTES = 2 * MB, 16, 20_000  # longer texts are split at blank lines
 HERE = Path(__file__).resolve()
+PLATFORM = HERE.parents[1] / "platform"
 EXECUTORS = ("inline", "ray")
 FRACTIONS = (0.05, 0.95)
 
@@ -100,16 +101,15 @@ def ours(a: argparse.Namespace, start: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def local_ray() -> Iterator[None]:
+    """As the peer's: what Ray's dashboard takes is not the stream's."""
     folder = tempfile.mkdtemp(prefix="ray-")
     os.environ.pop("RAY_ADDRESS", None)
     # its own token: without one, Ray leaves ~/.ray/auth_token behind, which changes how each later cluster starts
-    os.environ.update(RAY_TMPDIR=folder, RAY_AUTH_TOKEN=secrets.token_hex(32))
+    os.environ.update(RAY_TMPDIR=folder, RAY_AUTH_TOKEN=secrets.token_hex(32), PYTHONPATH=str(PLATFORM))
     import ray
 
-    from sevenfold.runs.cluster import connect
-
     try:
-        connect()
+        ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=512 * 2**20, log_to_driver=False)
         yield
     finally:
         ray.shutdown()

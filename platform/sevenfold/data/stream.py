@@ -23,7 +23,7 @@ from sevenfold.errors import RunError
 
 TASK_CPUS = 0.25  # logical: a data task of a worker is at work for a small part of the time
 AHEAD = 2  # windows made ahead of those that are read
-CHUNK_BYTES, CHUNK_WINDOWS = 64 * 2**20, 64  # most that one Ray Data execution makes rows of, but a window a lane
+CHUNK_BYTES, CHUNK_WINDOWS = 128 * 2**20, 64  # most that one Ray Data execution makes rows of, but a window a lane
 
 
 @dataclass(frozen=True)
@@ -333,10 +333,13 @@ def _from_arrow(block: pa.Table, sequence_length: int) -> Window:
 
 
 def _context() -> Any:
-    """Blocks in order: without it nothing is reproducible. A task a CPU, and one at a time."""
+    """Blocks in order: without it nothing is reproducible. One task at a time makes some 20 M tokens a second, and each
+    more is a process that imports and warms its encoder for itself (benchmarks/RESULTS.md)."""
     from ray.data import DataContext, ExecutionOptions, ExecutionResources
 
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
-    context.execution_options = ExecutionOptions(preserve_order=True, resource_limits=ExecutionResources.for_limits(cpu=1))
+    context.execution_options = ExecutionOptions(
+        preserve_order=True, resource_limits=ExecutionResources.for_limits(cpu=TASK_CPUS)
+    )
     return context
