@@ -4,7 +4,7 @@
 
 Speed is tokens over CPU seconds of all processes of the reader, its start (imports, Ray) included; beside it stands what
 the reading alone took, where one process does it all. What is made (text, tokenizers, the peers' own shards) stays in
---data and is used again; --quick needs 0.2 GB there, the full run 4 GB.
+--data and is used again; --quick needs 0.2 GB there, the full run 9 GB.
 """
 
 from __future__ import annotations
@@ -27,11 +27,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import measure
 import stream_peers
 from stream_peers import ENV, LENGTH, ROWS
+
+if TYPE_CHECKING:
+    from sevenfold.data.encode import TextEncoder
 
 MB = 10**6
 GROUP_BYTES, SHARD_GROUPS, DOCUMENT_BYTES = 2 * MB, 16, 20_000  # longer texts are split at blank lines
@@ -42,7 +45,7 @@ FRACTIONS = (0.05, 0.95)
 
 
 class Size(NamedTuple):
-    corpus_mb: int
+    corpus_mb: int  # what is read for speed: large, since of a run of days the start is nothing
     vocabulary: int
     sample_mb: int  # of text that the tokenizer is trained on
     epochs: int
@@ -53,13 +56,14 @@ class Size(NamedTuple):
     memory_mb: tuple[int, int]
     memory_batches: int
     resumers: tuple[str, ...]  # peers
+    resumers_mb: int  # less, since they read from the beginning to get there
 
 
 FULL = Size(
-    250, 32_000, 20, 5, 3, ("datasets", "ray", "mosaicml", "litdata", "memmap"), 40, 1000, (1000, 4000), 16_000,
-    ("datasets", "mosaicml"),
+    1000, 32_000, 20, 5, 3, ("datasets", "ray", "mosaicml", "litdata", "memmap"), 20, 1000, (1000, 4000), 16_000,
+    ("datasets", "mosaicml"), 250,
 )  # fmt: skip
-QUICK = Size(30, 8_000, 3, 2, 1, ("datasets",), 10, 100, (50, 200), 1000, ())
+QUICK = Size(30, 8_000, 3, 2, 1, ("datasets",), 10, 100, (50, 200), 1000, (), 30)
 
 
 # Ours: each in a process of its own
@@ -109,7 +113,7 @@ def local_ray() -> Iterator[None]:
     import ray
 
     try:
-        ray.init("local", num_cpus=4, include_dashboard=False, object_store_memory=512 * 2**20, log_to_driver=False)
+        ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=512 * 2**20, log_to_driver=False)
         yield
     finally:
         ray.shutdown()
@@ -171,7 +175,8 @@ class Corpora:
     """By size in MB; all with one tokenizer. Each folder also holds stream.pkl, what a run hands its workers."""
 
     def __init__(self, folder: Path, size: Size):
-        self.folder, self.size, self.encoder = folder, size, None
+        self.folder, self.size = folder, size
+        self.encoder: TextEncoder | None = None
 
     def __call__(self, size_mb: int) -> Path:
         from sevenfold.data import tokens
@@ -193,7 +198,9 @@ class Corpora:
             sample = [t for column in tokens.sample(manifest, selection, 0, 1, 0) for t in column]
             backend, why = admit(tokenizer, sample)
             say(why)
-            self.encoder = TextEncoder(tokenizer, LENGTH, backend)
+            self.encoder, self.tokenizer = TextEncoder(tokenizer, LENGTH, backend), folder / "tokenizer"
+        elif not (folder / "tokenizer").exists():  # peers look for it there
+            shutil.copytree(self.tokenizer, folder / "tokenizer")
         manifest = manifest.measured([tokens.per_byte(manifest, selection, self.encoder, 0, 1, 0)])
         plan = Plan.of(manifest, Data(sources=[source], sequence_length=LENGTH), 0, ROWS)
         (folder / "stream.pkl").write_bytes(pickle.dumps((plan, selection, self.encoder)))
@@ -283,7 +290,7 @@ def resume(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
     say("resuming: ours")
     early, late = medians({f: partial(one, f) for f in FRACTIONS}, rounds)
     rows = [["ours, inline", str(size.resume_mb), f"{early:.2f}", f"{late:.2f}", f"{late / early:.2f}"]]
-    small = corpora.size.corpus_mb  # peers read from the beginning to get there
+    small = size.resumers_mb
     peers = Peers(corpora(small) if size.resumers else data)
     if size.resumers:
         peers.prepare(size.resumers)

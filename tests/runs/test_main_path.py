@@ -23,8 +23,8 @@ def home(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("home")
     tree = json.loads(json.dumps(RECIPE))
     tree["data"] |= {"sources": [{"path": str(texts / "train")}], "validation": [{"path": str(texts / "heldout")}]}
-    tree["train"] |= {"steps": 120}
-    tree |= {"checkpoint": {"every": 10, "keep": 3}, "validation": {"every": 60, "rows": 16}, "cluster": {"num_workers": 2}}
+    tree["train"] |= {"steps": 60}
+    tree |= {"checkpoint": {"every": 10, "keep": 3}, "validation": {"every": 30, "rows": 16}, "cluster": {"num_workers": 2}}
     (root / "pretrain.yaml").write_text(yaml.safe_dump(tree))
     sft: dict[str, Any] = {
         "name": "sft", "seed": 1, "objective": "sft", "model": {"path": "runs/whole"}, "adapter": {"rank": 4},
@@ -41,7 +41,7 @@ def home(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     (root / "sft.yaml").write_text(yaml.safe_dump(sft))
     out = run_job("pretrain", "pretrain.yaml", "name=whole", home=root)
-    assert "whole: step 120/120  loss" in out and "bits/byte" in out  # plain lines where there is no terminal
+    assert "whole: step 60/60  loss" in out and "bits/byte" in out  # plain lines where there is no terminal
     return root
 
 
@@ -54,11 +54,11 @@ def losses(run: Path) -> dict[int, float]:
 def test_it_learnt_and_left_what_it_should(home: Path) -> None:
     run = home / "runs/whole"
     found = losses(run)
-    assert sorted(found) == list(range(1, 121)) and found[120] < found[1] - 1
+    assert sorted(found) == list(range(1, 61)) and found[60] < found[1] - 1
     summary = json.loads((run / "summary.json").read_text())
-    assert summary["metrics"]["validation/loss"] < found[1] - 1 and summary["steps"] == 120
+    assert summary["metrics"]["validation/loss"] < found[1] - 1 and summary["steps"] == 60
     newest = ckpt.latest(str(run / "checkpoints"))
-    assert newest is not None and newest.step == 120 and newest.world_size == 2 and newest.path == summary["checkpoint"]
+    assert newest is not None and newest.step == 60 and newest.world_size == 2 and newest.path == summary["checkpoint"]
     assert len(list((run / "checkpoints").iterdir())) == 3
     assert "name: whole" in (run / "recipe.yaml").read_text()
 
@@ -80,6 +80,7 @@ assert torch.isfinite(loss) and loss < 6, loss
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_on_another_number_of_workers(home: Path) -> None:
     process = start_job("pretrain", "pretrain.yaml", "name=killed", home=home)
     deadline = time.monotonic() + 200
@@ -95,14 +96,14 @@ def test_killed_and_resumed_on_another_number_of_workers(home: Path) -> None:
     assert sorted(found) == sorted(whole)
     # another number of workers rounds otherwise, which this rate amplifies; that the rows are the same, test_kills shows
     assert [found[s] for s in range(1, 30)] == pytest.approx([whole[s] for s in range(1, 30)], rel=1e-5)
-    assert [found[s] for s in range(30, 80)] == pytest.approx([whole[s] for s in range(30, 80)], abs=0.02)
+    assert [found[s] for s in range(30, 61)] == pytest.approx([whole[s] for s in range(30, 61)], abs=0.02)
 
 
 def test_a_name_means_one_recipe(home: Path) -> None:
     assert "finished before" in run_job("pretrain", "pretrain.yaml", "name=whole", home=home)
     before = (home / "runs/whole/recipe.yaml").read_text()
-    said = run_job("pretrain", "pretrain.yaml", "name=whole", "train.steps=121", home=home, code=2)
-    assert "exists with another recipe (train.steps: 120 there, 121 here)" in said and said.count("\n") == 1
+    said = run_job("pretrain", "pretrain.yaml", "name=whole", "train.steps=61", home=home, code=2)
+    assert "exists with another recipe (train.steps: 60 there, 61 here)" in said and said.count("\n") == 1
     assert (home / "runs/whole/recipe.yaml").read_text() == before
 
 
