@@ -156,6 +156,8 @@ def documents(at: Path, kind: str) -> None:
         pq.write_table(pa.table({"text": strings}), at / "a.parquet")
     elif kind == "json":
         (at / "a.jsonl").write_bytes(good + b'{"text": "go\n' + good)
+    elif kind == "two":
+        (at / "a.jsonl").write_bytes(good + good.strip() + b" " + good + good)
     elif kind == "key":
         (at / "a.jsonl").write_bytes(good + b'{"body": "x"}\n' + good)
     elif kind == "type":
@@ -175,6 +177,7 @@ def documents(at: Path, kind: str) -> None:
         ("utf8 txt", "a.txt: byte 5: not UTF-8"),
         ("utf8 parquet", "a.parquet: row group 0, row 1: not UTF-8 at its byte 0"),
         ("json", "a.jsonl: byte 17: expected a JSON object"),
+        ("two", "a.jsonl: byte 17: expected a JSON object, found something else: Extra data"),
         ("key", "a.jsonl: byte 17: expected a key 'text', found body"),
         ("type", "a.jsonl: byte 17: key 'text': expected a string, found int"),
         ("empty", "a.parquet: row group 0, row 1: no text in 'text'"),

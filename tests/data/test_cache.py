@@ -75,6 +75,12 @@ def test_of_something_else(stream: Stream, tmp_path: Path) -> None:
         cache.TokenCache.open(str(tmp_path), manifest, Selection(held_out=0.1), stream.encoder)
     with pytest.raises(InputError, match="something else is there"):
         cache.begin(str(tmp_path), manifest, Selection(held_out=0.1), stream.encoder)
+    other = TextEncoder(train_tokenizer(manifest, Selection(), 500, 0.5, 0), 256, "gigatoken")
+    with pytest.raises(InputError, match=r"something else \(encoder differ\)"):
+        cache.TokenCache.open(str(tmp_path), manifest, stream.selection, other)
+    fewer = scan([Source(path=manifest.shards[0].path)], ("text",), 8)
+    with pytest.raises(InputError, match=r"something else \(manifest differ\)"):
+        cache.TokenCache.open(str(tmp_path), fewer, stream.selection, stream.encoder)
 
 
 def test_an_id_beyond_the_vocabulary(stream: Stream) -> None:

@@ -134,6 +134,26 @@ def test_kills_do_not_show(home: Path, seed: int) -> None:
     check(home, seed)
 
 
+@pytest.mark.slow
+def test_the_token_cache_has_the_same_ledger(home: Path) -> None:
+    words = ("recipe.yaml", f"data.cache={home / 'cache'}", "cluster.num_workers=1")
+    process = start_job("tokenize", *words, home=home)
+    deadline = time.monotonic() + 200
+    while not (home / "cache/key.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    left = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    psutil.wait_procs(left, timeout=30)
+    said = run_job("pretrain", *words, "name=cached", home=home, code=2)
+    assert "found none that is finished" in said and not (home / "runs/cached").exists()
+    assert "2/2 shards" in run_job("tokenize", *words, home=home)
+    assert "finished before" in run_job("tokenize", *words, home=home)
+    run_job("pretrain", *words, "name=cached", home=home)
+    assert ledger(home / "runs/cached") == ledger(home / "runs/whole")
+
+
 def test_the_ledger_tells_and_replays(home: Path) -> None:
     def sevenfold(*args: str, code: int = 0) -> str:
         import sys

@@ -337,7 +337,11 @@ def _json_lines(data: bytes, begin: int, texts: Sequence[str], others: Sequence[
                 ),
             )
             table.validate(full=True)
-            if all(c in table.column_names for c in others) and not any(table[c].null_count for c in texts):
+            lines = data.count(b"\n") + (
+                not data.endswith(b"\n")
+            )  # it also takes two objects on one, and passes over blank ones
+            known = all(c in table.column_names for c in others) and not any(table[c].null_count for c in texts)
+            if known and len(table) == lines:
                 return Raw({c: table[c] for c in (*texts, *others)}, where, bad)
         except pa.ArrowException:
             pass  # line by line, to find which
