@@ -51,7 +51,7 @@ class Size(NamedTuple):
     epochs: int
     rounds: int
     peers: tuple[str, ...]
-    peer_seconds: float  # of reading, at most
+    peer_seconds: float  # of reading from the first batch on, at most
     resume_mb: int
     memory_mb: tuple[int, int]
     memory_batches: int
@@ -60,7 +60,7 @@ class Size(NamedTuple):
 
 
 FULL = Size(
-    1000, 32_000, 20, 5, 3, ("datasets", "ray", "mosaicml", "litdata", "memmap"), 20, 1000, (1000, 4000), 16_000,
+    1000, 32_000, 20, 5, 3, ("datasets", "ray", "mosaicml", "litdata", "memmap"), 60, 1000, (1000, 4000), 16_000,
     ("datasets", "mosaicml"), 250,
 )  # fmt: skip
 QUICK = Size(30, 8_000, 3, 2, 1, ("datasets",), 10, 100, (50, 200), 1000, (), 30)

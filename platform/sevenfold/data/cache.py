@@ -27,14 +27,24 @@ from sevenfold.errors import InputError
 _INDEX = "cache.json"
 
 
-def key(manifest: Manifest, selection: Selection, encoder: TextEncoder) -> dict[str, str | float]:
-    """What a cache must have been made from to stand for these documents."""
-    return {
-        "manifest": manifest.hash(),
-        "encoder": encoder.identity(),
-        "held_out": selection.held_out,
-        "split": selection.split,
-    }
+def key(manifest: Manifest, selection: Selection, encoder: TextEncoder | None) -> dict[str, str | float]:
+    """What a cache must have been made from to stand for these documents; of all encoders where none is named."""
+    what = {"manifest": manifest.hash(), "held_out": selection.held_out, "split": selection.split}
+    return what if encoder is None else {**what, "encoder": encoder.identity()}
+
+
+def check(folder: str, manifest: Manifest, selection: Selection, encoder: TextEncoder | None = None) -> None:
+    """Raises InputError where the folder is not a finished cache of these documents; by any encoder where none is named."""
+    index = storage.join(folder, _INDEX)
+    if not storage.exists(index):
+        raise InputError(f"{folder}: expected a token cache, found none that is finished: make it by jobs/tokenize.py")
+    made, wanted = storage.read_json(index)["key"], key(manifest, selection, encoder)
+    wrong = [k for k in wanted if made.get(k) != wanted[k]]
+    if wrong:
+        raise InputError(
+            f"{folder}: a token cache of something else ({', '.join(wrong)} differ): make this recipe's own by "
+            "jobs/tokenize.py with another data.cache"
+        )
 
 
 @dataclass(frozen=True)
@@ -47,16 +57,7 @@ class TokenCache:
 
     @staticmethod
     def open(folder: str, manifest: Manifest, selection: Selection, encoder: TextEncoder) -> TokenCache:
-        index = storage.join(folder, _INDEX)
-        if not storage.exists(index):
-            raise InputError(f"{folder}: expected a token cache, found none that is finished: make it by jobs/tokenize.py")
-        made, wanted = storage.read_json(index)["key"], key(manifest, selection, encoder)
-        wrong = [k for k in wanted if made.get(k) != wanted[k]]
-        if wrong:
-            raise InputError(
-                f"{folder}: a token cache of something else ({', '.join(wrong)} differ): make this recipe's own by "
-                "jobs/tokenize.py with another data.cache"
-            )
+        check(folder, manifest, selection, encoder)
         shard_of = manifest.table[:, 0].copy()
         return TokenCache(folder, shard_of, np.searchsorted(shard_of, np.arange(len(manifest.shards))))
 

@@ -10,7 +10,7 @@ from typing import Any
 import ray
 
 from sevenfold import storage
-from sevenfold.data import corpus, tokens
+from sevenfold.data import cache, corpus, tokens
 from sevenfold.data.cache import TokenCache
 from sevenfold.data.documents import Selection
 from sevenfold.data.encode import ENCODERS, TextEncoder, admit
@@ -56,6 +56,9 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
         say(f"making the corpus {root} (sevenfold corpus python)")
         corpus.build_python(root)
     found = found or inputs(recipe)
+    if recipe.data.cache:
+        selection = Selection.of(recipe.data, ENCODERS[recipe.objective].fields)
+        cache.check(storage.locate(recipe.data.cache), found.train, selection)
     claim(folder, recipe)
     found = settle(here, found, folder.tokenizer)
     if not storage.exists(folder.manifest):
@@ -152,8 +155,8 @@ def streams(recipe: Recipe, found: Inputs, tokenizer: str) -> tuple[Stream, Stre
     encoder = encoder_of(recipe, tokenizer)
     plan = Plan.of(found.train, data, recipe.seed, recipe.lanes)
     chosen = Selection.of(data, encoder.fields)
-    cache = TokenCache.open(storage.locate(data.cache), found.train, chosen, encoder) if data.cache else None
-    train = Stream(plan, chosen, encoder, data.sequence_length, data.executor, data.packing, tuple(data.skip), cache)
+    made = TokenCache.open(storage.locate(data.cache), found.train, chosen, encoder) if data.cache else None
+    train = Stream(plan, chosen, encoder, data.sequence_length, data.executor, data.packing, tuple(data.skip), made)
     held = None
     if found.validation:
         held = Stream(Plan(found.validation, 0, 1), replace(chosen, held_out=0), encoder, data.sequence_length, "inline")
