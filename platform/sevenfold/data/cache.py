@@ -29,7 +29,7 @@ _INDEX = "cache.json"
 
 def key(manifest: Manifest, selection: Selection, encoder: TextEncoder | None) -> dict[str, str | float]:
     """What a cache must have been made from to stand for these documents; of all encoders where none is named."""
-    what = {"manifest": manifest.hash(), "held_out": selection.held_out, "split": selection.split}
+    what: dict[str, str | float] = {"manifest": manifest.hash(), "held_out": selection.held_out, "split": selection.split}
     return what if encoder is None else {**what, "encoder": encoder.identity()}
 
 
