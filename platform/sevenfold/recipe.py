@@ -86,7 +86,7 @@ class Data(Section):
     max_document_mb: float = Field(64, gt=0, le=1024, description="A longer document is a bad one")
     cache: str | None = Field(None, description="Folder of tokens made by jobs/tokenize.py: read instead of the text")
     executor: Literal["ray", "inline"] = Field(
-        "ray", description="Who makes the rows: Ray Data tasks, or a thread of the worker"
+        "ray", description="Who makes the rows: Ray Data tasks beside the workers, or each worker itself"
     )
 
     @model_validator(mode="after")
