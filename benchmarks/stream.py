@@ -89,7 +89,7 @@ def ours(a: argparse.Namespace, start: float) -> dict[str, Any]:
         reader = stream.shard(0, 1).reader(ROWS // plan.lanes, state)
         try:
             for rows in itertools.islice(reader, a.batches):
-                batch = to_batch(rows, device)
+                batch = to_batch(rows).to(device)
                 first = first or time.perf_counter() - start
                 if batch.input_ids.shape != (ROWS, LENGTH) or batch.input_ids.dtype != torch.int64:
                     raise SystemExit(f"expected a batch [{ROWS}, {LENGTH}], found {list(batch.input_ids.shape)}")

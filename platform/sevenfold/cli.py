@@ -27,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _recipe_job(commands, job, about)
     _evaluate(commands)
     _ledger(commands)
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)  # argparse takes no second run of key.path=value after an option
+    if unknown := [r for r in rest if r.startswith("-") or "=" not in r or not hasattr(args, "overrides")]:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if rest:
+        args.overrides += rest
     return _guarded(lambda: args.run(args))
 
 

@@ -129,6 +129,10 @@ class Tokenizer(Section):
 class Model(Section):
     config: dict[str, Any] | None = Field(None, description="transformers config of a new model: model_type and its fields")
     path: str | None = Field(None, description="Folder of a model to start from: a run of ours or any Hugging Face directory")
+    trust_remote_code: bool = Field(False, description="Run Python code that lies in the model's folder")
+    attention: Literal["auto", "sdpa", "flex_attention", "eager"] = Field(
+        "auto", description="Kernel; auto: flex_attention for decoders on CUDA (packed documents as a block mask), else sdpa"
+    )
 
     @model_validator(mode="after")
     def _one(self) -> Model:
@@ -148,6 +152,13 @@ class Adapter(Section):
     target_modules: str | list[str] = Field("all-linear", description="As in peft's LoraConfig")
 
 
+class Corruption(Section):
+    """What the objectives masked (arXiv 1810.04805) and denoise (arXiv 1910.10683) take out of the text."""
+
+    rate: float = Field(0.15, gt=0, lt=1, description="Part of the tokens")
+    mean_span: float = Field(3.0, ge=1, description="denoise: mean length of a span, tokens")
+
+
 class Train(Section):
     global_batch: int = Field(gt=0, description="Rows an optimizer step, over all workers")
     micro_batch: int = Field(gt=0, description="Rows a worker's forward pass holds at once")
@@ -157,6 +168,11 @@ class Train(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of parameters in forward and backward; shards and sums stay float32"
     )
+    activation_checkpointing: Literal["none", "selective", "full"] = Field(
+        "none", description="What backward makes again instead of keeping: nothing, all but matrix products, whole blocks"
+    )
+    compile: bool = Field(False, description="torch.compile, block by block: a minute or more at the start")
+    loss_chunk: int | None = Field(None, gt=0, description="Tokens whose logits stand in memory at once; default: all")
     log_every: int = Field(10, gt=0, description="Steps between log lines")
 
     @model_validator(mode="after")
@@ -169,11 +185,12 @@ class Train(Section):
 class Optimizer(Section):
     """Defaults: Llama 3 (arXiv 2407.21783) and OLMo 2 (arXiv 2501.00656)."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = Field("adamw", description="muon: for matrices; all else by AdamW")
     learning_rate: float = Field(3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0, description="L2; not on norms, biases and embeddings")
+    momentum: float = Field(0.95, ge=0, lt=1, description="muon")
 
 
 class Schedule(Section):
@@ -181,6 +198,16 @@ class Schedule(Section):
     warmup_steps: int = Field(0, ge=0)
     decay_fraction: float = Field(0.1, ge=0, le=1, description="wsd: the last part of training, decayed linearly")
     min_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a part of the peak")
+
+
+class Guard(Section):
+    """What happens where loss or gradient norm are not finite, or jump: the step is left out and no weight changed."""
+
+    spike_factor: float | None = Field(
+        None, gt=1, description="A gradient norm above so many times its running mean is a spike; default: never"
+    )
+    max_skipped: int = Field(5, gt=0, description="So many left out in a row: back to the last checkpoint, past their data")
+    max_rollbacks: int = Field(2, ge=0, description="One more, and the run stops")
 
 
 class Validation(Section):
@@ -193,6 +220,14 @@ class Validation(Section):
 class Checkpoint(Section):
     every: int | None = Field(None, gt=0, description="Steps; default: only at the end")
     keep: int = Field(2, gt=0, description="Newest checkpoints kept")
+
+
+class Parallel(Section):
+    """How workers divide a model: each group of `tensor` workers splits its matrices, `replicate` groups hold whole copies,
+    and FSDP shards over the rest. Rounding apart it changes no number."""
+
+    replicate: int = Field(1, gt=0, description="HSDP: copies of the model; shards are gathered within one")
+    tensor: int = Field(1, gt=0, description="Tensor parallelism: workers that split each matrix; they read the same rows")
 
 
 class Cluster(Section):
@@ -243,14 +278,19 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run and its folder")
     storage: str = Field("runs", description="Folder or URL that runs are kept under")
     seed: int = Field(0, ge=0, lt=2**32)
-    objective: Literal["causal", "sft"] = "causal"
+    objective: Literal["causal", "masked", "denoise", "sft"] = Field(
+        "causal", description="Next token (decoder), hidden tokens (encoder), spans (encoder-decoder), completions (decoder)"
+    )
     data: Data
     tokenizer: Tokenizer = Tokenizer()
     model: Model
     adapter: Adapter | None = None
+    corruption: Corruption = Corruption()
     train: Train
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
+    guard: Guard = Guard()
+    parallel: Parallel = Parallel()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     cluster: Cluster = Cluster()
@@ -258,13 +298,18 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
-        batch, lanes, workers = self.train.global_batch, self.lanes, self.cluster.num_workers
+        batch, lanes, ranks = self.train.global_batch, self.lanes, self.cluster.num_workers
+        for name, ways in (("replicate", self.parallel.replicate), ("tensor", self.parallel.tensor)):
+            if ranks % ways:
+                raise ValueError(f"parallel.{name} {ways} must divide cluster.num_workers: {self.cluster.num_workers} are left")
+            ranks //= ways
+        workers = self.cluster.num_workers // self.parallel.tensor
         if batch % lanes:
             raise ValueError(f"train.global_batch {batch} cannot be dealt out to data.lanes {lanes}: it must be a multiple")
         if lanes < workers:
             raise ValueError(
                 f"train.global_batch {batch} cannot be dealt out: {lanes} lanes for {workers} workers; "
-                f"data.lanes must be at least cluster.num_workers"
+                f"data.lanes must be at least cluster.num_workers (over parallel.tensor)"
             )
         if (self.train.steps or self.train.tokens or self.data.epochs) is None:
             raise ValueError("train: give either steps or tokens, or data.epochs for as many steps as the data lasts")
@@ -277,6 +322,8 @@ class Recipe(Section):
             raise ValueError("tokenizer: give either path or vocab_size")
         if not (tokenizer.path or tokenizer.vocab_size or self.model.path):
             raise ValueError("tokenizer: give path (an existing one) or vocab_size (to train one)")
+        if self.objective == "denoise" and tokenizer.vocab_size and tokenizer.vocab_size < 512:
+            raise ValueError("tokenizer.vocab_size: denoise needs at least 512: 100 of them stand for spans")
         if tokenizer.vocab_size and self.model.path:
             raise ValueError("tokenizer.vocab_size trains a new tokenizer, which model.path's weights do not know")
         return self
@@ -297,10 +344,12 @@ class Recipe(Section):
     def identity(self) -> dict[str, Any]:
         """What decides the run's numbers: all but where it runs, where it is kept, how often it speaks, and what is
         decided on the way (data to skip)."""
-        out = self.model_dump(mode="json", exclude={"name", "storage", "cluster", "checkpoint"})
+        out = self.model_dump(mode="json", exclude={"name", "storage", "cluster", "checkpoint", "parallel"})
         for key in ("executor", "cache", "skip", "on_bad_document"):
             del out["data"][key]
-        del out["train"]["log_every"]
+        for key in ("log_every", "activation_checkpointing", "compile", "loss_chunk"):
+            del out["train"][key]
+        del out["model"]["attention"], out["model"]["trust_remote_code"]
         return out
 
     def hash(self) -> str:

@@ -405,6 +405,7 @@ class RunFolder:
         self.adapter = join(root, "adapter")
         self.summary = join(root, "summary.json")
         self.metrics = join(root, "metrics.json")
+        self.log = join(root, "metrics.jsonl")
         self.predictions = join(root, "predictions.jsonl")
         self.trials = join(root, "trials.json")
         self.ray = join(root, "ray")

@@ -11,22 +11,19 @@ from conftest import run_ranks
 
 from sevenfold.engine import checkpoint as ckpt
 from sevenfold.engine import optim
-from sevenfold.engine.batch import micro_batches
+from sevenfold.engine.batch import micro_batches, to_batch
 from sevenfold.engine.step import train_step
 from sevenfold.errors import RunError
-from sevenfold.model import build, parallel
 from sevenfold.recipe import Recipe
 
 
 def steps(tree: dict[str, Any], folder: str, until: int, save_at: list[int]) -> list[float]:
     """Trains from the last good checkpoint on; returns the losses."""
-    from test_step import ROWS, VOCAB, rows_of
+    from test_step import ROWS, rows_of, sharded
 
     recipe = Recipe.model_validate(tree)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model = parallel.shard(
-        build.build(recipe, build.config_of(recipe, VOCAB), weights=rank == 0), torch.device("cpu"), torch.float32
-    )
+    model = sharded(recipe)
     optimizer = optim.build(model, recipe.optimizer)
     found = ckpt.latest(folder)
     if found:
@@ -35,7 +32,9 @@ def steps(tree: dict[str, Any], folder: str, until: int, save_at: list[int]) -> 
     for step in range(found.step if found else 0, until):
         rows = rows_of(step).part(rank * ROWS // world, (rank + 1) * ROWS // world)
         out.append(
-            train_step(model, micro_batches(rows, 4, -(-ROWS // world // 4), torch.device("cpu")), optimizer, 1e-2, 1.0).loss
+            train_step(
+                model, micro_batches(rows, 4, -(-ROWS // world // 4), to_batch, torch.device("cpu")), optimizer, 1e-2, 1.0
+            ).loss
         )
         if step + 1 in save_at:
             ckpt.save(folder, step + 1, model, optimizer, {"positions": {}})

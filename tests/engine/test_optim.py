@@ -24,7 +24,8 @@ def test_schedules(name: str, expected: dict[int, float]) -> None:
 def test_weight_decay_spares_norms_and_embeddings() -> None:
     model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "norm": nn.LayerNorm(4), "linear": nn.Linear(4, 4)})
     model["linear"].bias.requires_grad = False
-    groups = build(model, Optimizer(weight_decay=0.3)).param_groups
+    (optimizer,) = build(model, Optimizer(weight_decay=0.3))
+    groups = optimizer.param_groups
     by_decay = {g["weight_decay"]: {id(p) for p in g["params"]} for g in groups}
     assert by_decay[0.3] == {id(model["linear"].weight)}
     assert by_decay[0.0] == {id(model["embed"].weight), id(model["norm"].weight), id(model["norm"].bias)}

@@ -10,8 +10,9 @@ from conftest import run_ranks
 
 from sevenfold.data.rows import Rows, labels
 from sevenfold.engine import optim
-from sevenfold.engine.batch import IGNORE, Batch, micro_batches
-from sevenfold.engine.step import evaluate, token_losses, train_step
+from sevenfold.engine.batch import IGNORE, Batch, micro_batches, to_batch
+from sevenfold.engine.objectives import Causal, Words, attach
+from sevenfold.engine.step import evaluate, train_step
 from sevenfold.errors import RunError
 from sevenfold.model import build, parallel
 from sevenfold.recipe import Recipe
@@ -35,18 +36,27 @@ def rows_of(step: int) -> Rows:
     return Rows(tokens, np.nonzero(begins)[1].astype(np.int32), used, targets)
 
 
+def sharded(recipe: Recipe) -> Any:
+    """The recipe's model, with its losses, laid over the ranks."""
+    model = build.build(recipe, build.config_of(recipe, VOCAB), weights=torch.distributed.get_rank() == 0)
+    attach(model, Causal(Words(VOCAB), 0, 0.15, 3), recipe.train.loss_chunk)
+    return parallel.shard(model, torch.device("cpu"), recipe.train, recipe.parallel)
+
+
 def losses(tree: dict[str, Any], micro_batch: int) -> list[float]:
     recipe = Recipe.model_validate(tree)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    config = build.config_of(recipe, VOCAB)
-    model = parallel.shard(build.build(recipe, config, weights=rank == 0), torch.device("cpu"), torch.float32)
-    optimizer = optim.build(model, recipe.optimizer)
+    tensor = recipe.parallel.tensor
+    place = parallel.Place.of(torch.distributed.get_rank(), torch.distributed.get_world_size(), tensor)
+    rank, world = place.rank, place.world_size
+    model = sharded(recipe)
+    optimizers = optim.build(model, recipe.optimizer)
     out = []
     for step in range(STEPS):
         mine = rows_of(step).part(rank * ROWS // world, (rank + 1) * ROWS // world)
         share = -(-ROWS // world)
         count = -(-share // micro_batch)
-        done = train_step(model, micro_batches(mine, micro_batch, count, torch.device("cpu")), optimizer, 1e-2, 1.0)
+        batches = micro_batches(mine, micro_batch, count, to_batch, torch.device("cpu"))
+        done = train_step(model, batches, optimizers, 1e-2, 1.0, tensor)
         assert done.applied and done.targets == int((labels(rows_of(step)) >= 0).sum())
         out.append(done.loss)
     return out
@@ -73,11 +83,9 @@ def test_the_number_of_workers_does_not_change_the_losses(
 
 def not_finite(tree: dict[str, Any]) -> bool:
     recipe = Recipe.model_validate(tree)
-    model = parallel.shard(
-        build.build(recipe, build.config_of(recipe, VOCAB), weights=True), torch.device("cpu"), torch.float32
-    )
+    model = sharded(recipe)
     optimizer = optim.build(model, recipe.optimizer)
-    batches = micro_batches(rows_of(0), ROWS, 1, torch.device("cpu"))
+    batches = micro_batches(rows_of(0), ROWS, 1, to_batch, torch.device("cpu"))
     before = {n: p.detach().clone() for n, p in model.state_dict().items()}
     hook = model.lm_head.register_forward_hook(lambda *a: a[-1] * float("nan"))
     assert not train_step(model, batches, optimizer, 1e-2, 1.0).applied
@@ -92,10 +100,8 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tree: dict[str, Any], t
 
 def no_target(tree: dict[str, Any]) -> str:
     recipe = Recipe.model_validate(tree)
-    model = parallel.shard(
-        build.build(recipe, build.config_of(recipe, VOCAB), weights=True), torch.device("cpu"), torch.float32
-    )
-    (batch,) = micro_batches(rows_of(0).part(0, 1), 1, 1, torch.device("cpu"))
+    model = sharded(recipe)
+    (batch,) = micro_batches(rows_of(0).part(0, 1), 1, 1, to_batch, torch.device("cpu"))
     with pytest.raises(RunError, match="without a single target"):
         train_step(model, [batch], optim.build(model, recipe.optimizer), 1e-2, 1.0)
     return "refused"
@@ -122,18 +128,18 @@ def test_packed_documents_do_not_see_each_other(tree: dict[str, Any]) -> None:
     wanted = torch.full_like(ids, IGNORE)
     wanted[:, cut:-1] = ids[:, cut + 1 :]
     with torch.no_grad():
-        both = token_losses(model, Batch(ids, apart, wanted, torch.tensor([0, cut, LENGTH], dtype=torch.int32)))
+        both = attach(model, Causal(Words(VOCAB), 0, 0.15, 3))(
+            Batch(ids, apart, wanted, torch.tensor([0, cut, LENGTH], dtype=torch.int32))
+        )
     assert (both[:, :cut] == 0).all() and (both[:, cut:-1] > 0).all()
 
 
 def measured(tree: dict[str, Any]) -> tuple[float, int, int]:
     recipe = Recipe.model_validate(tree)
     rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    model = parallel.shard(
-        build.build(recipe, build.config_of(recipe, VOCAB), weights=rank == 0), torch.device("cpu"), torch.float32
-    )
+    model = sharded(recipe)
     rows = rows_of(0).part(rank * ROWS // world, (rank + 1) * ROWS // world)
-    return evaluate(model, micro_batches(rows, 4, -(-ROWS // world // 4), torch.device("cpu")), torch.arange(VOCAB))
+    return evaluate(model, micro_batches(rows, 4, -(-ROWS // world // 4), to_batch, torch.device("cpu")), torch.arange(VOCAB))
 
 
 def test_evaluation_is_the_same_on_any_number(tree: dict[str, Any], tmp_path: Path) -> None:

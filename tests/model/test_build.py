@@ -49,7 +49,7 @@ def test_build(tree: dict[str, Any]) -> None:
     assert empty.lm_head.weight is empty.model.embed_tokens.weight
     assert torch.equal(empty.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2)
-    assert build.flops_per_token(model, 64) == 6 * matrices + 12 * 2 * 32 * 64
+    assert build.flops_per_token(model, recipe) == 6 * matrices + 12 * 2 * 32 * 64
 
 
 def test_an_adapter_starts_as_the_base(tree: dict[str, Any]) -> None:

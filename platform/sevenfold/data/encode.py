@@ -60,13 +60,17 @@ class TextEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, backend: str = REFERENCE):
         self._room = sequence_length
-        if tokenizer.eos_token_id is None:
-            raise InputError("the tokenizer has no end-of-text token (eos_token): documents could not be told apart")
+        end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        begin = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if end is None:
+            raise InputError(
+                "the tokenizer has no end-of-text token (eos_token or sep_token): documents could not be told apart"
+            )
         self._json = tokenizer.backend_tokenizer.to_str()
         self.backend = backend
         self.vocab_size = len(tokenizer)
-        self._bos: int | None = None if tokenizer.bos_token_id is None else int(tokenizer.bos_token_id)
-        self._eos = int(tokenizer.eos_token_id)
+        self._bos: int | None = None if begin is None else int(begin)
+        self._eos = int(end)
         self.head: int | None = self._bos
         self.tail: int | None = self._eos
 
@@ -136,7 +140,12 @@ class CompletionEncoder(TextEncoder):
         return Encoded(ids, offsets, targets, documents.origin, documents.skipped)
 
 
-ENCODERS: dict[str, type[TextEncoder]] = {"causal": TextEncoder, "sft": CompletionEncoder}  # by objective
+ENCODERS: dict[str, type[TextEncoder]] = {
+    "causal": TextEncoder,
+    "masked": TextEncoder,
+    "denoise": TextEncoder,
+    "sft": CompletionEncoder,
+}  # by objective
 
 
 def admit(tokenizer: PreTrainedTokenizerBase, sample: Sequence[str]) -> tuple[str, str]:

@@ -24,7 +24,8 @@ if TYPE_CHECKING:  # transformers brings torch: 250 MB and seconds for each data
 
 LAST_WRITTEN = "tokenizer_config.json"  # of a saved tokenizer
 _BYTE = re.compile(r"^<0x[0-9A-F]{2}>$")
-BOS, EOS, PAD = "<|bos|>", "<|eos|>", "<|pad|>"
+BOS, EOS, PAD, MASK = "<|bos|>", "<|eos|>", "<|pad|>", "<|mask|>"
+SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))  # T5's names for the spans that were taken out
 
 
 def sample(manifest: Manifest, selection: Selection, source: int, megabytes: float, seed: int) -> Iterator[list[str]]:
@@ -52,9 +53,10 @@ def per_byte(manifest: Manifest, selection: Selection, encoder: TextEncoder, sou
 
 
 def train_tokenizer(
-    manifest: Manifest, selection: Selection, vocab_size: int, megabytes: float, seed: int
+    manifest: Manifest, selection: Selection, vocab_size: int, megabytes: float, seed: int, objective: str = "causal"
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE trained on a sample of the sources' row groups, of each in proportion to its size."""
+    """A byte-level BPE trained on a sample of the sources' row groups, of each in proportion to its size, with the special
+    tokens that the objective needs."""
     from transformers import PreTrainedTokenizerFast
 
     def drawn() -> Iterator[list[str]]:
@@ -62,12 +64,13 @@ def train_tokenizer(
             part = int(manifest.table[span.start : span.stop, 5].sum()) / manifest.bytes
             yield from sample(manifest, selection, number, megabytes * part, seed)
 
+    more: tuple[str, ...] = {"masked": (MASK,), "denoise": SENTINELS}.get(objective, ())
     bpe = tokenizers.Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[BOS, EOS, PAD],
+        special_tokens=[BOS, EOS, PAD, *more],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -78,6 +81,8 @@ def train_tokenizer(
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left",
         clean_up_tokenization_spaces=False,
+        **({"mask_token": MASK} if MASK in more else {}),
+        **({"additional_special_tokens": list(SENTINELS)} if objective == "denoise" else {}),
     )  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -33,13 +33,15 @@ class Checkpoint:
     extra: dict[str, Any]
 
 
-def save(folder: str, step: int, model: nn.Module, optimizer: torch.optim.Optimizer, extra: dict[str, Any]) -> Checkpoint:
-    """Writes the trained parameters and the optimizer's state, a shard a rank. Every rank calls it."""
+def save(
+    folder: str, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], extra: dict[str, Any]
+) -> Checkpoint:
+    """Writes the trained parameters and the optimizers' state, a shard a rank. Every rank calls it."""
     rank, world = dist.get_rank(), dist.get_world_size()
     names: list[str | None] = [_fresh(folder, step) if rank == 0 else None]
     dist.broadcast_object_list(names)
     path = storage.join(folder, str(names[0]))
-    weights, state = get_state_dict(model, optimizer, options=_options())
+    weights, state = get_state_dict(model, optimizers, options=_options())
     dcp.save({"model": weights, "optimizer": state}, storage_writer=_writer(path))
     mine = {n: _sum(storage.join(path, n)) for n in storage.listdir(path) if n.startswith(f"__{rank}_")}
     if rank == 0:
@@ -54,17 +56,17 @@ def save(folder: str, step: int, model: nn.Module, optimizer: torch.optim.Optimi
     return found
 
 
-def load(checkpoint: Checkpoint, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+def load(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
     """Reads a verified checkpoint into a model of any number of ranks, or of none."""
     options = _options()
-    if optimizer is None:
+    if not optimizers:
         trained = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
         state = {"model": {n: p for n, p in model.state_dict().items() if n in trained}}
         dcp.load(state, storage_reader=_reader(checkpoint.path), no_dist=not dist.is_initialized())
         return
-    weights, optim = get_state_dict(model, optimizer, options=options)
+    weights, optim = get_state_dict(model, optimizers, options=options)
     dcp.load({"model": weights, "optimizer": optim}, storage_reader=_reader(checkpoint.path))
-    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=optim, options=options)
+    set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=optim, options=options)
 
 
 def latest(folder: str, warn: Callable[[str], None] = log.warning) -> Checkpoint | None:

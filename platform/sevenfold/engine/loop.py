@@ -2,92 +2,130 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from sevenfold.data.rows import Rows
 from sevenfold.engine.batch import micro_batches
+from sevenfold.engine.guard import Guard
 from sevenfold.engine.meter import Meter
+from sevenfold.engine.objectives import Causal
 from sevenfold.engine.optim import learning_rate
-from sevenfold.engine.step import NoTargets, train_step
-from sevenfold.errors import RunError
+from sevenfold.engine.step import NoTargets, Step, train_step
 from sevenfold.recipe import Recipe
-
-MAX_SKIPPED = 10  # steps in a row whose gradient is not finite
 
 
 @dataclass
 class Hooks:
-    """What happens around the steps; every rank calls each at the same steps. Metrics are those of all ranks."""
+    """What happens around the steps; every rank calls each at the same steps. Metrics are those of all ranks.
+
+    Attributes:
+        tell: a sentence for whoever watches.
+        go_back: after this step, the last of so many that were left out; loads the last checkpoint, passes over their data
+            from then on, and returns the checkpoint's step. Raises RunError where there is none.
+    """
 
     log: Callable[[int, dict[str, float]], None]
     validate: Callable[[int], dict[str, float]]
     save: Callable[[int], None]
     report: Callable[[int, dict[str, float]], None]
+    tell: Callable[[str], None]
+    go_back: Callable[[int, int], int]
 
 
-def fit(
-    recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer, rows: Iterator[Rows], rows_per_rank: int,
-    device: torch.device, meter: Meter, hooks: Hooks, start: int = 0,
-) -> None:  # fmt: skip
+@dataclass
+class Trainer:
+    """What takes a step: all that the loop needs of a rank.
+
+    Attributes:
+        model: with the method token_losses, sharded over all ranks.
+        rows: of this rank, step after step.
+        rows_per_rank: the most rows that any rank gets in a step: decides the number of micro-batches of all.
+    """
+
+    recipe: Recipe
+    model: Any
+    optimizers: Sequence[torch.optim.Optimizer]
+    objective: Causal
+    rows: Iterator[Rows]
+    rows_per_rank: int
+    device: torch.device
+    meter: Meter
+    guard: Guard
+
+    def step(self, step: int) -> Step | None:
+        """Step `step` (from 0). None where the rows of all ranks have ended. Raises NoTargets."""
+        recipe = self.recipe
+        begin = time.perf_counter()
+        drawn = next(self.rows)
+        collate = functools.partial(self.objective.collate, step=step)
+        count = -(-self.rows_per_rank // recipe.train.micro_batch)
+        batches = micro_batches(drawn, recipe.train.micro_batch, count, collate, self.device)
+        waited = time.perf_counter() - begin
+        place = dist.get_rank() // recipe.parallel.tensor
+        # dropout is a function of (seed, step, rank): there is no generator state to save
+        torch.manual_seed(((recipe.seed << 31) + (step << 16) + place) % 2**63)
+        rate = learning_rate(step, recipe.steps, recipe.optimizer.learning_rate, recipe.schedule)
+        try:
+            done = train_step(
+                self.model, batches, self.optimizers, rate, recipe.train.max_grad_norm, recipe.parallel.tensor,
+                self.guard.most_norm,
+            )  # fmt: skip
+        except NoTargets:
+            if self._any_tokens(drawn):
+                raise
+            return None
+        self.meter.add(recipe.tokens_per_step, time.perf_counter() - begin, waited)
+        return done
+
+    def _any_tokens(self, rows: Rows) -> bool:
+        total = torch.tensor(int(rows.used.sum()), device=self.device)
+        dist.all_reduce(total)
+        return bool(total)
+
+
+def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> None:
     """Runs steps start .. recipe.steps - 1, or fewer where the rows of all ranks end before (rows of padding alone).
 
-    Args:
-        rows_per_rank: the most rows that any rank gets in a step: decides the number of micro-batches of all.
-
     Raises:
-        RunError: the gradient was not finite MAX_SKIPPED times in a row.
+        RunError: as Guard.judge and Hooks.go_back.
     """
-    steps, train = recipe.steps, recipe.train
-    count = -(-rows_per_rank // train.micro_batch)
-    skipped = 0
-    model.train()
-    for step in range(start, steps):
-        begin = time.perf_counter()
-        drawn = next(rows)
-        batches = micro_batches(drawn, train.micro_batch, count, device)
-        waited = time.perf_counter() - begin
-        # dropout is a function of (seed, step, rank): there is no generator state to save
-        torch.manual_seed(((recipe.seed << 31) + (step << 16) + dist.get_rank()) % 2**63)
-        rate = learning_rate(step, steps, recipe.optimizer.learning_rate, recipe.schedule)
-        try:
-            done = train_step(model, batches, optimizer, rate, train.max_grad_norm)
-        except NoTargets:
-            if _any_tokens(drawn, device):
-                raise
-            return _finish(step, hooks)
-        meter.add(recipe.tokens_per_step, waited)
-        skipped = 0 if done.applied else skipped + 1
-        if skipped >= MAX_SKIPPED:
-            raise RunError(
-                f"the gradient was not finite in {skipped} steps in a row, up to step {step + 1}: "
-                "lower optimizer.learning_rate or lengthen schedule.warmup_steps"
-            )
+    recipe, steps, step = trainer.recipe, trainer.recipe.steps, start
+    if step >= steps:  # ended between the last save and the last report
+        hooks.report(steps, hooks.validate(steps))
+    trainer.model.train()
+    while step < steps:
+        done = trainer.step(step)
+        if done is None:
+            _finish(step, hooks)
+            return
         at, last = step + 1, step + 1 == steps
-        if at % train.log_every == 0 or last or at == 1:
+        back = trainer.guard.judge(at, done.applied, done.grad_norm)
+        if not done.applied:
+            hooks.tell(f"step {at} was left out: loss {done.loss:.4g}, gradient norm {done.grad_norm:.4g}")
+        if back:
+            step = hooks.go_back(at, trainer.guard.in_a_row)
+            trainer.meter.reset()
+            continue
+        if at % recipe.train.log_every == 0 or last or at == 1 or not done.applied:
+            rate = learning_rate(step, steps, recipe.optimizer.learning_rate, recipe.schedule)
             scalars = {"loss": done.loss, "grad_norm": done.grad_norm, "learning_rate": rate, "targets": done.targets}
-            hooks.log(at, {f"train/{k}": v for k, v in (scalars | meter.read()).items()})
+            hooks.log(at, {f"train/{k}": v for k, v in (scalars | trainer.meter.read()).items()})
         validating = last or _due(at, recipe.validation.every)
         metrics = hooks.validate(at) if validating else {}
         if last or _due(at, recipe.checkpoint.every):
             hooks.save(at)  # before the report: what is reported can be found again
         if validating:
             hooks.report(at, metrics | {"train/loss": done.loss if math.isfinite(done.loss) else float("inf")})
-            meter.reset()
-    if start >= steps:  # ended between the last save and the last report
-        hooks.report(steps, hooks.validate(steps))
-
-
-def _any_tokens(rows: Rows, device: torch.device) -> bool:
-    total = torch.tensor(int(rows.used.sum()), device=device)
-    dist.all_reduce(total)
-    return bool(total)
+            trainer.meter.reset()
+        step += 1
 
 
 def _finish(at: int, hooks: Hooks) -> None:

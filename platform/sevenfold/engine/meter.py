@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import time
 
 import torch
@@ -34,27 +35,41 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Meter:
-    """Counts between two log lines."""
+    """Counts between two log lines; goodput counts from the start."""
 
-    def __init__(self, flops_per_token: float, peak: float | None, world_size: int):
-        self._flops, self._peak, self._world = flops_per_token, peak, world_size
+    def __init__(self, flops_per_token: float, peak: float | None, world_size: int, device: torch.device):
+        self._flops, self._peak, self._world, self._device = flops_per_token, peak, world_size, device
+        self._start, self._productive = time.perf_counter(), 0.0
         self.reset()
 
     def reset(self) -> None:
         self._begin, self._tokens, self._steps, self._waited = time.perf_counter(), 0, 0, 0.0
 
-    def add(self, tokens: int, waited: float) -> None:
-        """A step of all ranks' tokens for whose data this rank waited so many seconds."""
+    def add(self, tokens: int, seconds: float, waited: float) -> None:
+        """A step of all ranks' tokens that took so long, a part of it waiting for data on this rank."""
         self._tokens += tokens
         self._steps += 1
         self._waited += waited
+        self._productive += seconds - waited
 
     def read(self) -> dict[str, float]:
-        """tokens_per_second of all workers, step_seconds, data_wait (part of the time), mfu (where a peak is known)."""
-        seconds = max(time.perf_counter() - self._begin, 1e-9)
+        """tokens_per_second of all workers and of one, step_seconds, data_wait (part of the time), memory_gb (this rank's
+        peak: of the device, or of the process on a CPU), goodput (part of the time since the start that was spent in steps),
+        mfu (where a peak is known)."""
+        now = time.perf_counter()
+        seconds = max(now - self._begin, 1e-9)
         rate = self._tokens / seconds
-        out = {"tokens_per_second": rate, "step_seconds": seconds / max(1, self._steps), "data_wait": self._waited / seconds}
+        out = {
+            "tokens_per_second": rate, "tokens_per_second_per_worker": rate / self._world,
+            "step_seconds": seconds / max(1, self._steps), "data_wait": self._waited / seconds,
+            "memory_gb": self._memory() / 1e9, "goodput": self._productive / max(now - self._start, 1e-9),
+        }  # fmt: skip
         if self._peak:
             out["mfu"] = rate / self._world * self._flops / self._peak
         self.reset()
         return out
+
+    def _memory(self) -> float:
+        if self._device.type == "cuda":
+            return float(torch.cuda.max_memory_allocated(self._device))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0

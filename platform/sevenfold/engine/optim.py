@@ -1,28 +1,96 @@
-"""Optimizer and learning-rate schedule. The schedule is a function of the step: there is no state to save."""
+"""Optimizers and learning-rate schedule. The schedule is a function of the step: there is no state to save."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
 
 from sevenfold import recipe as r
 
 
-def build(model: nn.Module, settings: r.Optimizer) -> torch.optim.Optimizer:
-    """AdamW; weight decay on matrices that are no embeddings."""
+def build(model: nn.Module, settings: r.Optimizer) -> list[torch.optim.Optimizer]:
+    """AdamW; or Muon for the matrices, and AdamW for all else. Weight decay on matrices that are no embeddings."""
     embeddings = {id(p) for p in embedding_parameters(model)}
-    decayed: list[nn.Parameter] = []
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    matrices: list[nn.Parameter] = []
+    heads: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for p in model.parameters():
         if p.requires_grad:
-            (decayed if p.ndim >= 2 and id(p) not in embeddings else plain).append(p)
+            matrix = p.ndim >= 2 and id(p) not in embeddings
+            (heads if matrix and head is not None and p is head.weight else matrices if matrix else plain).append(p)
+    muon = settings.name == "muon"
+    decayed = heads if muon else matrices + heads
     groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [g for g in groups if g["params"]],
-        lr=settings.learning_rate, betas=settings.betas, eps=settings.eps, fused=True,
-    )  # fmt: skip
+    out: list[torch.optim.Optimizer] = []
+    if groups := [g for g in groups if g["params"]]:
+        rest = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+        out.append(torch.optim.AdamW(groups, **rest, fused=True))  # type: ignore[arg-type]
+    if muon and matrices:
+        out.append(Muon(matrices, settings.learning_rate, settings.weight_decay, settings.momentum))
+    return out
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal (Jordan 2024, arXiv 2502.16982): for matrices. Steps have AdamW's size, so that its
+    learning rates serve (0.2 * sqrt(max(rows, columns)), ibid., section 2.2).
+
+    torch's own (2.13) does this in bfloat16 and on whatever part of a matrix it holds in the end by DTensor's rules; here
+    each matrix is put together, made orthogonal by one rank, and handed out: the same on any number of ranks.
+    """
+
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        number = 0
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                buffer = state["momentum_buffer"]
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = _orthogonal(p.grad.lerp(buffer, group["momentum"]), number)  # Nesterov's
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                number += 1
+
+
+def _orthogonal(matrix: torch.Tensor, number: int) -> torch.Tensor:
+    """Laid out as the argument is. One rank makes it: the ranks take turns by `number`."""
+    if not isinstance(matrix, DTensor):
+        return newton_schulz(matrix)
+    full, mesh = matrix.full_tensor(), matrix.device_mesh
+    owner = number % dist.get_world_size()
+    made = newton_schulz(full) if dist.get_rank() == owner else torch.empty_like(full)
+    dist.broadcast(made, owner)
+    whole = DTensor.from_local(made, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=matrix.placements)
+
+
+def newton_schulz(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
+    """About the nearest orthogonal matrix: singular values within 0.7 to 1.2. Coefficients: Jordan's (as torch.optim.Muon).
+
+    bfloat16 on an accelerator, where it is what products are made for; float32 on a CPU.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix.flatten(1).to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    tall = x.shape[0] > x.shape[1]
+    x = x.T if tall else x
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.T if tall else x).reshape(matrix.shape).to(matrix.dtype)
 
 
 def embedding_parameters(model: nn.Module) -> list[torch.Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from sevenfold.engine.batch import IGNORE, Batch
@@ -21,7 +23,7 @@ class NoTargets(RunError):
 @dataclass
 class Step:
     """Of all ranks together: loss in nats a target token, number of target tokens, norm of the gradient before
-    clipping; `applied` is False where the gradient was not finite and no weight was changed."""
+    clipping; `applied` is False where loss or gradient were not finite and no weight was changed."""
 
     loss: float
     targets: int
@@ -29,47 +31,67 @@ class Step:
     applied: bool
 
 
-def token_losses(model: nn.Module, batch: Batch) -> torch.Tensor:
-    """-log p of each label, nats, 0 where there is none: float32 [rows, sequence]."""
-    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
-    losses = F.cross_entropy(logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return losses.view_as(batch.labels)
-
-
 def train_step(
-    model: nn.Module, batches: Sequence[Batch], optimizer: torch.optim.Optimizer, learning_rate: float, max_grad_norm: float
-) -> Step:
+    model: Any, batches: Sequence[Batch], optimizers: Sequence[torch.optim.Optimizer], learning_rate: float,
+    max_grad_norm: float, tensor: int = 1, most_norm: float = float("inf"),
+) -> Step:  # fmt: skip
     """The loss is the mean over the target tokens of all micro-batches of all ranks: how they are dealt out does
-    not show in it. Raises NoTargets where there is no target token at all."""
-    world = dist.get_world_size()
-    device = batches[0].labels.device
-    targets = torch.stack([(b.labels != IGNORE).sum() for b in batches]).sum()
-    dist.all_reduce(targets)
-    count = int(targets)
-    if not count:
-        raise NoTargets("a step without a single target token: the documents are empty, or every one of them is masked")
+    not show in it. Raises NoTargets where there is no target token at all.
 
-    total = torch.zeros((), device=device)
+    Args:
+        model: with the method token_losses (objectives.attach), sharded over all ranks.
+        tensor: so many neighbouring ranks hold the same rows.
+        most_norm: a gradient above it counts as one that is not finite.
+    """
+    world = dist.get_world_size() // tensor
+    sums = torch.stack([torch.zeros((), device=batches[0].labels.device), *((b.labels != IGNORE).sum() for b in batches)])
+    count = sums.sum()
+    dist.all_reduce(count)
+    count //= tensor
+
+    total = torch.zeros((), device=count.device)
     for i, batch in enumerate(batches):
-        model.set_requires_gradient_sync(i == len(batches) - 1)  # type: ignore[operator]
-        loss = token_losses(model, batch).sum()
+        model.set_requires_gradient_sync(i == len(batches) - 1)
+        loss = model.token_losses(batch).sum()
         (loss * (world / count)).backward()  # FSDP takes the mean over ranks: times world makes it the sum
         total += loss.detach()
     dist.all_reduce(total)
+    total /= tensor
 
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    applied = bool(torch.isfinite(norm) & torch.isfinite(total))
-    if applied:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-    optimizer.zero_grad()
-    return Step(float(total) / count, count, float(norm), applied)
+    norm = clip_grad_norm(model.parameters(), max_grad_norm)
+    # the one place where the host waits for the device
+    summed, targets, length = torch.stack([t.double() for t in (total, count, norm)]).tolist()
+    if not targets:
+        raise NoTargets("a step without a single target token: the documents are empty, or every one of them is masked")
+    applied = math.isfinite(summed + length) and length <= most_norm
+    for optimizer in optimizers:
+        if applied:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            optimizer.step()
+        optimizer.zero_grad()
+    return Step(summed / targets, int(targets), length, applied)
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:
+    """Scales the gradients so that the norm of all together is at most `most`; returns what it was.
+
+    torch's clip_grad_norm_ takes one mesh alone: with tensor parallelism some parameters lie on two.
+    """
+    by_mesh: dict[Any, list[torch.Tensor]] = defaultdict(list)
+    for p in parameters:
+        if p.grad is not None:
+            by_mesh[getattr(p.grad, "device_mesh", None)].append(p.grad)
+    norms = [nn.utils.get_total_norm(grads) for grads in by_mesh.values()]
+    norm = torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]).norm()
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch's
+    for grads in by_mesh.values():
+        torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in grads], factor)
+    return norm
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, batches: Sequence[Batch], token_bytes: torch.Tensor) -> tuple[float, int, int]:
+def evaluate(model: Any, batches: Sequence[Batch], token_bytes: torch.Tensor) -> tuple[float, int, int]:
     """(sum of -log p in nats, target tokens, bytes of text that these stand for) of all ranks together.
 
     Every rank must bring as many batches. `token_bytes`: int64 [vocabulary].
@@ -78,9 +100,8 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], token_bytes: torch.Tens
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
         asked = batch.labels[batch.labels != IGNORE]
-        sums += torch.tensor(
-            [float(token_losses(model, batch).sum()), len(asked), int(token_bytes[asked.cpu()].sum())], dtype=torch.float64
-        )
+        nats = float(model.token_losses(batch).sum())
+        sums += torch.tensor([nats, len(asked), int(token_bytes[asked.cpu()].sum())], dtype=torch.float64)
     sums = sums.to(batches[0].labels.device)
     dist.all_reduce(sums)
     model.train()

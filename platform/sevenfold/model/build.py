@@ -8,15 +8,29 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 
 from sevenfold import storage
 from sevenfold.engine.optim import embedding_parameters
 from sevenfold.errors import InputError
+from sevenfold.model.parallel import tensor_plan
 from sevenfold.recipe import Adapter, Recipe
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CLASSES: dict[str, Any] = {  # by objective; the family's name for errors
+    "causal": (AutoModelForCausalLM, "decoder"),
+    "sft": (AutoModelForCausalLM, "decoder"),
+    "masked": (AutoModelForMaskedLM, "encoder"),
+    "denoise": (AutoModelForSeq2SeqLM, "encoder-decoder"),
+}
 
 
 def model_path(path: str) -> str:
@@ -30,23 +44,27 @@ def model_path(path: str) -> str:
     raise InputError(f"{at}: expected a run or a Hugging Face directory (config.json), found none")
 
 
-def config_of(recipe: Recipe, vocab_size: int) -> PreTrainedConfig:
-    """The transformers config of the recipe's model.
+def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrainedConfig:
+    """The transformers config of the recipe's model; a new one knows the tokenizer's special tokens where it is given.
 
     Raises:
         InputError: an unknown model type or field, a vocabulary or context that is too small for the data.
     """
-    fields = {"vocab_size": vocab_size, "max_position_embeddings": recipe.data.sequence_length, **(recipe.model.config or {})}
     try:
         if recipe.model.path is not None:
             folder = storage.local(model_path(recipe.model.path))
-            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code)
         else:
-            config = AutoConfig.for_model(**fields)
-            unknown = fields.keys() - AutoConfig.for_model(fields["model_type"]).to_dict().keys()
-            if unknown:
-                raise InputError(f"model.config: {fields['model_type']} has no field {sorted(unknown)[0]!r}")
+            config = _new(recipe.model.config or {}, vocab_size, recipe.data.sequence_length)
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id") if tokenizer is not None else ():
+                setattr(config, name, getattr(tokenizer, name))
+            if tokenizer is not None and config.is_encoder_decoder:
+                config.decoder_start_token_id = config.pad_token_id
     except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as e:
+        if "trust_remote_code" in str(e):
+            raise InputError(
+                f"{recipe.model.path}: the model brings Python code of its own: read it, then set model.trust_remote_code=true"
+            ) from None
         raise InputError(f"{recipe.model.path or 'model.config'}: {_line(e)}") from None
     if config.vocab_size < vocab_size:
         raise InputError(f"model: vocab_size {config.vocab_size} is below the tokenizer's {vocab_size}")
@@ -56,20 +74,33 @@ def config_of(recipe: Recipe, vocab_size: int) -> PreTrainedConfig:
     return config
 
 
+def _new(fields: dict[str, Any], vocab_size: int, length: int) -> PreTrainedConfig:
+    known = AutoConfig.for_model(fields["model_type"]).to_dict().keys()
+    if unknown := fields.keys() - known:
+        raise InputError(f"model.config: {fields['model_type']} has no field {sorted(unknown)[0]!r}")
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": length, "n_positions": length}
+    return AutoConfig.for_model(**({k: v for k, v in sizes.items() if k in known} | fields))
+
+
 def check(recipe: Recipe, vocab_size: int) -> int:
     """Makes the recipe's model, and its adapter, on the meta device, where nothing is allocated.
 
     Returns the number of parameters, without the adapter's. Raises InputError where it cannot be made.
     """
     config = config_of(recipe, vocab_size)
+    made, family = CLASSES[recipe.objective]
+    if recipe.train.loss_chunk and getattr(config, "final_logit_softcapping", None):
+        raise InputError("train.loss_chunk: this model bends its logits (final_logit_softcapping): leave loss_chunk out")
     with torch.device("meta"):
         try:
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = made.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
         except (ValueError, KeyError, TypeError, AssertionError) as e:
-            raise InputError(f"{recipe.model.path or 'model.config'}: no decoder can be made of it: {_line(e)}") from None
+            raise InputError(f"{recipe.model.path or 'model.config'}: no {family} can be made of it: {_line(e)}") from None
         count = sum(p.numel() for p in model.parameters())
         if recipe.adapter is not None:
             with_adapter(model, recipe.adapter, recipe.seed)
+    if recipe.parallel.tensor > 1:
+        tensor_plan(model, recipe.parallel.tensor)
     return count
 
 
@@ -78,21 +109,31 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def build(recipe: Recipe, config: PreTrainedConfig, *, weights: bool) -> PreTrainedModel:
+def attention(recipe: Recipe, device: torch.device) -> str:
+    """The kernel that keeps packed documents apart at the least cost. FlexAttention has no backward on a CPU (torch 2.13)."""
+    if recipe.model.attention != "auto":
+        return recipe.model.attention
+    return "flex_attention" if device.type == "cuda" and CLASSES[recipe.objective][1] == "decoder" else "sdpa"
+
+
+def build(recipe: Recipe, config: PreTrainedConfig, *, weights: bool, attention: str = "sdpa") -> PreTrainedModel:
     """The recipe's model on the CPU, float32.
 
     Args:
+        attention: as transformers' attn_implementation.
         weights: False leaves the parameters unwritten (no memory is touched), for ranks that are sent theirs.
     """
     torch.manual_seed(recipe.seed)
-    kwargs: dict[str, Any] = {"attn_implementation": "sdpa", "dtype": torch.float32}
+    made: Any = CLASSES[recipe.objective][0]
+    kwargs: dict[str, Any] = {
+        "attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": recipe.model.trust_remote_code
+    }  # fmt: skip
+    model: PreTrainedModel
     if weights and recipe.model.path is not None:
-        model = AutoModelForCausalLM.from_pretrained(
-            storage.local(model_path(recipe.model.path)), local_files_only=True, trust_remote_code=False, **kwargs
-        )
+        model = made.from_pretrained(storage.local(model_path(recipe.model.path)), local_files_only=True, **kwargs)
     else:
         with nullcontext() if weights else no_init_weights():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kwargs)
+            model = made.from_config(config, **kwargs)
         model.tie_weights()
     return model
 
@@ -114,13 +155,23 @@ def with_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> Any:
             raise InputError(f"adapter.target_modules: {_line(e)}") from None
 
 
-def flops_per_token(model: PreTrainedModel, sequence_length: int) -> float:
-    """Of forward and backward: 6 a matrix parameter and 12 * layers * hidden * sequence for attention (arXiv 2204.02311,
-    appendix B), the causal half not taken off."""
-    config = model.config
+def flops_per_token(model: PreTrainedModel, recipe: Recipe) -> float:
+    """Of forward and backward, a token of text: 6 a matrix parameter and 12 * layers * hidden * sequence for attention (arXiv
+    2204.02311, appendix B), the causal half not taken off. Of an encoder-decoder each side counts by what it reads."""
+    config, length = model.config, recipe.data.sequence_length
     embeddings = {id(p) for p in embedding_parameters(model)}
-    matrices = sum(p.numel() for p in model.parameters() if p.ndim >= 2 and id(p) not in embeddings)
-    head = model.get_output_embeddings()
-    if head is not None and id(head.weight) in embeddings:
-        matrices += head.weight.numel()  # tied: a look-up below, a matrix above
-    return 6.0 * matrices + 12.0 * config.num_hidden_layers * config.hidden_size * sequence_length
+
+    def side(module: nn.Module, layers: int, share: float) -> float:
+        matrices = sum(p.numel() for p in module.parameters() if p.ndim >= 2 and id(p) not in embeddings)
+        return share * (6.0 * matrices + 12.0 * layers * config.hidden_size * length * share)
+
+    head: Any = model.get_output_embeddings()
+    tied = head.weight.numel() if head is not None and id(head.weight) in embeddings else 0  # a matrix above, a look-up below
+    if not config.is_encoder_decoder:
+        return side(model, config.num_hidden_layers, 1.0) + 6.0 * tied
+    rate, spans = recipe.corruption.rate, recipe.corruption.rate / recipe.corruption.mean_span
+    asked = rate + spans
+    out = 6.0 * head.weight.numel() * asked
+    layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
+    encoder, decoder = model.get_submodule("encoder"), model.get_submodule("decoder")
+    return out + side(encoder, config.num_hidden_layers, 1 - rate + spans) + side(decoder, layers, asked)

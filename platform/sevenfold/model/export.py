@@ -25,7 +25,7 @@ def export(recipe: Recipe, checkpoint: str, tokenizer: str, to: RunFolder) -> No
     found = ckpt.read(checkpoint)
     ckpt.verify(found)
     words = load_tokenizer(tokenizer)
-    model = build.build(recipe, build.config_of(recipe, len(words)), weights=recipe.model.path is not None)
+    model = build.build(recipe, build.config_of(recipe, len(words), words), weights=recipe.model.path is not None)
     adapted = build.with_adapter(model, recipe.adapter, recipe.seed) if recipe.adapter is not None else None
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
@@ -37,7 +37,8 @@ def export(recipe: Recipe, checkpoint: str, tokenizer: str, to: RunFolder) -> No
             storage.upload(os.path.join(aside, "adapter"), to.adapter)
             model = adapted.merge_and_unload()
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(model.generation_config, field, getattr(words, field))
+            if getattr(model, "generation_config", None) is not None:  # encoders have none
+                setattr(model.generation_config, field, getattr(words, field))
             setattr(model.config, field, getattr(words, field))
         model.save_pretrained(os.path.join(aside, "model"))
         words.save_pretrained(os.path.join(aside, "model"))

@@ -15,7 +15,8 @@ def describe(recipe: Recipe) -> str:
         data = [f"corpus: {root} is not there yet; the run makes it first"]
     else:
         data = _data(recipe)
-    rows = most_rows(recipe.train.global_batch, recipe.cluster.num_workers, recipe.lanes)
+    readers = recipe.cluster.num_workers // recipe.parallel.tensor
+    rows = most_rows(recipe.train.global_batch, readers, recipe.lanes)
     figures = [
         f"parameters: {count:,}",
         f"tokens a step: {recipe.tokens_per_step:,} ({recipe.train.global_batch} rows of {recipe.data.sequence_length})",

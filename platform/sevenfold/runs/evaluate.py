@@ -9,18 +9,17 @@ import numpy as np
 import pyarrow as pa
 import ray
 import torch
-from transformers import AutoModelForCausalLM
 
 from sevenfold import storage
 from sevenfold.data.encode import CompletionEncoder
 from sevenfold.data.rows import IGNORE, Rows, labels
 from sevenfold.data.stream import Stream
 from sevenfold.data.tokens import load_tokenizer, token_bytes
-from sevenfold.engine.batch import to_batch
-from sevenfold.engine.step import token_losses
+from sevenfold.engine import objectives
 from sevenfold.errors import InputError
 from sevenfold.evaluate import metrics
 from sevenfold.evaluate.generate import complete
+from sevenfold.model import build
 from sevenfold.recipe import Recipe, loads
 from sevenfold.report import trials
 from sevenfold.report.console import say, table
@@ -54,8 +53,10 @@ def run(path: str, verbose: bool = False, workers: int | None = None) -> RunFold
     cluster.require({"CPU": workers + 1}, f"evaluating {folder.name}", recipe.cluster.wait_seconds)
     if recipe.objective == "causal":
         measured, predictions = _perplexity(folder, recipe, train, held, workers)
-    else:
+    elif recipe.objective == "sft":
         measured, predictions = _completions(folder, recipe, held, workers)
+    else:
+        measured, predictions = _loss(folder, recipe, held, workers), []
     storage.write(folder.metrics, json.dumps(measured, indent=1))
     storage.write(folder.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
     show(folder, measured, predictions)
@@ -70,10 +71,7 @@ def _perplexity(
     size = token_bytes(load_tokenizer(folder.tokenizer))
     wanted = labels(rows)
     asked = wanted[wanted != IGNORE]
-    starts = np.split(rows.starts, rows.bounds[1:-1])
-    packed = pa.table({"tokens": list(rows.tokens), "starts": starts, "used": rows.used})
-    scored = _mapped(packed, _Scorer, {"folder": folder}, workers)
-    nats = sum(r["nats"] for r in scored)
+    nats, _ = _scored(folder, recipe, rows, workers)
     counted = [labels(train.window(i).rows) for i in range(min(UNIGRAM_WINDOWS, train.plan.windows_per_epoch))]
     frequent = np.concatenate([c[c != IGNORE] for c in counted])
     texts = [text for (column,) in held.documents() for text in column]
@@ -90,10 +88,26 @@ def _perplexity(
     new = min(SAMPLE_TOKENS, recipe.data.sequence_length // 2)
     made = _mapped(
         pa.table({"prompt": prompts}), _Completer,
-        {"folder": folder, "room": recipe.data.sequence_length - new, "new": new,
+        {"folder": folder, "recipe": recipe, "room": recipe.data.sequence_length - new, "new": new,
          "temperature": 0.7, "seed": recipe.seed}, 1,
     )  # fmt: skip
     return measured, [{"prompt": r["prompt"], "completion": r["completion"]} for r in made]
+
+
+def _loss(folder: RunFolder, recipe: Recipe, held: Stream, workers: int) -> dict[str, Any]:
+    """The objective's own loss on every held-out document, hidden as at each validation."""
+    rows = held.epoch()
+    nats, targets = _scored(folder, recipe, rows, workers)
+    loss = nats / max(1, targets)
+    return {"loss": loss, "perplexity": float(np.exp(loss)), "targets": targets, "rows": len(rows), "baselines": {}}
+
+
+def _scored(folder: RunFolder, recipe: Recipe, rows: Rows, workers: int) -> tuple[float, int]:
+    """The sum of -log p of all targets, nats, and their number."""
+    starts = np.split(rows.starts, rows.bounds[1:-1])
+    packed = pa.table({"tokens": list(rows.tokens), "starts": starts, "used": rows.used})
+    scored = _mapped(packed, _Scorer, {"folder": folder, "recipe": recipe}, workers)
+    return sum(r["nats"] for r in scored), sum(int(r["targets"]) for r in scored)
 
 
 def _completions(folder: RunFolder, recipe: Recipe, held: Stream, workers: int) -> tuple[dict[str, Any], list[dict[str, str]]]:
@@ -102,8 +116,8 @@ def _completions(folder: RunFolder, recipe: Recipe, held: Stream, workers: int) 
     new = recipe.validation.max_new_tokens
     made = _mapped(
         pa.table({"prompt": [p for p, _ in pairs], "reference": [r for _, r in pairs]}), _Completer,
-        {"folder": folder, "room": recipe.data.sequence_length - new, "new": new, "temperature": 0.0, "seed": recipe.seed},
-        workers,
+        {"folder": folder, "recipe": recipe, "room": recipe.data.sequence_length - new, "new": new, "temperature": 0.0,
+         "seed": recipe.seed}, workers,
     )  # fmt: skip
     references = [r["reference"] for r in made]
     measured = {
@@ -131,23 +145,27 @@ def _mapped(rows: pa.Table, model: type, arguments: dict[str, Any], workers: int
 class _Scorer:
     """An actor that adds up -log p over batches of packed rows."""
 
-    def __init__(self, folder: RunFolder):
+    def __init__(self, folder: RunFolder, recipe: Recipe):
         torch.set_num_threads(1)
-        self.model = _load(folder)
+        self.model = _load(folder, recipe)
+        start = getattr(self.model.config, "decoder_start_token_id", None)
+        self.objective = objectives.of(recipe, load_tokenizer(folder.tokenizer), start)
+        self.losses = objectives.attach(self.model, self.objective)
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         rows = Rows(np.stack(list(batch["tokens"])), np.concatenate(list(batch["starts"])), batch["used"])
-        made = to_batch(rows, self.model.device)
-        return {"nats": token_losses(self.model, made).double().sum(1).cpu().numpy()}
+        made = self.objective.collate(rows, 0).to(self.model.device)
+        nats, targets = self.losses(made).double().sum(1), (made.labels != IGNORE).sum(1)
+        return {"nats": nats.cpu().numpy(), "targets": targets.cpu().numpy()}
 
 
 class _Completer:
     """An actor that completes prompts."""
 
-    def __init__(self, folder: RunFolder, room: int, new: int, temperature: float, seed: int):
+    def __init__(self, folder: RunFolder, recipe: Recipe, room: int, new: int, temperature: float, seed: int):
         torch.set_num_threads(1)
-        self.model, self.tokenizer = _load(folder), load_tokenizer(folder.tokenizer)
+        self.model, self.tokenizer = _load(folder, recipe), load_tokenizer(folder.tokenizer)
         self.encoder = CompletionEncoder(self.tokenizer, room + new)
         self.room = room
         self.settings: dict[str, Any] = {"max_new_tokens": new, "temperature": temperature, "seed": seed}
@@ -158,10 +176,10 @@ class _Completer:
         return {**batch, "completion": np.array(made, dtype=object)}
 
 
-def _load(folder: RunFolder) -> Any:
-    return AutoModelForCausalLM.from_pretrained(
-        storage.local(folder.model), trust_remote_code=False, dtype=torch.float32
-    ).eval()
+def _load(folder: RunFolder, recipe: Recipe) -> Any:
+    made, _ = build.CLASSES[recipe.objective]
+    code = recipe.model.trust_remote_code
+    return made.from_pretrained(storage.local(folder.model), trust_remote_code=code, dtype=torch.float32).eval()
 
 
 def show(folder: RunFolder, measured: dict[str, Any], predictions: list[dict[str, str]]) -> None:

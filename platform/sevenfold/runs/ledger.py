@@ -7,15 +7,15 @@ from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from safetensors.torch import save_file
 
 from sevenfold import storage
 from sevenfold.data.ledger import Ledger, Replay
 from sevenfold.data.stream import Draw
 from sevenfold.data.tokens import load_tokenizer
-from sevenfold.engine.batch import to_batch
+from sevenfold.engine import objectives
 from sevenfold.errors import InputError
+from sevenfold.model import build
 from sevenfold.recipe import loads
 from sevenfold.report.console import say, table
 from sevenfold.runs import prepare
@@ -57,14 +57,18 @@ def replay(path: str, step: int, out: str | None = None) -> None:
     """Makes the tensors of a step again and checks them against the ledger; into a safetensors file. Raises as `which`."""
     again, draws = _open(path, step, out, ".safetensors")
     rows = again.rows(draws)
-    batch = to_batch(rows, torch.device("cpu"))
+    tokenizer = load_tokenizer(RunFolder.of(path).tokenizer)
+    recipe = loads(storage.read_text(RunFolder.of(path).recipe), path)
+    start = getattr(build.config_of(recipe, len(tokenizer), tokenizer), "decoder_start_token_id", None)
+    batch = objectives.of(recipe, tokenizer, start).collate(rows, step - 1)
     say(f"step {step}: {len(rows)} rows of {rows.tokens.shape[1]} tokens, {len(draws)} draws: every hash is the ledger's")
     say(f"hash of the whole step: {rows.hash():016x}")
-    tokenizer = load_tokenizer(RunFolder.of(path).tokenizer)
     say(f"row 0 begins: {tokenizer.decode(batch.input_ids[0, :SHOWN_TOKENS])!r}")
     if out:
-        save_file({k: v.contiguous() for k, v in vars(batch).items()}, out)
-        say(f"{', '.join(vars(batch))}: {out}")
+        tensors = {k: v for k, v in vars(batch).items() if k != "decoder"}
+        tensors |= {f"decoder_{k}": v for k, v in vars(batch.decoder).items()} if batch.decoder else {}
+        save_file({k: v.contiguous() for k, v in tensors.items()}, out)
+        say(f"{', '.join(tensors)}: {out}")
 
 
 def _open(path: str, step: int, out: str | None, suffix: str) -> tuple[Replay, list[Draw]]:

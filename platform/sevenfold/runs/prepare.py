@@ -17,6 +17,7 @@ from sevenfold.data.encode import ENCODERS, TextEncoder, admit
 from sevenfold.data.manifest import Manifest, scan
 from sevenfold.data.order import WINDOWS_PER_LANE, Plan
 from sevenfold.data.stream import TASK_CPUS, Stream
+from sevenfold.engine.objectives import Words
 from sevenfold.errors import InputError
 from sevenfold.model import build
 from sevenfold.recipe import Recipe, loads
@@ -85,6 +86,7 @@ def check(recipe: Recipe) -> tuple[Recipe, int]:
     if size is None:
         tokenizer = tokens.load_tokenizer(here.tokenizer.path or str(here.model.path))
         ENCODERS[here.objective](tokenizer, here.data.sequence_length)
+        Words.of(tokenizer, here.objective)
         size = len(tokenizer)
     return here, build.check(here, size)
 
@@ -217,7 +219,9 @@ def _settle(recipe: Recipe, manifest: Manifest, to: str) -> dict[str, Any]:
     wanted = recipe.tokenizer
     if not storage.exists(storage.join(to, tokens.LAST_WRITTEN)):
         if wanted.vocab_size:
-            made: Any = tokens.train_tokenizer(manifest, chosen, wanted.vocab_size, wanted.train_mb, recipe.seed)
+            made: Any = tokens.train_tokenizer(
+                manifest, chosen, wanted.vocab_size, wanted.train_mb, recipe.seed, recipe.objective
+            )
         else:
             made = tokens.load_tokenizer(wanted.path or str(recipe.model.path))
         tokens.save_tokenizer(made, to)

@@ -7,7 +7,7 @@ from sevenfold.recipe import Recipe
 from sevenfold.runs import train
 from sevenfold.storage import RunFolder
 
-OBJECTIVES = ("causal",)
+OBJECTIVES = ("causal", "masked", "denoise")
 
 
 def run(recipe: Recipe, verbose: bool = False) -> RunFolder:

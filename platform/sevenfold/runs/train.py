@@ -34,7 +34,7 @@ def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
         work,
         train_loop_config={"job": job},
         datasets={"train": job.train},
-        dataset_config=Lanes(),
+        dataset_config=Lanes(job.recipe.parallel.tensor),
         scaling_config=ray.train.ScalingConfig(
             num_workers=c.num_workers, use_gpu=c.gpus_per_worker > 0,
             resources_per_worker={"CPU": c.cpus_per_worker, **({"GPU": c.gpus_per_worker} if c.gpus_per_worker else {})},

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray.train
@@ -20,14 +21,18 @@ from sevenfold.data.rows import Rows
 from sevenfold.data.stream import Draw, LaneReader, ReaderState, Stream
 from sevenfold.data.tokens import load_tokenizer, token_bytes
 from sevenfold.engine import checkpoint as ckpt
-from sevenfold.engine import loop, optim
+from sevenfold.engine import loop, objectives, optim
 from sevenfold.engine.batch import Batch, micro_batches
+from sevenfold.engine.guard import Guard
 from sevenfold.engine.meter import Meter, peak_flops
+from sevenfold.engine.objectives import Causal
 from sevenfold.engine.step import evaluate
+from sevenfold.errors import RunError
 from sevenfold.evaluate.generate import complete
 from sevenfold.evaluate.metrics import bits_per_byte, rouge
 from sevenfold.model import build, parallel
 from sevenfold.recipe import Recipe
+from sevenfold.report.metrics import MetricsLog
 from sevenfold.runs import cluster
 from sevenfold.storage import RunFolder
 
@@ -62,70 +67,117 @@ class Worker:
         context = ray.train.get_context()
         self.job, self.recipe, self.folder = job, job.recipe, RunFolder(job.folder)
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.place = parallel.Place.of(self.rank, self.world, self.recipe.parallel.tensor)
         self.device = ray.train.torch.get_device()
         torch.set_num_threads(max(1, int(self.recipe.cluster.cpus_per_worker)))
         torch.set_flush_denormal(True)  # fresh models are full of denormals, which some CPUs crawl through
         self.tokenizer = load_tokenizer(job.tokenizer)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.ledger = Ledger(self.folder.ledger)
+        self.guard = Guard(self.recipe.guard)
+        self.passed: list[tuple[int, int]] = []  # data steps that the guard has had passed over
         self.saved: str | None = None
         self.reported: dict[str, Any] = {}
         self.writer: SummaryWriter | None = None
+        self.metrics: MetricsLog | None = None
 
     def run(self) -> dict[str, Any]:
         recipe = self.recipe
-        config = build.config_of(recipe, len(self.tokenizer))
-        model = build.build(recipe, config, weights=self.rank == 0)
-        if recipe.adapter is not None:
-            build.with_adapter(model, recipe.adapter, recipe.seed)
-        flops = build.flops_per_token(model, recipe.data.sequence_length)
-        self.model = parallel.shard(model, self.device, build.DTYPES[recipe.train.dtype])
-        self.optimizer = optim.build(self.model, recipe.optimizer)
+        self.objective, self.model, flops = self._model()
+        self.optimizers = optim.build(self.model, recipe.optimizer)
         self.held_out = self._held_out()
         start, self.before = self._resume()
         if self.rank == 0:  # what a killed start wrote after its last save is drawn no more
             self.writer = SummaryWriter(self.folder.tensorboard, purge_step=start + 1 if start else None)
-        shard: Any = ray.train.get_dataset_shard("train")  # a data.stream.Shard
-        self.reader: LaneReader = shard.reader(recipe.train.global_batch // recipe.lanes, self.before, start)
+            self.metrics = MetricsLog(self.folder.log, start)
+        self.reader = self._read(start, self.before)
         peak = recipe.cluster.peak_tflops * 1e12 if recipe.cluster.peak_tflops else peak_flops(self.device)
-        most = most_rows(recipe.train.global_batch, self.world, recipe.lanes)
-        hooks = loop.Hooks(self._log, self._validate, self._save, self._report)
+        trainer = loop.Trainer(
+            recipe, self.model, self.optimizers, self.objective, iter(lambda: next(self.reader), None),
+            most_rows(recipe.train.global_batch, self.place.world_size, recipe.lanes), self.device,
+            Meter(flops, peak, self.world, self.device), self.guard,
+        )  # fmt: skip
         try:
             loop.fit(
-                recipe, self.model, self.optimizer, self.reader, most, self.device,
-                Meter(flops, peak, self.world), hooks, start,
-            )  # fmt: skip
+                trainer,
+                loop.Hooks(self._log, self._validate, self._save, self._report, self._say, self._go_back),
+                start,
+            )
         finally:
             self.reader.close()
             if self.writer:
                 self.writer.close()
         return self.reported
 
+    def _model(self) -> tuple[Causal, Any, float]:
+        """The objective, the model laid over the ranks, and the FLOPs of a token."""
+        recipe = self.recipe
+        config = build.config_of(recipe, len(self.tokenizer), self.tokenizer)
+        model = build.build(
+            recipe, config, weights=self.rank == 0, attention=build.attention(recipe, self.device)
+        )  # fmt: skip
+        if recipe.adapter is not None:
+            build.with_adapter(model, recipe.adapter, recipe.seed)
+        objective = objectives.of(recipe, self.tokenizer, getattr(config, "decoder_start_token_id", None))
+        objectives.attach(model, objective, recipe.train.loss_chunk)
+        flops = build.flops_per_token(model, recipe)
+        return objective, parallel.shard(model, self.device, recipe.train, recipe.parallel), flops
+
+    def _read(self, start: int, state: ReaderState) -> LaneReader:
+        shard: Any = ray.train.get_dataset_shard("train")  # a data.stream.Shard
+        shard = replace(shard, stream=replace(shard.stream, skip=(*shard.stream.skip, *self.passed)))
+        reader: LaneReader = shard.reader(self.recipe.train.global_batch // self.recipe.lanes, state, start)
+        return reader
+
     def _held_out(self) -> list[Batch]:
         """This rank's part of the held-out rows; every rank gets as many micro-batches."""
         if self.job.validation is None:
             return []
         rows = self.job.validation.epoch(self.recipe.validation.rows)
-        share = -(-len(rows) // self.world)
+        rank, world = self.place.rank, self.place.world_size
+        share = -(-len(rows) // world)
         count = -(-share // self.recipe.train.micro_batch)
-        mine = [rows.part(i, i + 1) for i in range(self.rank, len(rows), self.world)]
+        mine = [rows.part(i, i + 1) for i in range(rank, len(rows), world)]
         drawn = Rows.concatenate(mine) if mine else Rows.empty(0, rows.tokens.shape[1], rows.tokens.dtype)
-        return micro_batches(drawn, self.recipe.train.micro_batch, count, self.device)
+        collate = functools.partial(self.objective.collate, step=0)  # the same each time
+        return micro_batches(drawn, self.recipe.train.micro_batch, count, collate, self.device)
 
     def _resume(self) -> tuple[int, ReaderState]:
+        """Loads the last whole checkpoint, where there is one. Returns the step and the data's state to go on from."""
         found = [ckpt.latest(self.folder.checkpoints, self._tell) if self.rank == 0 else None]
         torch.distributed.broadcast_object_list(found)
-        step = found[0].step if found[0] else 0
-        state = ReaderState.from_json(found[0].extra["reader"]) if found[0] else ReaderState()
+        last = found[0]
         if self.rank == 0:
-            self.ledger.cut(step)
-            if found[0]:
-                self._tell(f"going on from step {step} ({found[0].path})")
-                self._warn_of_skips(step)
-        if found[0]:
-            ckpt.load(found[0], self.model, self.optimizer)
-            self.saved = found[0].path
-        return step, state
+            self.ledger.cut(last.step if last else 0)
+        if last is None:
+            return 0, ReaderState()
+        ckpt.load(last, self.model, self.optimizers)
+        self.saved = last.path
+        self.guard.load(last.extra["guard"], self.guard.rollbacks)
+        self.passed += [(a, b) for a, b in last.extra["passed"] if (a, b) not in self.passed]
+        if self.rank == 0:
+            self._tell(f"going on from step {last.step} ({last.path})")
+            self._warn_of_skips(last.step)
+        return last.step, ReaderState.from_json(last.extra["reader"])
+
+    def _go_back(self, step: int, steps: int) -> int:
+        """As loop.Hooks says."""
+        last = self.reader.state.data_step
+        self.passed.append((last - steps + 1, last))
+        self.guard.rollbacks += 1
+        if self.saved is None:
+            raise RunError(
+                f"loss or gradient was not finite, or jumped, in {steps} steps in a row, up to step {step}, and there is no "
+                "checkpoint to go back to: lower optimizer.learning_rate or lengthen schedule.warmup_steps"
+            )
+        self.reader.close()
+        start, self.before = self._resume()
+        self.guard.in_a_row = 0
+        self.reader = self._read(start, self.before)
+        if self.rank == 0:
+            self.metrics = MetricsLog(self.folder.log, start)
+            self._tell(f"data steps {last - steps + 1} to {last} are passed over from now on")
+        return start
 
     def _warn_of_skips(self, step: int) -> None:
         if self.recipe.data.skip:
@@ -140,6 +192,7 @@ class Worker:
     def _save(self, step: int) -> None:
         parts: list[tuple[ReaderState, list[Draw]]] = [(ReaderState(), [])] * self.world
         torch.distributed.all_gather_object(parts, (self.reader.state, self.reader.take_draws()))
+        parts = parts[:: self.recipe.parallel.tensor]  # the others read the same
         state = ReaderState.together([s for s, _ in parts], self.before.skipped)
         if self.rank == 0:
             self.ledger.write([d for _, draws in parts for d in draws])
@@ -147,9 +200,14 @@ class Worker:
                 self._tell(f"{state.skipped:,} bad documents left out so far (data.on_bad_document=skip)")
         versions = {"sevenfold": sevenfold.__version__, "torch": torch.__version__}
         encoder = {"backend": self.job.train.encoder.backend, "identity": self.job.train.encoder.identity()}
-        extra = {"recipe": self.job.identity, "reader": state.to_json(), "encoder": encoder, "versions": versions}
-        saved = ckpt.save(self.folder.checkpoints, step, self.model, self.optimizer, extra)
+        extra = {
+            "recipe": self.job.identity, "reader": state.to_json(), "encoder": encoder, "versions": versions,
+            "guard": self.guard.state(), "passed": self.passed,
+        }  # fmt: skip
+        saved = ckpt.save(self.folder.checkpoints, step, self.model, self.optimizers, extra)
         self.saved = saved.path
+        if self.metrics is not None:
+            self.metrics.flush()
         if self.rank == 0:
             ckpt.prune(saved, self.recipe.checkpoint.keep)
 
@@ -157,7 +215,9 @@ class Worker:
         out: dict[str, float] = {}
         if self.held_out:
             nats, targets, size = evaluate(self.model, self.held_out, self.token_bytes)
-            out = {"validation/loss": nats / max(1, targets), "validation/bits_per_byte": bits_per_byte(nats, max(1, size))}
+            out = {"validation/loss": nats / max(1, targets)}
+            if self.recipe.objective in ("causal", "sft"):
+                out["validation/bits_per_byte"] = bits_per_byte(nats, max(1, size))
         if self.recipe.objective == "sft" and self.job.validation and self.recipe.validation.generate:
             out |= self._generate(step)
         if out:
@@ -194,7 +254,13 @@ class Worker:
             return
         for key, value in metrics.items():
             self.writer.add_scalar(key, value, step)
+        if self.metrics is not None:
+            self.metrics.add(step, metrics)
         self._tell((step, metrics))
+
+    def _say(self, sentence: str) -> None:
+        if self.rank == 0:
+            self._tell(sentence)
 
     def _tell(self, what: str | tuple[int, dict[str, float]]) -> None:
         if self.job.queue is not None:

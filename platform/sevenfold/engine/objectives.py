@@ -1,0 +1,216 @@
+"""Objectives: each is a collator and a way to the logits. All share one step.
+
+What a collator draws at random hangs on the seed, the step and the row's own tokens: not on the rank that holds the row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from xxhash import xxh3_64_intdigest
+
+from sevenfold.data.rows import Rows
+from sevenfold.engine import corrupt
+from sevenfold.engine.batch import IGNORE, Batch, Decoder, to_batch
+from sevenfold.errors import InputError
+from sevenfold.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Words:
+    """The ids of a tokenizer that objectives need. `special`: never hidden."""
+
+    vocab_size: int
+    special: tuple[int, ...] = ()
+    mask: int | None = None
+    sentinels: tuple[int, ...] = ()
+    pad: int = 0
+    end: int | None = None
+    start: int = 0  # with which a decoder begins
+
+    @staticmethod
+    def of(tokenizer: Any, objective: str, start: int | None = None) -> Words:
+        """Raises InputError where the tokenizer lacks a token that the objective needs."""
+        known = tokenizer.get_vocab()
+        sentinels = tuple(itertools.takewhile(lambda i: i is not None, (known.get(f"<extra_id_{n}>") for n in range(100))))
+        if objective == "masked" and tokenizer.mask_token_id is None:
+            raise InputError("objective masked: the tokenizer has no mask token: give it one (mask_token), or train one")
+        if objective == "denoise" and not sentinels:
+            raise InputError("objective denoise: the tokenizer has no sentinels (<extra_id_0>, ...): add them, or train one")
+        pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        special = tuple(sorted({*tokenizer.all_special_ids, *sentinels}))
+        return Words(len(tokenizer), special, tokenizer.mask_token_id, sentinels, pad, end, pad if start is None else start)
+
+
+class Causal:
+    """The next token. Also completions alone: which tokens are targets comes with the rows."""
+
+    def __init__(self, words: Words, seed: int, rate: float, mean_span: float):
+        self.words, self.seed, self.rate, self.mean_span = words, seed, rate, mean_span
+
+    def collate(self, rows: Rows, step: int) -> Batch:
+        return to_batch(rows)
+
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        made: torch.Tensor = model.forward(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+        return made
+
+    def _draws(self, tokens: np.ndarray, step: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed, step, xxh3_64_intdigest(tokens.data)])
+
+
+class Masked(Causal):
+    """BERT's: tokens hidden here and there, each document seen by itself alone, in both directions."""
+
+    def collate(self, rows: Rows, step: int) -> Batch:
+        plain = to_batch(rows)
+        assert self.words.mask is not None
+        read, wanted = plain.input_ids.numpy(), np.full(plain.labels.shape, IGNORE, np.int64)
+        for i, tokens in enumerate(rows.tokens):
+            used = int(rows.used[i])
+            hideable = ~np.isin(tokens, self.words.special)
+            hideable[used:] = False
+            ids = read[i]
+            made, asked = corrupt.masked(
+                self._draws(tokens, step), ids, hideable, self.rate, self.words.mask, self.words.vocab_size
+            )
+            wanted[i, asked] = ids[asked]
+            read[i] = made
+        return Batch(plain.input_ids, plain.position_ids, torch.from_numpy(wanted), plain.cu_seqlens)
+
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        apart = _same(batch.documents, batch.documents)
+        made: torch.Tensor = model.forward(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=apart
+        ).logits
+        return made
+
+
+class Denoise(Causal):
+    """T5's span denoising: the encoder reads a document with spans taken out, the decoder says what they were."""
+
+    def collate(self, rows: Rows, step: int) -> Batch:
+        read, wanted = [], []  # a list of documents a row
+        for i, tokens in enumerate(rows.tokens):
+            rng = self._draws(tokens, step)
+            begins = [*rows.starts[rows.bounds[i] : rows.bounds[i + 1]].tolist(), len(tokens)]
+            pairs = [
+                self._document(rng, tokens[a:b].astype(np.int64)) for a, b in itertools.pairwise(begins) if a < rows.used[i]
+            ]
+            read.append([r for r, _ in pairs])
+            wanted.append([t for _, t in pairs])
+        width = rows.tokens.shape[1]
+        ids, documents = _laid_out(read, width, self.words.pad)
+        labels, owners = _laid_out(wanted, max(1, *(sum(map(len, row)) for row in wanted)), IGNORE)
+        inputs = np.full_like(labels, self.words.pad)
+        inputs[:, 1:] = np.where(labels[:, :-1] == IGNORE, self.words.pad, labels[:, :-1])
+        first = np.diff(owners, axis=1, prepend=-2) != 0
+        inputs[first & (owners >= 0)] = self.words.start
+        fresh = np.diff(documents, axis=1, prepend=-2) != 0  # padding counts as a document
+        edges = np.flatnonzero(fresh.reshape(-1))
+        at = np.arange(ids.size) - np.repeat(edges, np.diff(np.append(edges, ids.size)))
+        return Batch(
+            torch.from_numpy(ids), torch.from_numpy(at.reshape(ids.shape)), torch.from_numpy(labels),
+            torch.from_numpy(np.append(edges, ids.size).astype(np.int32)),
+            Decoder(torch.from_numpy(inputs), torch.from_numpy(owners)),
+        )  # fmt: skip
+
+    def _document(self, rng: np.random.Generator, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        body = np.flatnonzero(~np.isin(ids, self.words.special))
+        noise = np.zeros(len(ids), bool)
+        noise[body] = corrupt.spans(rng, len(body), self.rate, self.mean_span, len(self.words.sentinels))
+        if not noise.any():
+            return ids, ids[:0]
+        return corrupt.denoise(ids, noise, np.array(self.words.sentinels), self.words.end)
+
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        assert batch.decoder is not None
+        mine, asking = batch.documents, batch.decoder.documents
+        encoded = model.encoder(input_ids=batch.input_ids, attention_mask=_same(mine, mine))
+        length = asking.shape[1]
+        before = torch.ones(length, length, dtype=torch.bool, device=asking.device).tril()
+        across = _same(asking, mine) | (asking < 0)[:, None, :, None]  # padding must look somewhere: else 0/0
+        made: torch.Tensor = model.forward(
+            encoder_outputs=encoded, attention_mask=across, decoder_input_ids=batch.decoder.input_ids,
+            decoder_attention_mask=_same(asking, asking) & before, use_cache=False,
+        ).logits  # fmt: skip
+        return made
+
+
+OBJECTIVES: dict[str, type[Causal]] = {"causal": Causal, "sft": Causal, "masked": Masked, "denoise": Denoise}
+
+
+def of(recipe: Recipe, tokenizer: Any, start: int | None) -> Causal:
+    """The recipe's objective. start: the id with which the model's decoder begins. Raises InputError as Words.of."""
+    words = Words.of(tokenizer, recipe.objective, start)
+    settings = recipe.corruption
+    return OBJECTIVES[recipe.objective](words, recipe.seed, settings.rate, settings.mean_span)
+
+
+def _same(asking: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
+    """Who may look at whom: bool [rows, 1, asking, asked]."""
+    return (asking[:, :, None] == asked[:, None, :])[:, None]
+
+
+def _laid_out(rows: list[list[np.ndarray]], width: int, fill: int) -> tuple[np.ndarray, np.ndarray]:
+    """Documents end to end in rows, and each token's document, -1 where padded: int64 [rows, width] both."""
+    ids, owners = np.full((len(rows), width), fill, np.int64), np.full((len(rows), width), -1, np.int64)
+    for i, documents in enumerate(rows):
+        flat = np.concatenate([np.zeros(0, np.int64), *documents])
+        ids[i, : len(flat)] = flat
+        owners[i, : len(flat)] = np.repeat(np.arange(len(documents)), [len(d) for d in documents])
+    return ids, owners
+
+
+def attach(model: Any, objective: Causal, chunk: int | None = None) -> Callable[[Batch], torch.Tensor]:
+    """Gives a model the method `token_losses(batch)`: -log p of each label, nats, 0 where there is none: float32
+    [rows, length]. A method, so that sharding can gather the root's parameters for it.
+
+    Args:
+        chunk: of so many tokens at a time the logits are made, and made again in backward; None: of all at once.
+    """
+
+    def token_losses(self: Any, batch: Batch) -> torch.Tensor:
+        head = self.get_output_embeddings()
+        wanted = batch.labels.flatten()
+        if chunk is None:
+            losses = _cross_entropy(objective.logits(self, batch).flatten(0, 1), wanted)
+        else:
+            with _passing(head):
+                hidden = objective.logits(self, batch).flatten(0, 1)
+
+            def part(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+                return _cross_entropy(F.linear(hidden, head.weight, head.bias), wanted)
+
+            parts = zip(hidden.split(chunk), wanted.split(chunk), strict=True)
+            losses = torch.cat([checkpoint(part, h, w, use_reentrant=False) for h, w in parts])
+        return losses.view_as(batch.labels).clone()  # FSDP warns of views
+
+    bound: Callable[[Batch], torch.Tensor] = MethodType(token_losses, model)
+    model.token_losses = bound
+    return bound
+
+
+def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), wanted, ignore_index=IGNORE, reduction="none")
+
+
+@contextlib.contextmanager
+def _passing(head: nn.Module) -> Iterator[None]:
+    """Lets what the output layer would be given pass through: all that a model does before and after it stays its own."""
+    head.forward = lambda hidden: hidden
+    try:
+        yield
+    finally:
+        del head.forward
