@@ -194,6 +194,17 @@ def report(claims: Sequence[dict[str, Any]], json_path: str | Path | None = None
     return all(c["holds"] for c in claims)
 
 
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
 def interleaved(sides: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """A B A B: what the machine does beside us falls on both sides."""
     figures = [{name: side() for name, side in sides.items()} for _ in range(rounds)]

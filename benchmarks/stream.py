@@ -258,7 +258,7 @@ def speed(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
         alone = f"{out['tokens'] / out['cpu_s'] / MB:.3g}" if name == "ours, inline" else "-"
         figures = (rates[name], out["tokens"] / MB, m.cpu_s, out["first_batch_s"], m.peak_mb)
         rows.append([name, *(f"{f:,.3g}" if f < 1000 else f"{f:,.0f}" for f in figures), alone])
-    show(
+    measure.show(
         f"{size.corpus_mb} MB of text; medians of {size.rounds}, but figures of the last round from the third column on",
         (
             "reader",
@@ -305,7 +305,9 @@ def resume(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
 
         a, b = medians({f: partial(load, name, path) for f, path in states.items()}, rounds)
         rows.append([name, str(small), f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}"])
-    show(f"Resuming: s to the first batch, medians of {rounds}", ("reader", "MB of text", "at 5%", "at 95%", "ratio"), rows)
+    measure.show(
+        f"Resuming: s to the first batch, medians of {rounds}", ("reader", "MB of text", "at 5%", "at 95%", "ratio"), rows
+    )
     return [measure.claim("resume_is_constant", late, early, 1.2, at_most=True)]
 
 
@@ -318,7 +320,7 @@ def memory(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
         peaks[executor] = tuple(run_ours(executor, d, "--batches", size.memory_batches).peak_mb for d in folders.values())
     rows = [[f"ours, {e}", f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.2f}"] for e, (a, b) in peaks.items()]
     columns = ("reader", *(f"{mb} MB of text" for mb in folders), "ratio")
-    show(f"Peak MB (PSS) over {size.memory_batches:,} batches", columns, rows)
+    measure.show(f"Peak MB (PSS) over {size.memory_batches:,} batches", columns, rows)
     small, large = max(peaks.values(), key=lambda p: p[1] / p[0])
     return [measure.claim("memory_is_constant", large, small, 1.1, at_most=True)]
 
@@ -330,16 +332,6 @@ def medians(sides: Mapping[float, Callable[[], float]], rounds: int) -> list[flo
 
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
-
-
-def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, title=title)
-    for row in rows:
-        table.add_row(*row)
-    Console().print(table)
 
 
 def main() -> int:

@@ -1,0 +1,374 @@
+"""What the platform costs a training step, and whether the number of workers shows: a 25M decoder, rows of 512.
+
+    python benchmarks/step.py [--quick] [--json FILE] [--compiled]
+
+Each side trains the same model on the same packed rows in processes of its own, with as many threads; figures are the
+median step after the first few, rounds interleaved. The bare loop is transformers' model, FSDP2, AdamW and nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import measure
+import yaml
+
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT / "platform"))
+ENV = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "platform")}
+LENGTH = 512
+STEADY = 3  # steps at the start that do not count
+FABRIC = ["torch==2.13.*", "transformers==5.23.*", "lightning==2.*", "numpy", "safetensors"]
+
+
+class Size(NamedTuple):
+    hidden: int
+    layers: int
+    vocabulary: int
+    rows: int  # a step, of all workers
+    steps: int
+    rounds: int
+    invariant_steps: int
+    invariant: tuple[tuple[int, int], ...]  # workers, micro_batch
+    peers: tuple[str, ...]
+
+
+FULL = Size(
+    448, 8, 8192, 8, 13, 3, 50, ((1, 12), (1, 4), (2, 6), (2, 2), (3, 4), (4, 3), (4, 1)), ("hf", "fabric")
+)  # fmt: skip
+QUICK = Size(64, 2, 512, 4, 8, 1, 10, ((1, 12), (2, 3)), ("hf",))
+
+
+def recipe_of(size: Size, workers: int, threads: int, compiled: bool, **more: Any) -> dict[str, Any]:
+    return {
+        "name": "step", "seed": 1,
+        "data": {"sources": [{"path": "text"}], "sequence_length": LENGTH, "lanes": 4},
+        "tokenizer": {"vocab_size": size.vocabulary, "train_mb": 4},
+        "model": {"config": {
+            "model_type": "llama", "hidden_size": size.hidden, "intermediate_size": size.hidden * 8 // 3 // 32 * 32,
+            "num_hidden_layers": size.layers, "num_attention_heads": 8, "num_key_value_heads": 8, "tie_word_embeddings": True,
+        }},
+        "train": {"global_batch": size.rows, "micro_batch": size.rows // workers, "steps": size.steps, "log_every": 1,
+                  "compile": compiled},
+        "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.0},
+        "schedule": {"name": "linear"},
+        "cluster": {"num_workers": workers, "cpus_per_worker": threads},
+    } | more  # fmt: skip
+
+
+# The sides; each is this script in a process of its own, and prints the seconds of each step
+
+
+def prepare(folder: Path, size: Size) -> None:
+    """The text, a run on it and its tokenizer, and the rows of each of its steps as tensors: what the other sides are given."""
+    from safetensors.torch import save_file
+
+    from sevenfold.data.corpus import build_python
+    from sevenfold.data.ledger import Ledger, Replay
+    from sevenfold.engine.batch import to_batch
+    from sevenfold.recipe import parse
+    from sevenfold.runs.prepare import reopen
+    from sevenfold.storage import RunFolder
+
+    build_python(str(folder / "corpus"), 12)
+    run(folder, recipe_of(size, 1, 1, False), folder)
+    made = RunFolder(str(folder / "step"))
+    shutil.copytree(made.tokenizer, folder / "tokenizer")
+    stream, _ = reopen(made, parse(made.recipe))
+    again, ledger = Replay(stream), Ledger(made.ledger)
+    steps = [to_batch(again.rows(ledger.step(s + 1))) for s in range(size.steps)]
+    kept = {f"{name}.{i}": getattr(b, name) for i, b in enumerate(steps) for name in ("input_ids", "position_ids", "labels")}
+    save_file(kept, folder / "batches.safetensors")
+
+
+def batches(folder: Path, rank: int = 0, world: int = 1) -> list[dict[str, Any]]:
+    from safetensors.torch import load_file
+
+    kept = load_file(folder / "batches.safetensors")
+    names = ("input_ids", "position_ids", "labels")
+    steps = len(kept) // len(names)
+    return [{n: kept[f"{n}.{i}"].chunk(world)[rank] for n in names} for i in range(steps)]
+
+
+def model_of(folder: Path, size: Size) -> Any:
+    from transformers import AutoTokenizer
+
+    from sevenfold.model import build
+    from sevenfold.recipe import Recipe
+
+    recipe = Recipe.model_validate(recipe_of(size, 1, 1, False))
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return build.build(recipe, build.config_of(recipe, len(tokenizer), tokenizer), weights=True)
+
+
+def loss_of(model: Any, batch: dict[str, Any]) -> Any:
+    import torch.nn.functional as F
+
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=-100)
+
+
+def timed(steps: Iterator[Any]) -> Iterator[tuple[float, Any]]:
+    begin = time.perf_counter()
+    for value in steps:
+        now = time.perf_counter()
+        yield now - begin, value
+        begin = now
+
+
+def bare(a: argparse.Namespace, size: Size) -> dict[str, Any]:
+    """A loop that anyone would write: one process, or one a rank with FSDP2."""
+    if a.workers > 1:
+        import torch.multiprocessing as mp
+
+        with tempfile.TemporaryDirectory() as at:
+            mp.start_processes(_bare, (a, size, Path(at)), a.workers, start_method="spawn")
+            return dict(json.loads((Path(at) / "out.json").read_text()))
+    return _bare(0, a, size, None)
+
+
+def _bare(rank: int, a: argparse.Namespace, size: Size, at: Path | None) -> dict[str, Any]:
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import fully_shard
+
+    torch.set_num_threads(a.threads)
+    torch.set_flush_denormal(True)
+    model = model_of(a.data, size)
+    if a.compiled:
+        for layer in model.model.layers:
+            layer.compile()
+    if at is not None:
+        dist.init_process_group("gloo", init_method=f"file://{at}/store", rank=rank, world_size=a.workers)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def steps() -> Iterator[float]:
+        for batch in batches(a.data, rank, a.workers):
+            loss = loss_of(model, batch)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield float(loss.detach())
+
+    model.train()
+    out = {"step_s": [s for s, _ in timed(steps())]}
+    if at is not None:
+        dist.barrier()
+        dist.destroy_process_group()
+        if rank == 0:
+            (at / "out.json").write_text(json.dumps(out))
+    return out
+
+
+def hf(a: argparse.Namespace, size: Size) -> dict[str, Any]:
+    """transformers' Trainer on the same rows. Its models shift labels themselves: they are given unshifted ones."""
+    import torch
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    torch.set_num_threads(a.threads)
+    torch.set_flush_denormal(True)
+    rows = []
+    for batch in batches(a.data):
+        labels = torch.full_like(batch["labels"], -100)
+        labels[:, 1:] = batch["labels"][:, :-1]
+        rows += [
+            {"input_ids": i, "position_ids": p, "labels": t}
+            for i, p, t in zip(batch["input_ids"], batch["position_ids"], labels, strict=True)
+        ]
+    seconds: list[float] = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_: Any, **__: Any) -> None:
+            self.begin = time.perf_counter()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            now = time.perf_counter()
+            seconds.append(now - self.begin)
+            self.begin = now
+
+    class InOrder(Trainer):
+        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
+            return torch.utils.data.SequentialSampler(rows)
+
+    model = model_of(a.data, size)
+    model.config.use_cache = False
+    with tempfile.TemporaryDirectory() as at:
+        arguments = TrainingArguments(
+            at, per_device_train_batch_size=size.rows, max_steps=size.steps, learning_rate=1e-3, weight_decay=0.0,
+            adam_beta2=0.95, max_grad_norm=1.0, lr_scheduler_type="linear", optim="adamw_torch_fused", logging_steps=1,
+            save_strategy="no", report_to=[], use_cpu=True, disable_tqdm=True, torch_compile=a.compiled,
+            remove_unused_columns=False, dataloader_num_workers=0,
+        )  # fmt: skip
+        trainer = InOrder(model, arguments, train_dataset=rows, callbacks=[Clock()])
+        with open(os.devnull, "w") as quiet:
+            out, sys.stdout = sys.stdout, quiet
+            trainer.train()
+            sys.stdout = out
+        losses = [r["loss"] for r in trainer.state.log_history if "loss" in r]
+    return {"step_s": seconds, "losses": losses}
+
+
+def fabric(a: argparse.Namespace, size: Size) -> dict[str, Any]:
+    """Lightning Fabric's loop, which litgpt's is built on."""
+    import torch
+    from lightning.fabric import Fabric
+
+    torch.set_num_threads(a.threads)
+    torch.set_flush_denormal(True)
+    runner = Fabric(accelerator="cpu", devices=1)
+    runner.launch()
+    model = model_of(a.data, size)
+    if a.compiled:
+        for layer in model.model.layers:
+            layer.compile()
+    model, optimizer = runner.setup(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    )
+
+    def steps() -> Iterator[float]:
+        for batch in batches(a.data):
+            loss = loss_of(model, batch)
+            runner.backward(loss)
+            runner.clip_gradients(model, optimizer, max_norm=1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            yield float(loss.detach())
+
+    return {"step_s": [s for s, _ in timed(steps())]}
+
+
+SIDES = {"bare": bare, "hf": hf, "fabric": fabric}
+
+
+def ours(folder: Path, size: Size, workers: int, threads: int, compiled: bool, **more: Any) -> dict[str, Any]:
+    """Steps of jobs/pretrain.py as it is: Ray Train, Ray Data, the ledger, the log."""
+    tree = recipe_of(size, workers, threads, compiled, **more) | {"tokenizer": {"path": str(folder / "tokenizer")}}
+    with tempfile.TemporaryDirectory() as at:
+        run(folder, tree, Path(at))
+        logged = [json.loads(line) for line in (Path(at) / "step/metrics.jsonl").read_text().splitlines()]
+    steps = [m for m in logged if "train/loss" in m]
+    steady = {k: measure.median([m[f"train/{k}"] for m in steps[STEADY:]]) for k in ("data_wait", "mfu")}
+    return {"step_s": [m["train/step_seconds"] for m in steps], "losses": [m["train/loss"] for m in steps], **steady}
+
+
+def run(folder: Path, tree: dict[str, Any], at: Path) -> None:
+    """A job whose run folder is `at`/step."""
+    tree["data"] |= {"sources": [{"path": str(folder / "corpus/train")}]}
+    tree["storage"] = str(at)
+    (at / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    quiet = 'import subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=sys.stderr); print("{}")'
+    job = [sys.executable, "-c", quiet, sys.executable, ROOT / "jobs/pretrain.py", at / "recipe.yaml"]
+    measure.run(job, {**ENV, "SEVENFOLD_HOME": str(folder)}, 1800)
+
+
+# The claims
+
+
+def other(side: str, a: argparse.Namespace, workers: int, threads: int, compiled: bool) -> dict[str, Any]:
+    python = measure.environment("fabric", FABRIC) if side == "fabric" else Path(sys.executable)
+    words = [python, HERE, "--side", side, "--data", a.data, "--workers", workers, "--threads", threads]
+    words += ["--compiled"] * compiled + ["--quick"] * a.quick
+    env = {**ENV, "OMP_NUM_THREADS": str(threads)}
+    return dict(measure.run([str(w) for w in words], env, 1800).stdout_json)
+
+
+def speed(a: argparse.Namespace, size: Size, compiled: bool) -> list[dict[str, Any]]:
+    sides: dict[str, Callable[[], dict[str, Any]]] = {
+        "ours, 1 worker, 2 threads": partial(ours, a.data, size, 1, 2, compiled),
+        "bare, 1 process, 2 threads": partial(other, "bare", a, 1, 2, compiled),
+        **{f"{p}, 1 process, 2 threads": partial(other, p, a, 1, 2, compiled) for p in size.peers},
+        "ours, 2 workers, 1 thread": partial(ours, a.data, size, 2, 1, compiled),
+        "bare FSDP2, 2 processes, 1 thread": partial(other, "bare", a, 2, 1, compiled),
+    }
+    seen: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
+
+    def step(name: str) -> float:
+        print(f"stepping: {name}{', compiled' if compiled else ''}", file=sys.stderr, flush=True)
+        seen[name].append(sides[name]())
+        return measure.median(seen[name][-1]["step_s"][STEADY:])
+
+    found = measure.interleaved({n: partial(step, n) for n in sides}, size.rounds)
+    medians = {k: measure.median(v) for k, v in found.items()}
+    tokens = size.rows * LENGTH
+    rates = {k: tokens / seconds for k, seconds in medians.items()}
+    rows = []
+    for name, seconds in medians.items():
+        last = seen[name][-1]
+        rest = (f"{last['mfu']:.0%}", f"{last['data_wait']:.2%}") if "mfu" in last else ("-", "-")
+        rows.append((name, f"{seconds * 1000:,.0f}", f"{rates[name]:,.0f}", *rest))
+    title = f"{size.hidden} x {size.layers}, rows of {LENGTH}, {size.rows} a step{', compiled' if compiled else ''}"
+    measure.show(title, ("loop", "ms a step", "tokens/s", "MFU (fp32 GEMM)", "data wait"), rows)
+    alone, single, hf_trainer, *_, two, bare_two = rates.values()
+    end = "_compiled" if compiled else ""
+    return [
+        measure.claim(f"vs_bare_loop{end}", alone, single, 0.98),
+        measure.claim(f"vs_bare_loop_two_workers{end}", two, bare_two, 0.98),
+        measure.claim(f"vs_hf_trainer{end}", alone, hf_trainer, 1.0),
+    ]
+
+
+def parity(a: argparse.Namespace, size: Size) -> list[dict[str, Any]]:
+    """The losses of transformers' Trainer: the same weights, the same rows, another loop."""
+    mine, theirs = ours(a.data, size, 1, 2, False)["losses"], other("hf", a, 1, 2, False)["losses"]
+    worst = max(abs(m / t - 1) for m, t in zip(mine, theirs, strict=True))
+    return [measure.claim("parity_with_hf_trainer", worst, None, 1e-5, at_most=True)]
+
+
+def invariance(a: argparse.Namespace, size: Size) -> list[dict[str, Any]]:
+    """The losses of one recipe on 1, 2, 3 and 4 workers, with and without accumulation: the most they differ by."""
+    small = size._replace(hidden=64, layers=2, rows=12, steps=size.invariant_steps)
+    base: list[float] = []
+    worst, rows = 0.0, []
+    for workers, micro in size.invariant:
+        tree = recipe_of(small, 1, 1, False)["train"] | {"micro_batch": micro}
+        losses = ours(a.data, small, workers, 1, False, train=tree)["losses"]
+        base = base or losses
+        most = max(abs(x / y - 1) for x, y in zip(losses, base, strict=True))
+        worst = max(worst, most)
+        rows.append((str(workers), str(micro), f"{losses[-1]:.6f}", f"{most:.1e}"))
+    measure.show(f"{small.steps} steps of one recipe", ("workers", "micro_batch", "last loss", "largest difference"), rows)
+    return [measure.claim("world_size_invariance", worst, None, 1e-5, at_most=True)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small model, few steps; too small to judge the claims by")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--compiled", action="store_true", help="compiled against compiled as well")
+    own = parser.add_argument_group("how the script calls itself")
+    own.add_argument("--side", choices=SIDES)
+    own.add_argument("--data", type=lambda s: Path(s).absolute())
+    own.add_argument("--workers", type=int)
+    own.add_argument("--threads", type=int)
+    a = parser.parse_args()
+    size = QUICK if a.quick else FULL
+    if a.side:
+        print(json.dumps(SIDES[a.side](a, size)), flush=True)
+        return 0
+    os.environ.update(ENV)
+    with tempfile.TemporaryDirectory(prefix="step-") as folder:
+        a.data = Path(folder)
+        prepare(a.data, size)
+        claims = [*invariance(a, size), *parity(a, size), *speed(a, size, False)]
+        if a.compiled:
+            claims += speed(a, size, True)
+    return 0 if measure.report(claims, a.json) or a.quick else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
