@@ -70,7 +70,7 @@ def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[
 
 def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(folder.rglob("*"))
-    assert main(["pretrain", "recipe.yaml", "train.steps=7", "--dry-run"]) == 0
+    assert main(["pretrain", "recipe.yaml", "--dry-run", "train.steps=7"]) == 0
     out = capsys.readouterr().out
     assert yaml.safe_load(out)["train"]["steps"] == 7
     for figure in (

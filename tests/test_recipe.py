@@ -47,6 +47,9 @@ def test_overrides(path: str) -> None:
         ("train.steps=[1", "expected YAML"),
         ("name=a/b", "name: string should match pattern"),
         ("model.path=x", "either config"),
+        ("optimizer.name=adam", "optimizer.name: input should be 'adamw' or 'muon'"),
+        ("parallel.tensor=2", "parallel.tensor 2 must divide cluster.num_workers: 1"),
+        ("train.dtype=fp8", "train.dtype: input should be 'float32' or 'bfloat16'"),
         ("search.space.x.loguniform=[1, 1e-3]", "the space has no point"),
     ],
 )

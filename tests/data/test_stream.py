@@ -18,7 +18,7 @@ from sevenfold.data.encode import TextEncoder
 from sevenfold.data.manifest import scan
 from sevenfold.data.order import Plan
 from sevenfold.data.rows import Window
-from sevenfold.data.stream import ReaderState, Stream, _ahead
+from sevenfold.data.stream import ReaderState, Stream, _Ahead
 from sevenfold.data.tokens import train_tokenizer
 from sevenfold.errors import InputError, RunError
 from sevenfold.recipe import Source
@@ -170,7 +170,7 @@ def test_an_error_of_the_thread_arrives(stream: Stream) -> None:
         yield stream.window(0)
         raise ValueError("broken")
 
-    windows = _ahead(broken())
+    windows = _Ahead(broken())
     assert next(windows).index == 0
     with pytest.raises(ValueError, match="broken"):
         next(windows)

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import pytest
@@ -36,6 +37,24 @@ def test_no_model_there(tree: dict[str, Any], tmp_path: Any) -> None:
     tree["model"], tree["tokenizer"] = {"path": str(tmp_path)}, {}
     with pytest.raises(InputError, match="expected a run or a Hugging Face directory"):
         build.config_of(Recipe.model_validate(tree), 512)
+
+
+def test_code_of_others_is_not_run_unasked(tree: dict[str, Any], tmp_path: Any) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "ours", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}})
+    )
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    tree["model"], tree["tokenizer"] = {"path": str(tmp_path)}, {}
+    with pytest.raises(InputError, match=r"Python code of its own: read it, then set model.trust_remote_code=true"):
+        build.config_of(Recipe.model_validate(tree), 512)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(("objective", "family"), [("masked", "encoder"), ("denoise", "encoder-decoder")])
+def test_an_objective_asks_for_its_family(tree: dict[str, Any], objective: str, family: str) -> None:
+    tree["objective"] = objective
+    with pytest.raises(InputError, match=f"no {family} can be made of it"):
+        build.check(Recipe.model_validate(tree), 512)
 
 
 def test_build(tree: dict[str, Any]) -> None:

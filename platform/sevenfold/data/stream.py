@@ -67,13 +67,13 @@ class Stream:
     def shard(self, rank: int, world_size: int) -> Shard:
         return Shard(self, tuple(lanes_of(rank, world_size, self.plan.lanes)))
 
-    def windows(self, order: Iterator[int], lanes: int) -> Generator[Window, None, None]:
+    def windows(self, order: Iterator[int], lanes: int) -> Generator[Window, None, None] | _Ahead:
         """The windows of this order. lanes: how many take turns in it. Ray Data makes them ahead; inline they are made as
         they are needed: a thread beside the step would fight it for the GIL (a fifth more CPU, benchmarks/RESULTS.md)."""
         if self.executor == "inline":
             return (self.window(index) for index in order)
         size = int(3 * self.plan.tokens / self.plan.windows_per_epoch)
-        return _ahead(_by_ray(self, order, max(lanes, min(CHUNK_WINDOWS, CHUNK_BYTES // max(1, size)))))
+        return _Ahead(_by_ray(self, order, max(lanes, min(CHUNK_WINDOWS, CHUNK_BYTES // max(1, size)))))
 
 
 @dataclass(frozen=True)
@@ -232,40 +232,50 @@ class LaneReader:
         self._windows.close()
 
 
-def _ahead(windows: Generator[Window, None, None]) -> Generator[Window, None, None]:
-    """Draws from an iterator in a background thread, a few windows ahead of who reads."""
-    ready: queue.Queue[Window | BaseException | None] = queue.Queue(AHEAD)
-    stop = threading.Event()
+class _Ahead:
+    """Draws from an iterator in a background thread, from now on, a few windows ahead of who reads."""
 
-    def put(item: Window | BaseException | None) -> None:
-        while not stop.is_set():
+    def __init__(self, windows: Generator[Window, None, None]):
+        self._windows = windows
+        self._ready: queue.Queue[Window | BaseException | None] = queue.Queue(AHEAD)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="sevenfold-data", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Iterator[Window]:
+        return self
+
+    def __next__(self) -> Window:
+        item = self._ready.get()
+        if item is None:
+            self._put(None)  # for whoever asks again
+            raise StopIteration
+        if isinstance(item, BaseException):
+            raise item
+        return item
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(60)  # Ray must not be shut down under it
+
+    def _put(self, item: Window | BaseException | None) -> None:
+        while not self._stop.is_set():
             try:
-                return ready.put(item, timeout=0.2)
+                return self._ready.put(item, timeout=0.2)
             except queue.Full:
                 continue
 
-    def work() -> None:
+    def _work(self) -> None:
         try:
-            for item in windows:
-                put(item)
-                if stop.is_set():
+            for item in self._windows:
+                self._put(item)
+                if self._stop.is_set():
                     return
-            put(None)
+            self._put(None)
         except BaseException as e:
-            put(e)
+            self._put(e)
         finally:
-            windows.close()  # ends what Ray Data still executes
-
-    thread = threading.Thread(target=work, name="sevenfold-data", daemon=True)
-    thread.start()
-    try:
-        while (item := ready.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        stop.set()
-        thread.join(60)  # Ray must not be shut down under it
+            self._windows.close()  # ends what Ray Data still executes
 
 
 def _by_ray(stream: Stream, order: Iterator[int], chunk: int) -> Generator[Window, None, None]:

@@ -31,6 +31,9 @@ _LOCAL = {
 _LOCAL_STORE = 512 * 2**20  # bytes of a local Ray's object store: windows are a few MB
 
 
+WITHOUT_BFLOAT16 = {"V100", "P100", "P4", "K80", "T4"}  # Ray's names of GPUs older than Ampere
+
+
 def connect(verbose: bool = False) -> None:
     """Connects to Ray. A local one gets more logical CPUs than cores: workers, drivers and data tasks take turns."""
     import ray.data  # before its loggers are quietened
@@ -102,6 +105,16 @@ def require(need: dict[str, float], what: str, wait_seconds: float) -> None:
             say(f"waiting for {', '.join(short)}: {what} needs {_list(need)}, free {_list(need, ray.available_resources())}")
             told = True
         time.sleep(1)
+
+
+def require_bfloat16(what: str) -> None:
+    """Raises InputError where no GPU of the cluster computes in bfloat16. Ray names the kinds that it knows."""
+    kinds = {k.partition(":")[2] for k in ray.cluster_resources() if k.startswith("accelerator_type:")}
+    if kinds and kinds <= WITHOUT_BFLOAT16:
+        raise InputError(
+            f"{what}: train.dtype bfloat16 needs GPUs that have it (Ampere or newer), found {', '.join(kinds)}: "
+            "set train.dtype=float32"
+        )
 
 
 def _short(need: dict[str, float], have: dict[str, float]) -> list[str]:

@@ -7,8 +7,6 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-import ray
-
 from sevenfold import storage
 from sevenfold.data import cache, corpus, tokens
 from sevenfold.data.cache import TokenCache
@@ -53,6 +51,8 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
         return None
     cluster.connect(verbose)
     cluster.require(need, what, recipe.cluster.wait_seconds)
+    if recipe.train.dtype == "bfloat16" and recipe.cluster.gpus_per_worker:
+        cluster.require_bfloat16(recipe.name)
     if root := corpus_to_make(recipe):
         say(f"making the corpus {root} (sevenfold corpus python)")
         corpus.build_python(root)
@@ -138,13 +138,14 @@ def reopen(folder: RunFolder, recipe: Recipe) -> tuple[Stream, Stream | None]:
 
 
 def settle(recipe: Recipe, found: Inputs, tokenizer: str) -> Inputs:
-    """Makes or copies the tokenizer, chooses the encoder and measures tokens a byte; a task of the cluster does it.
+    """Makes or copies the tokenizer, chooses the encoder and measures tokens a byte: here, where all that it takes has been
+    imported already, since a task would spend longer on that than on the work.
 
     Returns:
         The inputs, measured.
     """
     if not (storage.exists(_encoder_file(tokenizer)) and found.train.tokens_per_byte):
-        made = cluster.fetch(_settle.remote(recipe, found.train, tokenizer))
+        made = _settle(recipe, found.train, tokenizer)
         say(made["why"])
         storage.write(_encoder_file(tokenizer), json.dumps(made, indent=1))
         found = Inputs(found.train.measured(made["tokens_per_byte"]), found.validation)
@@ -213,7 +214,6 @@ def _encoder_file(tokenizer: str) -> str:
     return storage.join(tokenizer, "encoder.json")
 
 
-@ray.remote(num_cpus=1)
 def _settle(recipe: Recipe, manifest: Manifest, to: str) -> dict[str, Any]:
     chosen = Selection.of(recipe.data, ENCODERS[recipe.objective].fields)
     wanted = recipe.tokenizer

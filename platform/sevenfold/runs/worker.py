@@ -82,32 +82,35 @@ class Worker:
         self.metrics: MetricsLog | None = None
 
     def run(self) -> dict[str, Any]:
+        last = self._last()
+        start, self.before = self._stand(last)
+        self.reader = self._read(start, self.before)  # Ray Data begins while the model is built
+        try:
+            self._train(start, last)
+        finally:
+            self.reader.close()
+            if self.writer:
+                self.writer.close()
+        return self.reported
+
+    def _train(self, start: int, last: ckpt.Checkpoint | None) -> None:
         recipe = self.recipe
         self.objective, self.model, flops = self._model()
         self.optimizers = optim.build(self.model, recipe.optimizer)
+        if last is not None:
+            ckpt.load(last, self.model, self.optimizers)
         self.held_out = self._held_out()
-        start, self.before = self._resume()
         if self.rank == 0:  # what a killed start wrote after its last save is drawn no more
             self.writer = SummaryWriter(self.folder.tensorboard, purge_step=start + 1 if start else None)
             self.metrics = MetricsLog(self.folder.log, start)
-        self.reader = self._read(start, self.before)
         peak = recipe.cluster.peak_tflops * 1e12 if recipe.cluster.peak_tflops else peak_flops(self.device)
         trainer = loop.Trainer(
             recipe, self.model, self.optimizers, self.objective, iter(lambda: next(self.reader), None),
             most_rows(recipe.train.global_batch, self.place.world_size, recipe.lanes), self.device,
             Meter(flops, peak, self.world, self.device), self.guard,
         )  # fmt: skip
-        try:
-            loop.fit(
-                trainer,
-                loop.Hooks(self._log, self._validate, self._save, self._report, self._say, self._go_back),
-                start,
-            )
-        finally:
-            self.reader.close()
-            if self.writer:
-                self.writer.close()
-        return self.reported
+        hooks = loop.Hooks(self._log, self._validate, self._save, self._report, self._say, self._go_back)
+        loop.fit(trainer, hooks, start)
 
     def _model(self) -> tuple[Causal, Any, float]:
         """The objective, the model laid over the ranks, and the FLOPs of a token."""
@@ -142,16 +145,18 @@ class Worker:
         collate = functools.partial(self.objective.collate, step=0)  # the same each time
         return micro_batches(drawn, self.recipe.train.micro_batch, count, collate, self.device)
 
-    def _resume(self) -> tuple[int, ReaderState]:
-        """Loads the last whole checkpoint, where there is one. Returns the step and the data's state to go on from."""
+    def _last(self) -> ckpt.Checkpoint | None:
+        """The last whole checkpoint, the same on every rank."""
         found = [ckpt.latest(self.folder.checkpoints, self._tell) if self.rank == 0 else None]
         torch.distributed.broadcast_object_list(found)
-        last = found[0]
+        return found[0]
+
+    def _stand(self, last: ckpt.Checkpoint | None) -> tuple[int, ReaderState]:
+        """The step and the data's state to go on from; what was written after that is forgotten."""
         if self.rank == 0:
             self.ledger.cut(last.step if last else 0)
         if last is None:
             return 0, ReaderState()
-        ckpt.load(last, self.model, self.optimizers)
         self.saved = last.path
         self.guard.load(last.extra["guard"], self.guard.rollbacks)
         self.passed += [(a, b) for a, b in last.extra["passed"] if (a, b) not in self.passed]
@@ -165,13 +170,15 @@ class Worker:
         last = self.reader.state.data_step
         self.passed.append((last - steps + 1, last))
         self.guard.rollbacks += 1
-        if self.saved is None:
+        found = self._last()
+        if found is None:
             raise RunError(
                 f"loss or gradient was not finite, or jumped, in {steps} steps in a row, up to step {step}, and there is no "
                 "checkpoint to go back to: lower optimizer.learning_rate or lengthen schedule.warmup_steps"
             )
         self.reader.close()
-        start, self.before = self._resume()
+        start, self.before = self._stand(found)
+        ckpt.load(found, self.model, self.optimizers)
         self.guard.in_a_row = 0
         self.reader = self._read(start, self.before)
         if self.rank == 0:
