@@ -34,6 +34,7 @@ def test_a_family(texts: Path, tmp_path: Path, objective: str) -> None:
     sys.path.insert(0, str(Path(__file__).parents[2] / "platform"))
     from sevenfold.data.tokens import load_tokenizer
     from sevenfold.engine import objectives
+    from sevenfold.model import build
     from sevenfold.recipe import loads
     from sevenfold.runs import prepare
     from sevenfold.storage import RunFolder
@@ -42,7 +43,9 @@ def test_a_family(texts: Path, tmp_path: Path, objective: str) -> None:
     recipe = loads((run / "recipe.yaml").read_text(), "recipe")
     _, held = prepare.reopen(folder, recipe)
     assert held is not None
-    batch = objectives.of(recipe, load_tokenizer(folder.tokenizer), 2).collate(held.epoch(16), 0)
+    tokenizer = load_tokenizer(folder.tokenizer)
+    config = build.config_of(recipe, len(tokenizer), tokenizer)
+    batch = objectives.of(recipe, tokenizer, config).collate(held.epoch(16), 0)
     from safetensors.torch import save_file
 
     same = batch.documents[:, :, None] == batch.documents[:, None, :]

@@ -45,6 +45,12 @@ class Encoded:
     skipped: Skipped
 
 
+def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Its eos token, or what encoders have in its place (sep)."""
+    found = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return None if found is None else int(found)
+
+
 class TextEncoder:
     """Plain documents: BOS text EOS, every token but the first a target.
 
@@ -60,7 +66,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, backend: str = REFERENCE):
         self._room = sequence_length
-        end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        end = end_of_text(tokenizer)
         begin = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if end is None:
             raise InputError(
@@ -70,7 +76,7 @@ class TextEncoder:
         self.backend = backend
         self.vocab_size = len(tokenizer)
         self._bos: int | None = None if begin is None else int(begin)
-        self._eos = int(end)
+        self._eos = end
         self.head: int | None = self._bos
         self.tail: int | None = self._eos
 

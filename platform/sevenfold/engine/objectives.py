@@ -19,7 +19,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from xxhash import xxh3_64_intdigest
 
+from sevenfold.data.encode import end_of_text
 from sevenfold.data.rows import Rows
+from sevenfold.data.tokens import SENTINELS
 from sevenfold.engine import corrupt
 from sevenfold.engine.batch import IGNORE, Batch, Decoder, to_batch
 from sevenfold.errors import InputError
@@ -42,13 +44,13 @@ class Words:
     def of(tokenizer: Any, objective: str, start: int | None = None) -> Words:
         """Raises InputError where the tokenizer lacks a token that the objective needs."""
         known = tokenizer.get_vocab()
-        sentinels = tuple(itertools.takewhile(lambda i: i is not None, (known.get(f"<extra_id_{n}>") for n in range(100))))
+        sentinels = tuple(itertools.takewhile(lambda i: i is not None, map(known.get, SENTINELS)))
         if objective == "masked" and tokenizer.mask_token_id is None:
             raise InputError("objective masked: the tokenizer has no mask token: give it one (mask_token), or train one")
         if objective == "denoise" and not sentinels:
             raise InputError("objective denoise: the tokenizer has no sentinels (<extra_id_0>, ...): add them, or train one")
         pad = 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+        end = end_of_text(tokenizer)
         special = tuple(sorted({*tokenizer.all_special_ids, *sentinels}))
         return Words(len(tokenizer), special, tokenizer.mask_token_id, sentinels, pad, end, pad if start is None else start)
 
@@ -151,9 +153,9 @@ class Denoise(Causal):
 OBJECTIVES: dict[str, type[Causal]] = {"causal": Causal, "sft": Causal, "masked": Masked, "denoise": Denoise}
 
 
-def of(recipe: Recipe, tokenizer: Any, start: int | None) -> Causal:
-    """The recipe's objective. start: the id with which the model's decoder begins. Raises InputError as Words.of."""
-    words = Words.of(tokenizer, recipe.objective, start)
+def of(recipe: Recipe, tokenizer: Any, config: Any) -> Causal:
+    """The recipe's objective. config: the model's, which knows with what its decoder begins. Raises InputError as Words.of."""
+    words = Words.of(tokenizer, recipe.objective, getattr(config, "decoder_start_token_id", None))
     settings = recipe.corruption
     return OBJECTIVES[recipe.objective](words, recipe.seed, settings.rate, settings.mean_span)
 

@@ -91,8 +91,7 @@ def shard(model: PreTrainedModel, device: torch.device, train: Train, parallel: 
     for block in blocks(model):
         fully_shard(block, mesh=data, mp_policy=policy)
     fully_shard(model, mesh=data, mp_policy=policy)
-    if hasattr(model, "token_losses"):
-        register_fsdp_forward_method(model, "token_losses")
+    register_fsdp_forward_method(model, "token_losses")  # of objectives.attach
 
     set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
     return model

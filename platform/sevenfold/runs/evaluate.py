@@ -148,8 +148,7 @@ class _Scorer:
     def __init__(self, folder: RunFolder, recipe: Recipe):
         torch.set_num_threads(1)
         self.model = _load(folder, recipe)
-        start = getattr(self.model.config, "decoder_start_token_id", None)
-        self.objective = objectives.of(recipe, load_tokenizer(folder.tokenizer), start)
+        self.objective = objectives.of(recipe, load_tokenizer(folder.tokenizer), self.model.config)
         self.losses = objectives.attach(self.model, self.objective)
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from sevenfold.data.tokens import load_tokenizer
 from sevenfold.engine import objectives
 from sevenfold.errors import InputError
 from sevenfold.model import build
-from sevenfold.recipe import loads
+from sevenfold.recipe import Recipe, loads
 from sevenfold.report.console import say, table
 from sevenfold.runs import prepare
 from sevenfold.storage import RunFolder
@@ -32,7 +32,7 @@ def which(path: str, step: int, out: str | None = None) -> None:
         InputError: no run, a step that its ledger does not know, a source that has changed.
         RunError: the rows are no longer those that were trained on.
     """
-    replay, draws = _open(path, step, out, ".parquet")
+    replay, draws, _ = _open(path, step, out, ".parquet")
     replay.rows(draws)  # refuses where they are not the step's
     found = replay.documents(draws)
     tokens: Counter[str] = Counter()
@@ -55,12 +55,11 @@ def which(path: str, step: int, out: str | None = None) -> None:
 
 def replay(path: str, step: int, out: str | None = None) -> None:
     """Makes the tensors of a step again and checks them against the ledger; into a safetensors file. Raises as `which`."""
-    again, draws = _open(path, step, out, ".safetensors")
+    again, draws, recipe = _open(path, step, out, ".safetensors")
     rows = again.rows(draws)
     tokenizer = load_tokenizer(RunFolder.of(path).tokenizer)
-    recipe = loads(storage.read_text(RunFolder.of(path).recipe), path)
-    start = getattr(build.config_of(recipe, len(tokenizer), tokenizer), "decoder_start_token_id", None)
-    batch = objectives.of(recipe, tokenizer, start).collate(rows, step - 1)
+    config = build.config_of(recipe, len(tokenizer), tokenizer)
+    batch = objectives.of(recipe, tokenizer, config).collate(rows, step - 1)
     say(f"step {step}: {len(rows)} rows of {rows.tokens.shape[1]} tokens, {len(draws)} draws: every hash is the ledger's")
     say(f"hash of the whole step: {rows.hash():016x}")
     say(f"row 0 begins: {tokenizer.decode(batch.input_ids[0, :SHOWN_TOKENS])!r}")
@@ -71,11 +70,11 @@ def replay(path: str, step: int, out: str | None = None) -> None:
         say(f"{', '.join(tensors)}: {out}")
 
 
-def _open(path: str, step: int, out: str | None, suffix: str) -> tuple[Replay, list[Draw]]:
+def _open(path: str, step: int, out: str | None, suffix: str) -> tuple[Replay, list[Draw], Recipe]:
     if out and not (out.endswith(suffix) and os.path.isdir(os.path.dirname(out) or ".")):
         raise InputError(f"--out {out}: expected a file {suffix} in a folder that exists")
     folder = RunFolder.of(path)
     draws = Ledger(folder.ledger).step(step)
     recipe = loads(storage.read_text(folder.recipe), folder.recipe)
     stream, _ = prepare.reopen(folder, recipe)
-    return Replay(stream), draws
+    return Replay(stream), draws, recipe

@@ -116,12 +116,10 @@ class Worker:
         """The objective, the model laid over the ranks, and the FLOPs of a token."""
         recipe = self.recipe
         config = build.config_of(recipe, len(self.tokenizer), self.tokenizer)
-        model = build.build(
-            recipe, config, weights=self.rank == 0, attention=build.attention(recipe, self.device)
-        )  # fmt: skip
+        model = build.build(recipe, config, weights=self.rank == 0, attention=build.attention(recipe, self.device))
         if recipe.adapter is not None:
             build.with_adapter(model, recipe.adapter, recipe.seed)
-        objective = objectives.of(recipe, self.tokenizer, getattr(config, "decoder_start_token_id", None))
+        objective = objectives.of(recipe, self.tokenizer, config)
         objectives.attach(model, objective, recipe.train.loss_chunk)
         flops = build.flops_per_token(model, recipe)
         return objective, parallel.shard(model, self.device, recipe.train, recipe.parallel), flops
