@@ -7,6 +7,9 @@ import time
 
 import torch
 
+from sevenfold.engine.cpu import gemm_flops
+
+TRIES = 3  # products, to measure a CPU by
 # dense bf16 TFLOP/s without sparsity, from the vendor's data sheets
 PEAK_TFLOPS = {
     "H200": 989.0,
@@ -20,24 +23,16 @@ PEAK_TFLOPS = {
 }
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that MFU is stated against: the data sheet's for a known GPU, a measured float32 GEMM on a CPU."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        return next((v * 1e12 for k, v in PEAK_TFLOPS.items() if k in name), None)
-    n, best = 1024, float("inf")
-    a = torch.ones(n, n)
-    for _ in range(20):  # the quickest: others are at work on the machine
-        begin = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - begin)
-    return 2 * n**3 / best
-
-
 class Meter:
     """Counts between two log lines; goodput counts from the start."""
 
     def __init__(self, flops_per_token: float, peak: float | None, world_size: int, device: torch.device):
+        """peak: FLOP/s of a worker that MFU is stated against; None: the data sheet's for a known GPU, on a CPU the quickest
+        float32 GEMM seen so far (some at each `read`: at the start of a run others are at work on the machine)."""
+        self._measured = peak is None and device.type == "cpu"
+        if peak is None and device.type == "cuda":
+            name = torch.cuda.get_device_name(device)
+            peak = next((v * 1e12 for k, v in PEAK_TFLOPS.items() if k in name), None)
         self._flops, self._peak, self._world, self._device = flops_per_token, peak, world_size, device
         self._start, self._productive = time.perf_counter(), 0.0
         self.reset()
@@ -64,6 +59,8 @@ class Meter:
             "step_seconds": seconds / max(1, self._steps), "data_wait": self._waited / seconds,
             "memory_gb": self._memory() / 1e9, "goodput": self._productive / max(now - self._start, 1e-9),
         }  # fmt: skip
+        if self._measured:
+            self._peak = max(self._peak or 0.0, gemm_flops(TRIES))
         if self._peak:
             out["mfu"] = rate / self._world * self._flops / self._peak
         self.reset()

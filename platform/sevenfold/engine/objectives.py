@@ -6,6 +6,7 @@ What a collator draws at random hangs on the seed, the step and the row's own to
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from sevenfold.engine import corrupt
 from sevenfold.engine.batch import IGNORE, Batch, Decoder, to_batch
 from sevenfold.errors import InputError
 from sevenfold.recipe import Recipe
+
+CPU_LOGITS = 2**22  # on a CPU so many logits are made at once, kept for backward: they stay in its caches and its heap
 
 
 @dataclass(frozen=True)
@@ -182,11 +185,13 @@ def attach(model: Any, objective: Causal, chunk: int | None = None) -> Callable[
     Args:
         chunk: of so many tokens at a time the logits are made, and made again in backward; None: of all at once.
     """
+    bent = getattr(model.config, "final_logit_softcapping", None)
 
     def token_losses(self: Any, batch: Batch) -> torch.Tensor:
         head = self.get_output_embeddings()
         wanted = batch.labels.flatten()
-        if chunk is None:
+        size = chunk or (max(1, CPU_LOGITS // head.weight.shape[0]) if batch.labels.device.type == "cpu" and not bent else None)
+        if size is None:
             losses = _cross_entropy(objective.logits(self, batch).flatten(0, 1), wanted)
         else:
             with _passing(head):
@@ -195,8 +200,8 @@ def attach(model: Any, objective: Causal, chunk: int | None = None) -> Callable[
             def part(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
                 return _cross_entropy(F.linear(hidden, head.weight, head.bias), wanted)
 
-            parts = zip(hidden.split(chunk), wanted.split(chunk), strict=True)
-            losses = torch.cat([checkpoint(part, h, w, use_reentrant=False) for h, w in parts])
+            made = functools.partial(checkpoint, part, use_reentrant=False) if chunk else part
+            losses = torch.cat([made(h, w) for h, w in zip(hidden.split(size), wanted.split(size), strict=True)])
         return losses.view_as(batch.labels).clone()  # FSDP warns of views
 
     bound: Callable[[Batch], torch.Tensor] = MethodType(token_losses, model)

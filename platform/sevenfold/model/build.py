@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from sevenfold import storage
 from sevenfold.engine.optim import embedding_parameters
 from sevenfold.errors import InputError
+from sevenfold.model import attention as in_chunks
 from sevenfold.model.parallel import tensor_plan
 from sevenfold.recipe import Adapter, Recipe
 
@@ -110,24 +111,30 @@ def _line(error: Exception) -> str:
 
 
 def attention(recipe: Recipe, device: torch.device) -> str:
-    """The kernel that keeps packed documents apart at the least cost. FlexAttention has no backward on a CPU (torch 2.13)."""
+    """The kernel that keeps packed documents apart at the least cost. In chunks is neither for compiled blocks (its slices
+    hang on the mask) nor for T5 (whose masks are biases)."""
     if recipe.model.attention != "auto":
         return recipe.model.attention
-    return "flex_attention" if device.type == "cuda" and CLASSES[recipe.objective][1] == "decoder" else "sdpa"
+    family = CLASSES[recipe.objective][1]
+    if device.type == "cuda":
+        return "flex_attention" if family == "decoder" else "sdpa"
+    return "sdpa" if family == "encoder-decoder" or recipe.train.compile else in_chunks.NAME
 
 
 def build(recipe: Recipe, config: PreTrainedConfig, *, weights: bool, attention: str = "sdpa") -> PreTrainedModel:
     """The recipe's model on the CPU, float32.
 
     Args:
-        attention: as transformers' attn_implementation.
+        attention: as transformers' attn_implementation, or what `attention` chose.
         weights: False leaves the parameters unwritten (no memory is touched), for ranks that are sent theirs.
     """
     torch.manual_seed(recipe.seed)
     made: Any = CLASSES[recipe.objective][0]
     kwargs: dict[str, Any] = {
-        "attn_implementation": attention, "dtype": torch.float32, "trust_remote_code": recipe.model.trust_remote_code
-    }  # fmt: skip
+        "attn_implementation": "sdpa" if attention == in_chunks.NAME else attention,
+        "dtype": torch.float32,
+        "trust_remote_code": recipe.model.trust_remote_code,
+    }
     model: PreTrainedModel
     if weights and recipe.model.path is not None:
         model = made.from_pretrained(storage.local(model_path(recipe.model.path)), local_files_only=True, **kwargs)
@@ -135,6 +142,8 @@ def build(recipe: Recipe, config: PreTrainedConfig, *, weights: bool, attention:
         with nullcontext() if weights else no_init_weights():
             model = made.from_config(config, **kwargs)
         model.tie_weights()
+    if attention == in_chunks.NAME and model._can_set_attn_implementation():  # else its code calls sdpa itself
+        model.set_attn_implementation(attention)
     return model
 
 

@@ -21,10 +21,10 @@ from sevenfold.data.rows import Rows
 from sevenfold.data.stream import Draw, LaneReader, ReaderState, Stream
 from sevenfold.data.tokens import load_tokenizer, token_bytes
 from sevenfold.engine import checkpoint as ckpt
-from sevenfold.engine import loop, objectives, optim
+from sevenfold.engine import cpu, loop, objectives, optim
 from sevenfold.engine.batch import Batch, micro_batches
 from sevenfold.engine.guard import Guard
-from sevenfold.engine.meter import Meter, peak_flops
+from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import Causal
 from sevenfold.engine.step import evaluate
 from sevenfold.errors import RunError
@@ -69,8 +69,7 @@ class Worker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.place = parallel.Place.of(self.rank, self.world, self.recipe.parallel.tensor)
         self.device = ray.train.torch.get_device()
-        torch.set_num_threads(max(1, int(self.recipe.cluster.cpus_per_worker)))
-        torch.set_flush_denormal(True)  # fresh models are full of denormals, which some CPUs crawl through
+        cpu.prepare(threads=max(1, int(self.recipe.cluster.cpus_per_worker)))
         self.tokenizer = load_tokenizer(job.tokenizer)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.ledger = Ledger(self.folder.ledger)
@@ -103,7 +102,7 @@ class Worker:
         if self.rank == 0:  # what a killed start wrote after its last save is drawn no more
             self.writer = SummaryWriter(self.folder.tensorboard, purge_step=start + 1 if start else None)
             self.metrics = MetricsLog(self.folder.log, start)
-        peak = recipe.cluster.peak_tflops * 1e12 if recipe.cluster.peak_tflops else peak_flops(self.device)
+        peak = recipe.cluster.peak_tflops * 1e12 if recipe.cluster.peak_tflops else None
         trainer = loop.Trainer(
             recipe, self.model, self.optimizers, self.objective, iter(lambda: next(self.reader), None),
             most_rows(recipe.train.global_batch, self.place.world_size, recipe.lanes), self.device,
