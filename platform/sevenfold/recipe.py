@@ -303,12 +303,11 @@ class Recipe(Section):
             if ranks % ways:
                 raise ValueError(f"parallel.{name} {ways} must divide cluster.num_workers: {self.cluster.num_workers} are left")
             ranks //= ways
-        workers = self.cluster.num_workers // self.parallel.tensor
         if batch % lanes:
             raise ValueError(f"train.global_batch {batch} cannot be dealt out to data.lanes {lanes}: it must be a multiple")
-        if lanes < workers:
+        if lanes < self.readers:
             raise ValueError(
-                f"train.global_batch {batch} cannot be dealt out: {lanes} lanes for {workers} workers; "
+                f"train.global_batch {batch} cannot be dealt out: {lanes} lanes for {self.readers} workers; "
                 f"data.lanes must be at least cluster.num_workers (over parallel.tensor)"
             )
         if (self.train.steps or self.train.tokens or self.data.epochs) is None:
@@ -331,6 +330,11 @@ class Recipe(Section):
     @property
     def lanes(self) -> int:
         return self.data.lanes or min(64, self.train.global_batch)
+
+    @property
+    def readers(self) -> int:
+        """Workers that read rows of their own; tensor parallel neighbours read the same."""
+        return self.cluster.num_workers // self.parallel.tensor
 
     @property
     def tokens_per_step(self) -> int:

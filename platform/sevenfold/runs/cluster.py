@@ -27,6 +27,7 @@ _PACE = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}  # report() waits for the n
 _LOCAL = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes a laptop away with notice
     "RAY_worker_maximum_startup_concurrency": "8",  # by cores, it warns of every few actors of a sweep
+    "RAY_prestart_worker_first_driver": "0",  # a process a logical CPU, none of which a training run takes
 }
 _LOCAL_STORE = 512 * 2**20  # bytes of a local Ray's object store: windows are a few MB
 
@@ -34,8 +35,12 @@ _LOCAL_STORE = 512 * 2**20  # bytes of a local Ray's object store: windows are a
 WITHOUT_BFLOAT16 = {"V100", "P100", "P4", "K80", "T4"}  # Ray's names of GPUs older than Ampere
 
 
-def connect(verbose: bool = False) -> None:
-    """Connects to Ray. A local one gets more logical CPUs than cores: workers, drivers and data tasks take turns."""
+def connect(verbose: bool = False, dashboard: bool = False) -> None:
+    """Connects to Ray. A local one gets more logical CPUs than cores: workers, drivers and data tasks take turns.
+
+    Args:
+        dashboard: of a local Ray; where `ray.util.state` is asked. It takes a second of a run's start.
+    """
     import ray.data  # before its loggers are quietened
 
     settings = _PACE if verbose else _PACE | _QUIET
@@ -58,7 +63,7 @@ def connect(verbose: bool = False) -> None:
             os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
             ray.init(
                 address="local", num_cpus=2 * (os.cpu_count() or 1) + 4, object_store_memory=_LOCAL_STORE,
-                include_dashboard=True, log_to_driver=verbose, logging_level=level,
+                include_dashboard=dashboard or verbose, log_to_driver=verbose, logging_level=level,
             )  # fmt: skip
     except ConnectionError as e:
         raise RunError(f"no Ray cluster answers at {address}: {str(e).splitlines()[0]}") from None

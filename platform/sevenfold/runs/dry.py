@@ -15,8 +15,7 @@ def describe(recipe: Recipe) -> str:
         data = [f"corpus: {root} is not there yet; the run makes it first"]
     else:
         data = _data(recipe)
-    readers = recipe.cluster.num_workers // recipe.parallel.tensor
-    rows = most_rows(recipe.train.global_batch, readers, recipe.lanes)
+    rows = most_rows(recipe.train.global_batch, recipe.readers, recipe.lanes)
     figures = [
         f"parameters: {count:,}",
         f"tokens a step: {recipe.tokens_per_step:,} ({recipe.train.global_batch} rows of {recipe.data.sequence_length})",

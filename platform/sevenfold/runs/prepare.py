@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
+import threading
 from dataclasses import dataclass, replace
 from typing import Any
+
+import ray
 
 from sevenfold import storage
 from sevenfold.data import cache, corpus, tokens
@@ -15,13 +19,10 @@ from sevenfold.data.encode import ENCODERS, TextEncoder, admit
 from sevenfold.data.manifest import Manifest, scan
 from sevenfold.data.order import WINDOWS_PER_LANE, Plan
 from sevenfold.data.stream import TASK_CPUS, Stream
-from sevenfold.engine.objectives import Words
 from sevenfold.errors import InputError
-from sevenfold.model import build
 from sevenfold.recipe import Recipe, loads
 from sevenfold.report.console import say
 from sevenfold.runs import cluster
-from sevenfold.runs.worker import Job
 from sevenfold.storage import RunFolder
 
 SAMPLE_MB = 1.0  # of text of each source, on which encoders are compared and tokens a byte are measured
@@ -35,6 +36,20 @@ class Inputs:
     validation: Manifest | None
 
 
+@dataclass
+class Job:
+    """A prepared run, as it travels to the workers."""
+
+    recipe: Recipe  # with absolute paths
+    identity: str  # hash of the recipe as the run's folder keeps it
+    folder: str
+    tokenizer: str  # folder
+    train: Stream
+    validation: Stream | None
+    queue: Any = None  # ray.util.queue.Queue of (step, metrics) and sentences, for whoever watches
+    verbose: bool = False
+
+
 def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, verbose: bool) -> Job | None:
     """Connects to a cluster that can give `need`, and readies the run. None where it is finished already.
 
@@ -42,14 +57,20 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
         InputError: anything about the recipe that can be told beforehand; nothing is written then.
         RunError: others hold the cluster's resources.
     """
-    here, _ = check(recipe)
     if storage.exists(folder.recipe):
         claim(folder, recipe)
     found = None if corpus_to_make(recipe) else kept(folder) or inputs(recipe)
     if folder.finished():
         say(f"{folder.root}: finished before; nothing to do")
         return None
-    cluster.connect(verbose)
+    # torch and transformers, which take as long to import as Ray to start
+    threading.Thread(target=importlib.import_module, args=("sevenfold.model.build",), daemon=True).start()
+    cluster.connect(verbose, dashboard=recipe.search is not None)
+    try:
+        here, _ = check(recipe)
+    except InputError:
+        ray.shutdown()
+        raise
     cluster.require(need, what, recipe.cluster.wait_seconds)
     if recipe.train.dtype == "bfloat16" and recipe.cluster.gpus_per_worker:
         cluster.require_bfloat16(recipe.name)
@@ -76,6 +97,9 @@ def check(recipe: Recipe) -> tuple[Recipe, int]:
 
     Raises InputError where model, tokenizer and adapter are not there or do not fit together.
     """
+    from sevenfold.engine.objectives import Words
+    from sevenfold.model import build
+
     changes: dict[str, Any] = {}
     if recipe.model.path:
         changes["model.path"] = build.model_path(recipe.model.path)

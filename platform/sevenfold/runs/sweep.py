@@ -26,7 +26,7 @@ from sevenfold.recipe import Recipe, Search, Space
 from sevenfold.report import trials as report
 from sevenfold.report.console import say
 from sevenfold.runs import cluster, prepare, train
-from sevenfold.runs.worker import Job
+from sevenfold.runs.prepare import Job
 from sevenfold.storage import RunFolder
 
 # what a trial may have of its own; tokenizer, base model and documents are prepared once for all

@@ -9,7 +9,6 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
 from ray.util.queue import Empty, Queue
 
 import sevenfold
@@ -18,8 +17,7 @@ from sevenfold.errors import RunError
 from sevenfold.recipe import Recipe
 from sevenfold.report.console import Progress, say
 from sevenfold.runs import cluster, prepare
-from sevenfold.runs.lanes import Lanes
-from sevenfold.runs.worker import Job, work
+from sevenfold.runs.prepare import Job
 from sevenfold.storage import RunFolder
 
 
@@ -29,12 +27,18 @@ def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
     Raises:
         RunError: the workers failed more often than cluster.max_failures allows.
     """
+    from ray.train.torch import TorchTrainer  # brings torch
+
+    def work(config: dict[str, Any]) -> dict[str, Any]:
+        """In here, so that Ray's controller, which unpickles it too, does not import all that the workers need."""
+        from sevenfold.runs.worker import Worker
+
+        return Worker(ray.get(config["job"])).run()
+
     c = job.recipe.cluster
-    trainer = ray.train.torch.TorchTrainer(
+    trainer = TorchTrainer(
         work,
-        train_loop_config={"job": job},
-        datasets={"train": job.train},
-        dataset_config=Lanes(job.recipe.parallel.tensor),
+        train_loop_config={"job": ray.put(job)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=c.num_workers, use_gpu=c.gpus_per_worker > 0,
             resources_per_worker={"CPU": c.cpus_per_worker, **({"GPU": c.gpus_per_worker} if c.gpus_per_worker else {})},

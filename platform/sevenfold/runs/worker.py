@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray.train
@@ -31,39 +31,20 @@ from sevenfold.errors import RunError
 from sevenfold.evaluate.generate import complete
 from sevenfold.evaluate.metrics import bits_per_byte, rouge
 from sevenfold.model import build, parallel
-from sevenfold.recipe import Recipe
 from sevenfold.report.metrics import MetricsLog
 from sevenfold.runs import cluster
+from sevenfold.runs.prepare import Job
 from sevenfold.storage import RunFolder
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class Job:
-    """A prepared run, as it travels to the workers."""
-
-    recipe: Recipe  # with absolute paths
-    identity: str  # hash of the recipe as the run's folder keeps it
-    folder: str
-    tokenizer: str  # folder
-    train: Stream
-    validation: Stream | None
-    queue: Any = None  # ray.util.queue.Queue of (step, metrics) and sentences, for whoever watches
-    verbose: bool = False
-
-
-def work(config: dict[str, Any]) -> dict[str, Any]:
-    """Ray Train's loop function. Returns the last report: metrics, step and checkpoint."""
-    if not config["job"].verbose:
-        cluster.quieten()
-    return Worker(config["job"]).run()
 
 
 class Worker:
     """One rank."""
 
     def __init__(self, job: Job):
+        if not job.verbose:
+            cluster.quieten()
         context = ray.train.get_context()
         self.job, self.recipe, self.folder = job, job.recipe, RunFolder(job.folder)
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
@@ -81,6 +62,7 @@ class Worker:
         self.metrics: MetricsLog | None = None
 
     def run(self) -> dict[str, Any]:
+        """Returns the last report: metrics, step and checkpoint."""
         last = self._last()
         start, self.before = self._stand(last)
         self.reader = self._read(start, self.before)  # Ray Data begins while the model is built
@@ -124,10 +106,9 @@ class Worker:
         return objective, parallel.shard(model, self.device, recipe.train, recipe.parallel), flops
 
     def _read(self, start: int, state: ReaderState) -> LaneReader:
-        shard: Any = ray.train.get_dataset_shard("train")  # a data.stream.Shard
-        shard = replace(shard, stream=replace(shard.stream, skip=(*shard.stream.skip, *self.passed)))
-        reader: LaneReader = shard.reader(self.recipe.train.global_batch // self.recipe.lanes, state, start)
-        return reader
+        stream = replace(self.job.train, skip=(*self.job.train.skip, *self.passed))
+        shard = stream.shard(self.place.rank, self.place.world_size)
+        return shard.reader(self.recipe.train.global_batch // self.recipe.lanes, state, start)
 
     def _held_out(self) -> list[Batch]:
         """This rank's part of the held-out rows; every rank gets as many micro-batches."""
