@@ -165,6 +165,11 @@ class Train(Section):
     steps: int | None = Field(None, gt=0, description="Default: as many as data.epochs last")
     tokens: int | None = Field(None, gt=0, description="Instead of steps: rounded up to whole steps")
     max_grad_norm: float = Field(1.0, gt=0)
+    z_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of log(Z)^2 of each token's logits, against their drift; not in the loss shown (PaLM: 1e-4)",
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of parameters in forward and backward; shards and sums stay float32"
     )

@@ -173,3 +173,18 @@ def test_logits_in_chunks_are_the_same(
         assert torch.allclose(losses, found[0][0], atol=1e-5)
         for a, b in zip(grads, found[0][1], strict=True):
             assert (a - b).abs().max() <= 1e-4 * b.abs().max() + 1e-6
+
+
+@pytest.mark.parametrize("chunk", [None, 10])
+def test_z_loss_is_in_the_gradient_alone(tree: dict[str, Any], chunk: int | None) -> None:
+    model, batch = model_of(tree, "causal", tree["model"]["config"]), Causal(WORDS, 0, 0.3, 3.0).collate(ROWS, 0)
+    plain = attach(model, Causal(WORDS, 0, 0.3, 3.0))(batch)
+    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
+    (plain + 0.1 * logits.logsumexp(-1).square() * (batch.labels != IGNORE)).sum().backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    losses = attach(model, Causal(WORDS, 0, 0.3, 3.0), chunk, 0.1)(batch)
+    losses.sum().backward()
+    assert torch.allclose(losses, plain, atol=1e-5)
+    for p, g in zip(model.parameters(), wanted, strict=True):
+        assert (p.grad - g).abs().max() <= 1e-4 * g.abs().max() + 1e-6

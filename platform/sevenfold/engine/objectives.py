@@ -178,12 +178,13 @@ def _laid_out(rows: list[list[np.ndarray]], width: int, fill: int) -> tuple[np.n
     return ids, owners
 
 
-def attach(model: Any, objective: Causal, chunk: int | None = None) -> Callable[[Batch], torch.Tensor]:
+def attach(model: Any, objective: Causal, chunk: int | None = None, z_loss: float = 0.0) -> Callable[[Batch], torch.Tensor]:
     """Gives a model the method `token_losses(batch)`: -log p of each label, nats, 0 where there is none: float32
     [rows, length]. A method, so that sharding can gather the root's parameters for it.
 
     Args:
         chunk: of so many tokens at a time the logits are made, and made again in backward; None: of all at once.
+        z_loss: this part of the square of log(sum(exp(logits))) joins the gradient of each token, not the loss returned.
     """
     bent = getattr(model.config, "final_logit_softcapping", None)
 
@@ -192,13 +193,13 @@ def attach(model: Any, objective: Causal, chunk: int | None = None) -> Callable[
         wanted = batch.labels.flatten()
         size = chunk or (max(1, CPU_LOGITS // head.weight.shape[0]) if batch.labels.device.type == "cpu" and not bent else None)
         if size is None:
-            losses = _cross_entropy(objective.logits(self, batch).flatten(0, 1), wanted)
+            losses = _cross_entropy(objective.logits(self, batch).flatten(0, 1), wanted, z_loss)
         else:
             with _passing(head):
                 hidden = objective.logits(self, batch).flatten(0, 1)
 
             def part(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-                return _cross_entropy(F.linear(hidden, head.weight, head.bias), wanted)
+                return _cross_entropy(F.linear(hidden, head.weight, head.bias), wanted, z_loss)
 
             made = functools.partial(checkpoint, part, use_reentrant=False) if chunk else part
             losses = torch.cat([made(h, w) for h, w in zip(hidden.split(size), wanted.split(size), strict=True)])
@@ -209,8 +210,13 @@ def attach(model: Any, objective: Causal, chunk: int | None = None) -> Callable[
     return bound
 
 
-def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(logits.float(), wanted, ignore_index=IGNORE, reduction="none")
+def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor, z_loss: float) -> torch.Tensor:
+    logits = logits.float()
+    losses = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none")
+    if z_loss:
+        z = z_loss * logits.logsumexp(-1).square() * (wanted != IGNORE)
+        losses = losses + (z - z.detach())  # 0, but for its gradient
+    return losses
 
 
 @contextlib.contextmanager

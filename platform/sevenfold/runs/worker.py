@@ -101,7 +101,7 @@ class Worker:
         if recipe.adapter is not None:
             build.with_adapter(model, recipe.adapter, recipe.seed)
         objective = objectives.of(recipe, self.tokenizer, config)
-        objectives.attach(model, objective, recipe.train.loss_chunk)
+        objectives.attach(model, objective, recipe.train.loss_chunk, recipe.train.z_loss)
         flops = build.flops_per_token(model, recipe)
         return objective, parallel.shard(model, self.device, recipe.train, recipe.parallel), flops
 
