@@ -49,6 +49,9 @@ def test_overrides(path: str) -> None:
         ("model.path=x", "either config"),
         ("optimizer.name=adam", "optimizer.name: input should be 'adamw' or 'muon'"),
         ("parallel.tensor=2", "parallel.tensor 2 must divide cluster.num_workers: 1"),
+        ("cluster.num_workers=[3, 2]", "or [fewest, most], found [3, 2]"),
+        ("cluster.num_workers=[1, 5]", "4 lanes for 5 workers"),
+        ("cluster.num_workers=0", "expected a number above 0"),
         ("train.dtype=fp8", "train.dtype: input should be 'float32' or 'bfloat16'"),
         ("search.space.x.loguniform=[1, 1e-3]", "the space has no point"),
     ],
@@ -69,7 +72,15 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
 
 def test_identity_is_what_decides_the_numbers(path: str) -> None:
     recipe = parse(path)
-    for same in ("cluster.num_workers=3", "storage=/elsewhere", "checkpoint.keep=5", "data.executor=inline", "name=other"):
+    assert parse(path, ["cluster.num_workers=[1, 4]"]).workers == (1, 4) and recipe.workers == (1, 1)
+    for same in (
+        "cluster.num_workers=3",
+        "cluster.num_workers=[1, 4]",
+        "storage=/elsewhere",
+        "checkpoint.keep=5",
+        "data.executor=inline",
+        "name=other",
+    ):
         assert parse(path, [same]).hash() == recipe.hash(), same
     for other in ("seed=4", "train.steps=9", "optimizer.learning_rate=0.5", "data.sequence_length=32"):
         assert parse(path, [other]).hash() != recipe.hash(), other

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from sevenfold.errors import InputError
 
@@ -225,6 +225,7 @@ class Validation(Section):
 class Checkpoint(Section):
     every: int | None = Field(None, gt=0, description="Steps; default: only at the end")
     keep: int = Field(2, gt=0, description="Newest checkpoints kept")
+    keep_every: int | None = Field(None, gt=0, description="Those of multiples of so many steps are kept for good")
 
 
 class Parallel(Section):
@@ -236,7 +237,9 @@ class Parallel(Section):
 
 
 class Cluster(Section):
-    num_workers: int = Field(1, gt=0)
+    num_workers: int | tuple[int, int] = Field(
+        1, description="Or [fewest, most]: grows and shrinks with the cluster; the global batch and the data order stay"
+    )
     cpus_per_worker: float = Field(1, gt=0, description="Below 1, workers share cores; a worker computes with as many threads")
     gpus_per_worker: int = Field(0, ge=0, le=1, description="1: CUDA and nccl; 0: CPU and gloo")
     max_failures: int = Field(3, ge=0, description="Worker failures survived before the run counts as failed")
@@ -244,6 +247,14 @@ class Cluster(Section):
     peak_tflops: float | None = Field(
         None, gt=0, description="Peak that MFU is stated against, a worker; default: table (GPU) or measured (CPU)"
     )
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _count(cls, given: Any) -> Any:
+        both = given if isinstance(given, list | tuple) else (given, given)
+        if len(both) != 2 or not all(type(n) is int and n > 0 for n in both) or both[0] > both[1]:
+            raise ValueError(f"expected a number above 0, or [fewest, most], found {given!r}")
+        return tuple(both) if both is given else given
 
 
 class Space(Section):
@@ -303,10 +314,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
-        batch, lanes, ranks = self.train.global_batch, self.lanes, self.cluster.num_workers
+        batch, lanes, ranks = self.train.global_batch, self.lanes, self.workers[1]
+        if self.workers[0] < self.workers[1] and self.parallel != Parallel():
+            raise ValueError("parallel.replicate and parallel.tensor need one number of cluster.num_workers, not a range")
         for name, ways in (("replicate", self.parallel.replicate), ("tensor", self.parallel.tensor)):
             if ranks % ways:
-                raise ValueError(f"parallel.{name} {ways} must divide cluster.num_workers: {self.cluster.num_workers} are left")
+                raise ValueError(f"parallel.{name} {ways} must divide cluster.num_workers: {ranks} are left")
             ranks //= ways
         if batch % lanes:
             raise ValueError(f"train.global_batch {batch} cannot be dealt out to data.lanes {lanes}: it must be a multiple")
@@ -338,8 +351,14 @@ class Recipe(Section):
 
     @property
     def readers(self) -> int:
-        """Workers that read rows of their own; tensor parallel neighbours read the same."""
-        return self.cluster.num_workers // self.parallel.tensor
+        """Workers, at most, that read rows of their own; tensor parallel neighbours read the same."""
+        return self.workers[1] // self.parallel.tensor
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The fewest and the most."""
+        given = self.cluster.num_workers
+        return given if isinstance(given, tuple) else (given, given)
 
     @property
     def tokens_per_step(self) -> int:

@@ -2,12 +2,19 @@
 
 import json
 import logging
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import run_ranks
+from conftest import _rank, run_ranks
 
 from sevenfold.engine import checkpoint as ckpt
 from sevenfold.engine import optim
@@ -28,6 +35,7 @@ def steps(tree: dict[str, Any], folder: str, until: int, save_at: list[int]) -> 
     found = ckpt.latest(folder)
     if found:
         ckpt.load(found, model, optimizer)
+    saver = ckpt.Saver(folder, keep=10, last=found)
     out = []
     for step in range(found.step if found else 0, until):
         rows = rows_of(step).part(rank * ROWS // world, (rank + 1) * ROWS // world)
@@ -37,7 +45,8 @@ def steps(tree: dict[str, Any], folder: str, until: int, save_at: list[int]) -> 
             ).loss
         )
         if step + 1 in save_at:
-            ckpt.save(folder, step + 1, model, optimizer, {"positions": {}})
+            saver.save(step + 1, model, optimizer, {"positions": {}})  # and on at once: what is written is a copy
+    saver.close()
     return out
 
 
@@ -86,8 +95,62 @@ def swap(at: Path) -> str:
 def escape(at: Path) -> str:
     tree = json.loads((at / ckpt.MANIFEST).read_text())
     tree["files"]["../../x"] = next(iter(tree["files"].values()))
+    tree.pop("sha256")
+    tree["sha256"] = ckpt._of_tree(tree)
     (at / ckpt.MANIFEST).write_text(json.dumps(tree))
     return "leaves its folder"
+
+
+def corrupt(at: Path, rng: random.Random) -> str:
+    """Some damage to a checkpoint's folder. Returns what was done."""
+    names = sorted(p.name for p in at.iterdir())
+    name = rng.choice(names)
+    file, other = at / name, at / rng.choice([n for n in names if n != name])
+    raw = bytearray(file.read_bytes())
+    match kind := rng.choice(["flip", "truncate", "grow", "lose", "swap", "copy", "zeros"]):
+        case "flip":
+            bit = rng.randrange(8 * len(raw))
+            raw[bit // 8] ^= 1 << bit % 8
+        case "truncate":
+            del raw[rng.randrange(len(raw)) :]
+        case "grow":
+            raw += rng.randbytes(rng.randint(1, 100))
+        case "lose":
+            file.unlink()
+            return f"{name} lost"
+        case "swap":
+            file.write_bytes(other.read_bytes())
+            other.write_bytes(raw)
+            return f"{name} and {other.name} swapped"
+        case "copy":
+            raw = bytearray(other.read_bytes())
+        case "zeros":
+            begin = rng.randrange(len(raw))
+            end = min(len(raw), begin + rng.randint(1, 4096))
+            if not any(raw[begin:end]):
+                raw[begin] ^= 1
+            else:
+                raw[begin:end] = bytes(end - begin)
+    file.write_bytes(raw)
+    return f"{name}: {kind}"
+
+
+def test_a_thousand_corruptions_are_found(saved: Path) -> None:
+    newest = ckpt.latest(str(saved))
+    assert newest is not None and newest.step == 4
+    at = Path(newest.path)
+    sound = {p.name: p.read_bytes() for p in at.iterdir()}
+    quiet: list[str] = []
+    for seed in range(1000):
+        done = corrupt(at, random.Random(seed))
+        found = ckpt.latest(str(saved), quiet.append)
+        if found is not None and found.step == 4:  # a changed manifest may say the same as before
+            assert done.startswith(ckpt.MANIFEST) and (found.files, found.extra) == (newest.files, newest.extra), (seed, done)
+        else:
+            assert found is not None and found.step == 2, (seed, done)
+        for name, raw in sound.items():
+            (at / name).write_bytes(raw)
+    assert ckpt.latest(str(saved)) == newest and len(quiet) > 800
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, lose, swap, escape])
@@ -116,7 +179,123 @@ def test_the_newest_are_kept(saved: Path) -> None:
     (saved / "step-00000005.00").mkdir()  # damaged, say
     newest = ckpt.latest(str(saved))
     assert newest is not None
+    ckpt.prune(newest, 1, keep_every=2)
     ckpt.prune(newest, 2)
     assert sorted(p.name for p in saved.iterdir()) == ["step-00000002.00", "step-00000004.00", "step-00000005.00"]
     ckpt.prune(newest, 1)
     assert sorted(p.name for p in saved.iterdir()) == ["step-00000004.00", "step-00000005.00"]
+
+
+def limited(tree: dict[str, Any], folder: str) -> tuple[list[str], list[int | None]]:
+    """Saves steps 1 to 5; from the second to the fourth rank 1 may write no file of any size."""
+    from test_step import sharded
+
+    recipe = Recipe.model_validate(tree)
+    model = sharded(recipe)
+    optimizer = optim.build(model, recipe.optimizer)
+    ckpt.RETRIES = (0.01,)
+    told: list[str] = []
+    saver, last = ckpt.Saver(folder, tell=told.append), []
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # else the kernel ends the process
+    whole = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for step in range(1, 6):
+        full = step in (2, 3) and torch.distributed.get_rank() == 1
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, whole[1]) if full else whole)
+        saver.save(step, model, optimizer, {})
+        found = saver.wait()
+        last.append(found.step if found else None)
+    saver.close()
+    return told, last
+
+
+def test_a_full_disk_costs_an_interval_and_no_checkpoint(tree: dict[str, Any], tmp_path: Path) -> None:
+    found = run_ranks(2, tmp_path / "pg" / "full", limited, tree, str(tmp_path / "c"))
+    assert [last for _, last in found] == [[1, 1, 1, 4, 5]] * 2
+    told = found[0][0]
+    assert len(told) == 2 and all("File too large" in t and "step 1 is the last one" in t for t in told) and not found[1][0]
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["step-00000004.00", "step-00000005.00"]
+
+
+def hopeless(tree: dict[str, Any], folder: str) -> str:
+    from test_step import sharded
+
+    recipe = Recipe.model_validate(tree)
+    model = sharded(recipe)
+    optimizer = optim.build(model, recipe.optimizer)
+    ckpt.RETRIES = ()
+    saver = ckpt.Saver(folder)
+    try:
+        for step in range(1, 9):
+            saver.save(step, model, optimizer, {})
+    except RunError as e:
+        return f"{step}: {e}"
+    finally:
+        saver.close()
+    return "saved"
+
+
+def test_a_run_that_cannot_save_stops(tree: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "c").write_text("no folder")
+    for said in run_ranks(2, tmp_path / "pg" / "hopeless", hopeless, tree, str(tmp_path / "c")):
+        assert said.startswith("4: 3 checkpoints in a row could not be written; there is none"), said
+
+
+def test_a_kill_at_any_point_of_a_save(tree: dict[str, Any], tmp_path: Path) -> None:
+    """A process that dies at its k-th touch of the checkpoints' folder, for every k of a save that also removes an old one."""
+    folder, aside, points = tmp_path / "c", tmp_path / "aside", list[str]()
+    run_ranks(1, tmp_path / "pg" / "first", steps, tree, str(aside), 4, [1, 2])
+    ended = False
+    while not ended:
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(aside, folder)
+        ended = killed_at(len(points) + 1, tree, folder, points)
+        committed = [p for p in folder.iterdir() if (p / ckpt.MANIFEST).exists()]
+        for path in committed:
+            ckpt.verify(ckpt.read(str(path)))
+        found = ckpt.latest(str(folder))
+        assert found is not None and found.step in (2, 3) and len(committed) >= 2
+        assert found.step == 3 or not ended
+    assert {"open", "os.rename", "os.remove"} <= set(points) and len(points) > 8, points
+
+
+def dying(tree: dict[str, Any], folder: str, touch: int) -> None:
+    from test_step import sharded
+
+    recipe = Recipe.model_validate(tree)
+    model = sharded(recipe)
+    optimizer = optim.build(model, recipe.optimizer)
+    saver = ckpt.Saver(folder, keep=2)
+    left = touch
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal left
+        writes = event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir") or (
+            event == "open" and isinstance(arguments[1], str) and arguments[1][:1] in "wxa"
+        )
+        if writes and folder in str(arguments[0]):
+            left -= 1
+            if not left:
+                Path(folder).with_name("died").write_text(event)
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    saver.save(3, model, optimizer, {})
+    saver.wait()
+    saver.close()
+
+
+def killed_at(touch: int, tree: dict[str, Any], folder: Path, points: list[str]) -> bool:
+    """Whether the save came to its end before that many touches; else what it died at is added to the points."""
+    context = multiprocessing.get_context("spawn")
+    results: Any = context.Queue()
+    store = folder.with_name(f"store{touch}")
+    process = context.Process(target=_rank, args=(0, 1, str(store), results, dying, (tree, str(folder), touch)))
+    process.start()
+    process.join(120)
+    if process.exitcode == 0:
+        _, error, _ = results.get()
+        assert error is None, error
+        return True
+    assert process.exitcode == -signal.SIGKILL
+    points.append(folder.with_name("died").read_text())
+    return False

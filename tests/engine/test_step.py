@@ -98,6 +98,18 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tree: dict[str, Any], t
     assert run_ranks(2, tmp_path / "store", not_finite, tree) == [True, True]
 
 
+def noticed(tree: dict[str, Any]) -> list[bool]:
+    recipe = Recipe.model_validate(tree)
+    model = sharded(recipe)
+    optimizer = optim.build(model, recipe.optimizer)
+    batches, second = micro_batches(rows_of(0), ROWS, 1, to_batch, torch.device("cpu")), torch.distributed.get_rank() == 1
+    return [train_step(model, batches, optimizer, 1e-2, 1.0, notice=second and step == 1).noticed for step in range(3)]
+
+
+def test_a_notice_to_one_rank_is_every_ranks(tree: dict[str, Any], tmp_path: Path) -> None:
+    assert run_ranks(2, tmp_path / "store", noticed, tree) == [[False, True, False]] * 2
+
+
 def no_target(tree: dict[str, Any]) -> str:
     recipe = Recipe.model_validate(tree)
     model = sharded(recipe)

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from sevenfold import storage
@@ -20,6 +25,14 @@ from sevenfold.errors import InputError, RunError
 
 log = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
+RETRIES = (2.0, 8.0, 30.0)  # seconds before a save is tried again
+MOST_FAILED = 3  # saves in a row
+PATIENCE = timedelta(hours=2)  # for the slowest rank's shard
+T = TypeVar("T")
+
+
+class DamagedError(RunError):
+    """A checkpoint that is not what its manifest says."""
 
 
 @dataclass(frozen=True)
@@ -33,27 +46,128 @@ class Checkpoint:
     extra: dict[str, Any]
 
 
-def save(
-    folder: str, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], extra: dict[str, Any]
-) -> Checkpoint:
-    """Writes the trained parameters and the optimizers' state, a shard a rank. Every rank calls it."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    names: list[str | None] = [_fresh(folder, step) if rank == 0 else None]
-    dist.broadcast_object_list(names)
-    path = storage.join(folder, str(names[0]))
-    weights, state = get_state_dict(model, optimizers, options=_options())
-    dcp.save({"model": weights, "optimizer": state}, storage_writer=_writer(path))
-    mine = {n: _sum(storage.join(path, n)) for n in storage.listdir(path) if n.startswith(f"__{rank}_")}
-    if rank == 0:
-        mine[".metadata"] = _sum(storage.join(path, ".metadata"))
-    parts: list[dict[str, Any]] = [{}] * world
-    dist.all_gather_object(parts, mine)
-    found = Checkpoint(path, step, world, {n: s for part in parts for n, s in part.items()}, extra)
-    if rank == 0:
-        written = {k: v for k, v in asdict(found).items() if k != "path"}
-        storage.write(storage.join(path, MANIFEST), json.dumps(written, indent=1))
-    dist.barrier()
-    return found
+class Saver:
+    """Writes checkpoints beside the training, one at a time. Every rank has one and calls it at the same steps.
+
+    A save copies what is trained, and the training goes on; a thread writes the copy, a shard a rank, reads it back, commits
+    it and removes what is no longer kept. One that fails is tried again, then told and given up: the last good one stays.
+    """
+
+    def __init__(
+        self, folder: str, keep: int = 2, keep_every: int | None = None, tell: Callable[[str], None] = log.warning,
+        last: Checkpoint | None = None,
+    ):  # fmt: skip
+        """
+        Args:
+            keep: newest checkpoints that stay.
+            keep_every: those of its multiples of steps stay for good.
+            tell: rank 0's word on a save that failed.
+            last: the checkpoint that training went on from.
+        """
+        self._folder, self._keep, self._every, self._tell, self.last = folder, keep, keep_every, tell, last
+        # of its own: in the step's group its messages and the step's would be taken for each other
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        cuda = torch.cuda.is_available()
+        self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # keeps its buffers from save to save
+        self._thread = ThreadPoolExecutor(1, "sevenfold-checkpoint")
+        self._under_way: Future[Checkpoint] | None = None
+        self._failed = 0
+
+    def save(self, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], extra: dict[str, Any]) -> None:
+        """Begins a checkpoint of the trained parameters and the optimizers' state; waits for the one before to end.
+
+        Raises RunError where MOST_FAILED in a row could not be written.
+        """
+        self.wait()
+        weights, state = get_state_dict(model, optimizers, options=_options())
+        copy: Any = self._stager.stage({"model": weights, "optimizer": state})
+        self._under_way = self._thread.submit(self._persist, copy, step, extra)
+
+    def wait(self) -> Checkpoint | None:
+        """The last one that was committed, once none is under way. Raises as save."""
+        if self._under_way is not None:
+            try:
+                self.last, self._failed = self._under_way.result(), 0
+            except RunError as e:
+                self._failed += 1
+                stays = f"step {self.last.step} is the last one" if self.last else "there is none"
+                if dist.get_rank() == 0:
+                    self._tell(f"{e}; {stays}")
+                if self._failed == MOST_FAILED:
+                    raise RunError(f"{MOST_FAILED} checkpoints in a row could not be written; {stays}: {e}") from None
+            finally:
+                self._under_way = None
+        return self.last
+
+    def close(self) -> None:
+        """Leaves what is under way to its end."""
+        self._thread.shutdown(wait=True)
+        self._stager.close()
+
+    def _persist(self, state: dict[str, Any], step: int, extra: dict[str, Any]) -> Checkpoint:
+        for wait in (*RETRIES, None):
+            try:
+                return self._written(state, step, extra)
+            except RunError:
+                if wait is None:
+                    raise
+                time.sleep(wait)
+        raise AssertionError
+
+    def _written(self, state: dict[str, Any], step: int, extra: dict[str, Any]) -> Checkpoint:
+        rank, world = dist.get_rank(), dist.get_world_size()
+        path = self._each(lambda: storage.join(self._folder, _fresh(self._folder, step)) if rank == 0 else "")[0]
+        try:
+            writer, sums = _writer(path)
+            self._each(lambda: dcp.save(state, storage_writer=writer, process_group=self._group))
+            files = {name: s for part in self._each(lambda: sums) for name, s in part.items()}
+            found = Checkpoint(path, step, world, files, extra)
+            self._each(lambda: verify(found, list(sums)))
+            self._each(lambda: _commit(found) if rank == 0 else None)
+        except RunError as e:
+            with contextlib.suppress(Exception):
+                self._each(lambda: storage.remove(path) if rank == 0 else None)
+            raise RunError(f"{path}: could not be written ({e})") from None
+        self._each(lambda: prune(found, self._keep, self._every) if rank == 0 else None)
+        return found
+
+    def _each(self, work: Callable[[], T]) -> list[T]:
+        """What `work` returned on each rank. Raises RunError on all of them where it raised on any."""
+        return _each(work, self._group)
+
+
+def _each(work: Callable[[], T], group: Any = None) -> list[T]:
+    try:
+        mine: Any = work()
+    except RunError as e:
+        mine = e
+    except (Exception, dcp.CheckpointException) as e:  # one rank's is everyone's: no rank may wait for one that has given up
+        mine = RunError(f"{type(e).__name__}: {_first_line(e)}")
+    parts = [mine]
+    if dist.is_initialized():
+        parts *= dist.get_world_size()
+        dist.all_gather_object(parts, mine, group=group)
+    for part in parts:
+        if isinstance(part, RunError):
+            raise part
+    return parts
+
+
+def _first_line(error: BaseException) -> str:
+    """Of what began it: torch wraps a rank's error in one of all ranks."""
+    for inner in getattr(error, "failures", {}).values():
+        error = inner[0] if isinstance(inner, tuple) else inner
+        break
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _commit(found: Checkpoint) -> None:
+    tree = {k: v for k, v in asdict(found).items() if k != "path"}
+    storage.write(storage.join(found.path, MANIFEST), json.dumps({**tree, "sha256": _of_tree(tree)}, indent=1))
+
+
+def _of_tree(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def load(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
@@ -70,53 +184,73 @@ def load(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[torch.op
 
 
 def latest(folder: str, warn: Callable[[str], None] = log.warning) -> Checkpoint | None:
-    """The newest checkpoint that is whole; a damaged one is named to `warn` and passed over. Nothing is unpickled."""
-    for name in reversed(storage.listdir(folder)):
-        path = storage.join(folder, name)
-        if not storage.exists(storage.join(path, MANIFEST)):
-            continue  # never committed
+    """The newest checkpoint that is whole, the same on every rank, each of which looks at a part of the files. A damaged one
+    is named to rank 0's `warn` and passed over. Nothing is unpickled.
+
+    Raises RunError where the storage keeps failing.
+    """
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    names = _each(lambda: _committed(folder) if rank == 0 else [])[0]
+    for name in reversed(names):
         try:
-            found = read(path)
-            verify(found)
-        except RunError as e:
-            warn(f"{e}; passed over for the one before")
+            found = _each(lambda name=name: read(storage.join(folder, name)))[0]  # type: ignore[misc]
+            _each(lambda found=found: verify(found, sorted(found.files)[rank::world]))  # type: ignore[misc]
+        except DamagedError as e:
+            if rank == 0:
+                warn(f"{e}; passed over for the one before")
             continue
         return found
     return None
 
 
 def read(path: str) -> Checkpoint:
-    """Raises RunError where the manifest cannot be read or names a file outside its folder."""
+    """Raises DamagedError where the manifest cannot be read or names a file outside its folder."""
     try:
-        found = Checkpoint(path=path, **storage.read_json(storage.join(path, MANIFEST)))
-    except (InputError, OSError, ValueError, TypeError) as e:
-        raise RunError(f"{path}: damaged: {MANIFEST} cannot be read ({type(e).__name__})") from None
+        tree = storage.read_json(storage.join(path, MANIFEST))
+        if tree.pop("sha256") != _of_tree(tree):
+            raise DamagedError(f"{path}: damaged: {MANIFEST} is not what its own checksum says")
+        found = Checkpoint(path=path, **tree)
+    except (InputError, OSError, ValueError, TypeError, LookupError, AttributeError) as e:
+        raise DamagedError(f"{path}: damaged: {MANIFEST} cannot be read ({type(e).__name__})") from None
     for name in found.files:
         if "/" in name or "\\" in name or name in ("", ".", ".."):
-            raise RunError(f"{path}: damaged: {MANIFEST} names {name!r}, which leaves its folder")
+            raise DamagedError(f"{path}: damaged: {MANIFEST} names {name!r}, which leaves its folder")
     return found
 
 
-def verify(checkpoint: Checkpoint) -> None:
-    """Raises RunError, naming the file, where a size or sum is not what the manifest says."""
-    for name, expected in checkpoint.files.items():
-        file = storage.join(checkpoint.path, name)
+def verify(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> None:
+    """Raises DamagedError, naming the file, where a size or sum is not what the manifest says. names: of these files alone."""
+    for name in checkpoint.files if names is None else names:
+        file, expected = storage.join(checkpoint.path, name), checkpoint.files[name]
         if not storage.exists(file):
-            raise RunError(f"{file}: damaged: missing")
+            raise DamagedError(f"{file}: damaged: missing")
         if storage.size(file) != expected["bytes"] or _sum(file) != expected:
-            raise RunError(f"{file}: damaged: its checksum is not the manifest's")
+            raise DamagedError(f"{file}: damaged: its checksum is not the manifest's")
 
 
-def prune(newest: Checkpoint, keep: int) -> None:
+def prune(newest: Checkpoint, keep: int, keep_every: int | None = None) -> None:
     """Removes what is older than the `keep` committed checkpoints up to `newest`, which was just written, and what was
-    never committed before it. What lies after it (damaged, and passed over) is left for whoever wants to look."""
+    never committed before it; those of a multiple of `keep_every` steps stay. What lies after it (damaged, and passed over)
+    is left for whoever wants to look."""
     folder, last = newest.path.replace("\\", "/").rsplit("/", 1)
-    older = [n for n in storage.listdir(folder) if n < last]
-    committed = [n for n in older if storage.exists(storage.join(folder, n, MANIFEST))]
-    kept = committed[-(keep - 1) :] if keep > 1 else []
-    for name in older:
-        if name not in kept:
+    committed = _committed(folder)
+    older = [n for n in committed if n < last]
+    kept = set(older[-(keep - 1) :] if keep > 1 else ())
+    kept |= {n for n in older if keep_every and _step(n) % keep_every == 0}
+    for name in storage.listdir(folder):
+        if name < last and name not in kept:
+            if name in committed:  # first what makes it one: a removal that is interrupted leaves no half of a checkpoint
+                storage.remove(storage.join(folder, name, MANIFEST))
             storage.remove(storage.join(folder, name))
+
+
+def _committed(folder: str) -> list[str]:
+    """Names of the directories with a manifest, oldest first."""
+    return [n for n in storage.listdir(folder) if storage.exists(storage.join(folder, n, MANIFEST))]
+
+
+def _step(name: str) -> int:
+    return int(name.removeprefix("step-").partition(".")[0])
 
 
 def _fresh(folder: str, step: int) -> str:
@@ -131,12 +265,50 @@ def _options() -> StateDictOptions:
     return StateDictOptions(ignore_frozen_params=True)
 
 
-def _writer(path: str) -> Any:
+def _writer(path: str) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """A writer, and the sums of this rank's files once it is done: of what was meant to be written."""
     if storage.is_url(path):
         from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
-        return FsspecWriter(path, single_file_per_rank=True)
-    return dcp.FileSystemWriter(path, single_file_per_rank=True, overwrite=False)
+        writer: Any = FsspecWriter(path, single_file_per_rank=True)
+    else:
+        writer = dcp.FileSystemWriter(path, single_file_per_rank=True, overwrite=False)
+    sums: dict[str, dict[str, Any]] = {}
+    create = writer.fs.create_stream
+
+    @contextlib.contextmanager
+    def summed(path: Any, mode: str) -> Iterator[Any]:
+        with create(path, mode) as stream:
+            if mode != "wb":
+                yield stream
+                return
+            made = _Summed(stream)
+            yield made
+        name = str(path).replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".tmp")  # .metadata is renamed
+        sums[name] = {"bytes": made.size, "sha256": made.digest.hexdigest()}
+
+    writer.fs.create_stream = summed
+    return writer, sums
+
+
+class _Summed:
+    """A stream that adds up what is written to it."""
+
+    def __init__(self, stream: Any):
+        self._stream, self.digest, self.size = stream, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.digest.update(view)
+        self.size += len(view)
+        self._stream.write(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self.size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def _reader(path: str) -> Any:

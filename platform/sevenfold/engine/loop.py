@@ -27,6 +27,8 @@ class Hooks:
     """What happens around the steps; every rank calls each at the same steps. Metrics are those of all ranks.
 
     Attributes:
+        noticed: whether this rank's machine will be taken away; then a checkpoint is written at once.
+        settle: returns when the checkpoint under way is written.
         tell: a sentence for whoever watches.
         go_back: after this step, the last of so many that were left out; loads the last checkpoint, passes over their data
             from then on, and returns the checkpoint's step. Raises RunError where there is none.
@@ -35,6 +37,8 @@ class Hooks:
     log: Callable[[int, dict[str, float]], None]
     validate: Callable[[int], dict[str, float]]
     save: Callable[[int], None]
+    noticed: Callable[[], bool]
+    settle: Callable[[], Any]
     report: Callable[[int, dict[str, float]], None]
     tell: Callable[[str], None]
     go_back: Callable[[int, int], int]
@@ -60,8 +64,8 @@ class Trainer:
     meter: Meter
     guard: Guard
 
-    def step(self, step: int) -> Step | None:
-        """Step `step` (from 0). None where the rows of all ranks have ended. Raises NoTargets."""
+    def step(self, step: int, notice: bool = False) -> Step | None:
+        """Step `step` (from 0). None where the rows of all ranks have ended. Raises NoTargets. notice: as train_step."""
         recipe = self.recipe
         begin = time.perf_counter()
         drawn = next(self.rows)
@@ -76,7 +80,7 @@ class Trainer:
         try:
             done = train_step(
                 self.model, batches, self.optimizers, rate, recipe.train.max_grad_norm, recipe.parallel.tensor,
-                self.guard.most_norm,
+                self.guard.most_norm, notice,
             )  # fmt: skip
         except NoTargets:
             if self._any_tokens(drawn):
@@ -91,8 +95,9 @@ class Trainer:
         return bool(total)
 
 
-def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> None:
+def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> int:
     """Runs steps start .. recipe.steps - 1, or fewer where the rows of all ranks end before (rows of padding alone).
+    Returns the steps done in all.
 
     Raises:
         RunError: as Guard.judge and Hooks.go_back.
@@ -101,11 +106,12 @@ def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> None:
     if step >= steps:  # ended between the last save and the last report
         hooks.report(steps, hooks.validate(steps))
     trainer.model.train()
+    noticed = False
     while step < steps:
-        done = trainer.step(step)
+        done = trainer.step(step, hooks.noticed())
         if done is None:
             _finish(step, hooks)
-            return
+            return step
         at, last = step + 1, step + 1 == steps
         back = trainer.guard.judge(at, done.applied, done.grad_norm)
         if not done.applied:
@@ -119,20 +125,24 @@ def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> None:
             scalars = {"loss": done.loss, "grad_norm": done.grad_norm, "learning_rate": rate, "targets": done.targets}
             hooks.log(at, {f"train/{k}": v for k, v in (scalars | trainer.meter.read()).items()})
         validating = last or _due(at, recipe.validation.every)
+        if done.noticed and not noticed:
+            hooks.tell(f"a machine of this run will be taken away: saving step {at} at once")
+            hooks.save(at)
+            hooks.settle()
+        elif last or _due(at, recipe.checkpoint.every):
+            hooks.save(at)  # first: it goes on beside the validation, and what is reported can be found again
         metrics = hooks.validate(at) if validating else {}
-        if last or _due(at, recipe.checkpoint.every):
-            hooks.save(at)  # before the report: what is reported can be found again
         if validating:
             hooks.report(at, metrics | {"train/loss": done.loss if math.isfinite(done.loss) else float("inf")})
             trainer.meter.reset()
-        step += 1
+        step, noticed = step + 1, done.noticed
+    return step
 
 
 def _finish(at: int, hooks: Hooks) -> None:
     """The data ended: what happens after the last step."""
-    metrics = hooks.validate(at)
     hooks.save(at)
-    hooks.report(at, metrics)
+    hooks.report(at, hooks.validate(at))
 
 
 def _due(step: int, every: int | None) -> bool:

@@ -23,17 +23,20 @@ class NoTargets(RunError):
 @dataclass
 class Step:
     """Of all ranks together: loss in nats a target token, number of target tokens, norm of the gradient before
-    clipping; `applied` is False where loss or gradient were not finite and no weight was changed."""
+    clipping; `applied` is False where loss or gradient were not finite and no weight was changed. `noticed`: whether any
+    rank was given notice."""
 
     loss: float
     targets: int
     grad_norm: float
     applied: bool
+    noticed: bool
 
 
 def train_step(
     model: Any, batches: Sequence[Batch], optimizers: Sequence[torch.optim.Optimizer], learning_rate: float,
     max_grad_norm: float, tensor: int = 1, most_norm: float = float("inf"),
+    notice: bool = False,
 ) -> Step:  # fmt: skip
     """The loss is the mean over the target tokens of all micro-batches of all ranks: how they are dealt out does
     not show in it. Raises NoTargets where there is no target token at all.
@@ -42,14 +45,16 @@ def train_step(
         model: with the method token_losses (objectives.attach), sharded over all ranks.
         tensor: so many neighbouring ranks hold the same rows.
         most_norm: a gradient above it counts as one that is not finite.
+        notice: whether this rank has been told that its machine will be taken away; it travels with the count.
     """
     world = dist.get_world_size() // tensor
-    sums = torch.stack([torch.zeros((), device=batches[0].labels.device), *((b.labels != IGNORE).sum() for b in batches)])
-    count = sums.sum()
-    dist.all_reduce(count)
-    count //= tensor
+    device = batches[0].labels.device
+    mine = torch.stack([torch.zeros((), device=device), *((b.labels != IGNORE).sum() for b in batches)]).sum()
+    both = torch.stack([mine, torch.full((), float(notice), device=device)])
+    dist.all_reduce(both)
+    count, notices = both[0] // tensor, both[1]
 
-    total = torch.zeros((), device=count.device)
+    total = torch.zeros((), device=device)
     for i, batch in enumerate(batches):
         model.set_requires_gradient_sync(i == len(batches) - 1)
         loss = model.token_losses(batch).sum()
@@ -60,7 +65,7 @@ def train_step(
 
     norm = clip_grad_norm(model.parameters(), max_grad_norm)
     # the one place where the host waits for the device
-    summed, targets, length = torch.stack([t.double() for t in (total, count, norm)]).tolist()
+    summed, targets, length, noticed = torch.stack([t.double() for t in (total, count, norm, notices)]).tolist()
     if not targets:
         raise NoTargets("a step without a single target token: the documents are empty, or every one of them is masked")
     applied = math.isfinite(summed + length) and length <= most_norm
@@ -70,7 +75,7 @@ def train_step(
                 group["lr"] = learning_rate
             optimizer.step()
         optimizer.zero_grad()
-    return Step(summed / targets, int(targets), length, applied)
+    return Step(summed / targets, int(targets), length, applied, noticed > 0)
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:

@@ -47,6 +47,7 @@ class Job:
     train: Stream
     validation: Stream | None
     queue: Any = None  # ray.util.queue.Queue of (step, metrics) and sentences, for whoever watches
+    awaits_saves: bool = False  # whether what is reported is exported later: a report then waits for its checkpoint
     verbose: bool = False
 
 
@@ -203,7 +204,8 @@ def needs(recipe: Recipe) -> dict[str, float]:
     """The resources of a run: its workers, and Ray Data's tasks beside them."""
     c = recipe.cluster
     data = TASK_CPUS if recipe.data.executor == "ray" else 0
-    return {"CPU": c.num_workers * (c.cpus_per_worker + data), "GPU": c.num_workers * c.gpus_per_worker}
+    fewest = recipe.workers[0]
+    return {"CPU": fewest * (c.cpus_per_worker + data), "GPU": fewest * c.gpus_per_worker}
 
 
 def claim(folder: RunFolder, recipe: Recipe) -> None:

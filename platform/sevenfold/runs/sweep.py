@@ -144,7 +144,9 @@ def _trial(config: dict[str, Any], job: Job, address: str) -> None:
     validation = job.validation.plan.manifest if job.validation and not recipe.data.held_out else None
     found = prepare.Inputs(job.train.plan.manifest, validation)
     stream, held = prepare.streams(recipe, found, job.tokenizer)
-    mine = replace(job, recipe=recipe, identity=recipe.hash(), folder=folder.root, train=stream, validation=held)
+    mine = replace(
+        job, recipe=recipe, identity=recipe.hash(), folder=folder.root, train=stream, validation=held, awaits_saves=True
+    )
     train.launch(mine, [TuneReportCallback()])
 
 

@@ -20,6 +20,8 @@ from sevenfold.runs import cluster, prepare
 from sevenfold.runs.prepare import Job
 from sevenfold.storage import RunFolder
 
+RESIZE_EVERY = 60.0  # seconds between looks for room for more workers; each growth goes on from the last checkpoint
+
 
 def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
     """Trains on Ray Train workers until the last step. Returns what was reported last.
@@ -40,7 +42,7 @@ def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
         work,
         train_loop_config={"job": ray.put(job)},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=c.num_workers, use_gpu=c.gpus_per_worker > 0,
+            num_workers=c.num_workers, elastic_resize_monitor_interval_s=RESIZE_EVERY, use_gpu=c.gpus_per_worker > 0,
             resources_per_worker={"CPU": c.cpus_per_worker, **({"GPU": c.gpus_per_worker} if c.gpus_per_worker else {})},
         ),
         run_config=ray.train.RunConfig(
@@ -99,7 +101,7 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     """
     folder = RunFolder(storage.join(storage.place(recipe.storage), recipe.name))
     began = time.time()
-    what = f"{recipe.name} ({recipe.cluster.num_workers} workers)"
+    what = f"{recipe.name} ({recipe.workers[0]} workers)"
     job = prepare.begin(recipe, folder, prepare.needs(recipe), what, verbose)
     if job is None:
         return folder

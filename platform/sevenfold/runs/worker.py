@@ -11,6 +11,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
+from ray.train.v2._internal.execution.context import get_train_context
 from torch.utils.tensorboard import SummaryWriter
 
 import sevenfold
@@ -56,7 +57,6 @@ class Worker:
         self.ledger = Ledger(self.folder.ledger)
         self.guard = Guard(self.recipe.guard)
         self.passed: list[tuple[int, int]] = []  # data steps that the guard has had passed over
-        self.saved: str | None = None
         self.reported: dict[str, Any] = {}
         self.writer: SummaryWriter | None = None
         self.metrics: MetricsLog | None = None
@@ -80,6 +80,8 @@ class Worker:
         self.optimizers = optim.build(self.model, recipe.optimizer)
         if last is not None:
             ckpt.load(last, self.model, self.optimizers)
+        keep = recipe.checkpoint
+        self.saver = ckpt.Saver(self.folder.checkpoints, keep.keep, keep.keep_every, self._tell, last)
         self.held_out = self._held_out()
         if self.rank == 0:  # what a killed start wrote after its last save is drawn no more
             self.writer = SummaryWriter(self.folder.tensorboard, purge_step=start + 1 if start else None)
@@ -90,8 +92,19 @@ class Worker:
             most_rows(recipe.train.global_batch, self.place.world_size, recipe.lanes), self.device,
             Meter(flops, peak, self.world, self.device), self.guard,
         )  # fmt: skip
-        hooks = loop.Hooks(self._log, self._validate, self._save, self._report, self._say, self._go_back)
-        loop.fit(trainer, hooks, start)
+        hooks = loop.Hooks(
+            self._log, self._validate, self._save, self._noticed, self.saver.wait, self._report, self._say, self._go_back
+        )
+        try:
+            at = loop.fit(trainer, hooks, start)
+            saved = self.saver.wait()
+            if saved is None or saved.step < at:
+                raise RunError(
+                    f"the checkpoint of the last step, {at}, could not be written: make room, then start the run again"
+                )
+            self.reported["checkpoint"] = saved.path
+        finally:
+            self.saver.close()
 
     def _model(self) -> tuple[Causal, Any, float]:
         """The objective, the model laid over the ranks, and the FLOPs of a token."""
@@ -125,9 +138,7 @@ class Worker:
 
     def _last(self) -> ckpt.Checkpoint | None:
         """The last whole checkpoint, the same on every rank."""
-        found = [ckpt.latest(self.folder.checkpoints, self._tell) if self.rank == 0 else None]
-        torch.distributed.broadcast_object_list(found)
-        return found[0]
+        return ckpt.latest(self.folder.checkpoints, self._tell)
 
     def _stand(self, last: ckpt.Checkpoint | None) -> tuple[int, ReaderState]:
         """The step and the data's state to go on from; what was written after that is forgotten."""
@@ -135,7 +146,6 @@ class Worker:
             self.ledger.cut(last.step if last else 0)
         if last is None:
             return 0, ReaderState()
-        self.saved = last.path
         self.guard.load(last.extra["guard"], self.guard.rollbacks)
         self.passed += [(a, b) for a, b in last.extra["passed"] if (a, b) not in self.passed]
         if self.rank == 0:
@@ -148,6 +158,7 @@ class Worker:
         last = self.reader.state.data_step
         self.passed.append((last - steps + 1, last))
         self.guard.rollbacks += 1
+        self.saver.wait()
         found = self._last()
         if found is None:
             raise RunError(
@@ -189,12 +200,13 @@ class Worker:
             "recipe": self.job.identity, "reader": state.to_json(), "encoder": encoder, "versions": versions,
             "guard": self.guard.state(), "passed": self.passed,
         }  # fmt: skip
-        saved = ckpt.save(self.folder.checkpoints, step, self.model, self.optimizers, extra)
-        self.saved = saved.path
         if self.metrics is not None:
             self.metrics.flush()
-        if self.rank == 0:
-            ckpt.prune(saved, self.recipe.checkpoint.keep)
+        self.saver.save(step, self.model, self.optimizers, extra)
+
+    def _noticed(self) -> bool:
+        # not ray.train.get_preemption_info(), whose value this is: that one is a barrier by way of an actor
+        return get_train_context().preemption_context.preemption_info is not None
 
     def _validate(self, step: int) -> dict[str, float]:
         out: dict[str, float] = {}
@@ -254,7 +266,8 @@ class Worker:
             log.warning(what)
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
-        self.reported = {"step": step, "checkpoint": self.saved, **metrics}
+        saved = self.saver.wait() if self.job.awaits_saves else self.saver.last
+        self.reported = {"step": step, "checkpoint": saved.path if saved else None, **metrics}
         ray.train.report(self.reported)
 
 
