@@ -21,7 +21,6 @@ from typing import Any
 
 import measure
 import step
-import yaml
 
 HERE = Path(__file__).resolve()
 WORKERS, STEPS = 2, 2
@@ -89,12 +88,9 @@ def until(seen: Path, words: list[Any], **env: str) -> float:
 
 def ours(folder: Path) -> float:
     with tempfile.TemporaryDirectory() as at:
-        tree = step.recipe_of(step.QUICK, WORKERS, 1, False) | {"tokenizer": {"path": str(folder / "tokenizer")}, "storage": at}
+        tree = step.recipe_of(step.QUICK, WORKERS, 1, False) | {"tokenizer": {"path": str(folder / "tokenizer")}}
         tree["train"]["steps"] = STEPS
-        tree["data"]["sources"] = [{"path": str(folder / "corpus/train")}]
-        (Path(at) / "recipe.yaml").write_text(yaml.safe_dump(tree))
-        job = [sys.executable, step.ROOT / "jobs/pretrain.py", f"{at}/recipe.yaml"]
-        return until(Path(at) / "step/metrics.jsonl", job)
+        return until(Path(at) / "step/metrics.jsonl", step.job(folder, tree, Path(at)))
 
 
 def peer(side: str) -> float:

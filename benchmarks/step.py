@@ -272,14 +272,18 @@ def ours(folder: Path, size: Size, workers: int, threads: int, compiled: bool, *
     return {"step_s": [m["train/step_seconds"] for m in steps], "losses": [m["train/loss"] for m in steps], **steady}
 
 
-def run(folder: Path, tree: dict[str, Any], at: Path) -> None:
-    """A job whose run folder is `at`/step."""
+def job(folder: Path, tree: dict[str, Any], at: Path) -> list[Any]:
+    """The command of a job whose run folder is `at`/step."""
     tree["data"] |= {"sources": [{"path": str(folder / "corpus/train")}]}
     tree["storage"] = str(at)
     (at / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    job = [sys.executable, ROOT / "jobs/pretrain.py", at / "recipe.yaml"]
+    return [sys.executable, ROOT / "jobs/pretrain.py", at / "recipe.yaml"]
+
+
+def run(folder: Path, tree: dict[str, Any], at: Path) -> None:
     # not measure.run: its sampling of Ray's forty processes would take a tenth of a core from the step
-    subprocess.run(job, env={**os.environ, **ENV, "SEVENFOLD_HOME": str(folder)}, stdout=sys.stderr, check=True, timeout=1800)
+    env = {**os.environ, **ENV, "SEVENFOLD_HOME": str(folder)}
+    subprocess.run(job(folder, tree, at), env=env, stdout=sys.stderr, check=True, timeout=1800)
 
 
 # The claims

@@ -78,7 +78,7 @@ class Stream:
 
 @dataclass(frozen=True)
 class Shard:
-    """What Ray Train hands a worker: the lanes that its rank serves."""
+    """A worker's part of a stream: the lanes that its rank serves."""
 
     stream: Stream
     lanes: tuple[int, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -105,14 +106,11 @@ class Saver:
         self._stager.close()
 
     def _persist(self, state: dict[str, Any], step: int, extra: dict[str, Any]) -> Checkpoint:
-        for wait in (*RETRIES, None):
-            try:
+        for wait in RETRIES:
+            with contextlib.suppress(RunError):
                 return self._written(state, step, extra)
-            except RunError:
-                if wait is None:
-                    raise
-                time.sleep(wait)
-        raise AssertionError
+            time.sleep(wait)
+        return self._written(state, step, extra)
 
     def _written(self, state: dict[str, Any], step: int, extra: dict[str, Any]) -> Checkpoint:
         rank, world = dist.get_rank(), dist.get_world_size()
@@ -128,15 +126,19 @@ class Saver:
             with contextlib.suppress(Exception):
                 self._each(lambda: storage.remove(path) if rank == 0 else None)
             raise RunError(f"{path}: could not be written ({e})") from None
-        self._each(lambda: prune(found, self._keep, self._every) if rank == 0 else None)
+        if rank == 0:
+            try:
+                prune(found, self._keep, self._every)
+            except RunError as e:  # it is committed all the same, and the next save removes what this one could not
+                log.warning("%s", e)
         return found
 
     def _each(self, work: Callable[[], T]) -> list[T]:
-        """What `work` returned on each rank. Raises RunError on all of them where it raised on any."""
         return _each(work, self._group)
 
 
 def _each(work: Callable[[], T], group: Any = None) -> list[T]:
+    """What `work` returned on each rank. Raises RunError on all of them where it raised on any."""
     try:
         mine: Any = work()
     except RunError as e:
@@ -193,14 +195,18 @@ def latest(folder: str, warn: Callable[[str], None] = log.warning) -> Checkpoint
     names = _each(lambda: _committed(folder) if rank == 0 else [])[0]
     for name in reversed(names):
         try:
-            found = _each(lambda name=name: read(storage.join(folder, name)))[0]  # type: ignore[misc]
-            _each(lambda found=found: verify(found, sorted(found.files)[rank::world]))  # type: ignore[misc]
+            return _each(functools.partial(_verified, storage.join(folder, name), rank, world))[0]
         except DamagedError as e:
             if rank == 0:
                 warn(f"{e}; passed over for the one before")
-            continue
-        return found
     return None
+
+
+def _verified(path: str, rank: int, world: int) -> Checkpoint:
+    """A checkpoint of whose files this rank's part is sound."""
+    found = read(path)
+    verify(found, sorted(found.files)[rank::world])
+    return found
 
 
 def read(path: str) -> Checkpoint:
