@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ("tokenize", "fill a recipe's token cache (data.cache)"),
     ):
         _recipe_job(commands, job, about)
+    _drill(commands)
     _evaluate(commands)
     _ledger(commands)
     args, rest = parser.parse_known_args(argv)  # argparse takes no second run of key.path=value after an option
@@ -96,6 +97,24 @@ def _recipe_job(commands: Any, name: str, about: str) -> None:
             print(describe(recipe))
         else:
             importlib.import_module(f"sevenfold.runs.{name}").run(recipe, args.verbose)
+
+    parser.set_defaults(run=run)
+
+
+def _drill(commands: Any) -> None:
+    parser = commands.add_parser("drill", help="do faults to runs of a recipe, and see whether they show")
+    parser.add_argument("recipe", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument("--faults", default="", metavar="A,B", help="which (default: all that can be done here)")
+    parser.add_argument(
+        "--steps", type=int, default=60, choices=range(12, 100_001), metavar="N", help="of each run (default: 60)"
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from sevenfold.recipe import parse
+        from sevenfold.runs import drill
+
+        drill.run(parse(args.recipe, args.overrides), [f for f in args.faults.split(",") if f], args.steps)
 
     parser.set_defaults(run=run)
 

@@ -398,6 +398,7 @@ class RunFolder:
         self.recipe = join(root, "recipe.yaml")
         self.manifest = join(root, "manifest.json")
         self.ledger = join(root, "ledger")
+        self.workers = join(root, "workers.json")
         self.checkpoints = join(root, "checkpoints")
         self.tensorboard = join(root, "tensorboard")
         self.tokenizer = join(root, "tokenizer")

@@ -192,7 +192,7 @@ def latest(folder: str, warn: Callable[[str], None] = log.warning) -> Checkpoint
     Raises RunError where the storage keeps failing.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    names = _each(lambda: _committed(folder) if rank == 0 else [])[0]
+    names = _each(lambda: committed(folder) if rank == 0 else [])[0]
     for name in reversed(names):
         try:
             return _each(functools.partial(_verified, storage.join(folder, name), rank, world))[0]
@@ -239,18 +239,18 @@ def prune(newest: Checkpoint, keep: int, keep_every: int | None = None) -> None:
     never committed before it; those of a multiple of `keep_every` steps stay. What lies after it (damaged, and passed over)
     is left for whoever wants to look."""
     folder, last = newest.path.replace("\\", "/").rsplit("/", 1)
-    committed = _committed(folder)
-    older = [n for n in committed if n < last]
+    whole = committed(folder)
+    older = [n for n in whole if n < last]
     kept = set(older[-(keep - 1) :] if keep > 1 else ())
     kept |= {n for n in older if keep_every and _step(n) % keep_every == 0}
     for name in storage.listdir(folder):
         if name < last and name not in kept:
-            if name in committed:  # first what makes it one: a removal that is interrupted leaves no half of a checkpoint
+            if name in whole:  # first what makes it one: a removal that is interrupted leaves no half of a checkpoint
                 storage.remove(storage.join(folder, name, MANIFEST))
             storage.remove(storage.join(folder, name))
 
 
-def _committed(folder: str) -> list[str]:
+def committed(folder: str) -> list[str]:
     """Names of the directories with a manifest, oldest first."""
     return [n for n in storage.listdir(folder) if storage.exists(storage.join(folder, n, MANIFEST))]
 

@@ -23,7 +23,11 @@ _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own table beside ours
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray 2.60 warns about at each start
 }
-_PACE = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}  # report() waits for the next check
+START = 20  # seconds until workers that find no room are asked for anew, fewer of them where their number is a range
+_PACE = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # report() waits for the next check
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START),
+}
 _LOCAL = {
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody takes a laptop away with notice
     "RAY_worker_maximum_startup_concurrency": "8",  # by cores, it warns of every few actors of a sweep

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from typing import Any
@@ -20,8 +21,6 @@ from sevenfold.runs import cluster, prepare
 from sevenfold.runs.prepare import Job
 from sevenfold.storage import RunFolder
 
-RESIZE_EVERY = 60.0  # seconds between looks for room for more workers; each growth goes on from the last checkpoint
-
 
 def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
     """Trains on Ray Train workers until the last step. Returns what was reported last.
@@ -37,17 +36,25 @@ def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
 
         return Worker(ray.get(config["job"])).run()
 
+    queue = job.queue
+
+    class Told(ray.train.UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+            if queue is not None:
+                queue.actor.put_nowait.remote({rank: str(error) for rank, error in worker_exceptions.items()})
+
     c = job.recipe.cluster
+    starts = 3 + math.ceil(c.wait_seconds / cluster.START)  # a machine that was lost may take a while to be replaced
     trainer = TorchTrainer(
         work,
         train_loop_config={"job": ray.put(job)},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=c.num_workers, elastic_resize_monitor_interval_s=RESIZE_EVERY, use_gpu=c.gpus_per_worker > 0,
+            num_workers=c.num_workers, elastic_resize_monitor_interval_s=c.resize_seconds, use_gpu=c.gpus_per_worker > 0,
             resources_per_worker={"CPU": c.cpus_per_worker, **({"GPU": c.gpus_per_worker} if c.gpus_per_worker else {})},
         ),
         run_config=ray.train.RunConfig(
-            name="train", storage_path=storage.RunFolder(job.folder).ray, callbacks=callbacks,
-            failure_config=ray.train.FailureConfig(max_failures=c.max_failures, controller_failure_limit=3),
+            name="train", storage_path=storage.RunFolder(job.folder).ray, callbacks=[*callbacks, Told()],
+            failure_config=ray.train.FailureConfig(max_failures=c.max_failures, controller_failure_limit=starts),
             logging_config=ray.train.LoggingConfig(log_level="INFO" if job.verbose else "ERROR"),
         ),
     )  # fmt: skip
@@ -56,12 +63,13 @@ def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
     except ray.train.TrainingFailedError as e:
         if "sevenfold.errors." not in str(e):
             say(str(e))  # a bug of ours or a fault of the machine: the worker's traceback tells
-        raise RunError(f"{job.folder}: training failed: {_cause(e)}; resubmit to go on from the last checkpoint") from e
+        raise RunError(f"{job.folder}: training failed: {_cause(str(e))}; resubmit to go on from the last checkpoint") from e
 
 
-def _cause(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    found = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else type(error).__name__)
+def _cause(error: str) -> str:
+    """The line of a traceback that says what happened."""
+    lines = [line.strip() for line in error.splitlines() if line.strip()]
+    found = next((line for line in reversed(lines) if "Error" in line), lines[-1] if lines else "no word of why")
     return found.partition("sevenfold.errors.")[2].partition(": ")[2] or found
 
 
@@ -82,6 +90,9 @@ class _Watcher:
                 continue
             if isinstance(item, str):
                 say(item)
+            elif isinstance(item, dict):
+                rank, why = min(item.items())
+                say(f"{len(item)} workers failed, rank {rank} by {_cause(why)}; going on from the last checkpoint")
             else:
                 self._progress.log(*item)
 

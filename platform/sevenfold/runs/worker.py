@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import functools
 import itertools
+import json
 import logging
+import os
 from dataclasses import replace
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
 from ray.train.v2._internal.execution.context import get_train_context
+from ray.util import get_node_ip_address
 from torch.utils.tensorboard import SummaryWriter
 
 import sevenfold
+from sevenfold import storage
 from sevenfold.data.encode import CompletionEncoder
 from sevenfold.data.ledger import Ledger
 from sevenfold.data.order import most_rows
@@ -83,6 +88,7 @@ class Worker:
         keep = recipe.checkpoint
         self.saver = ckpt.Saver(self.folder.checkpoints, keep.keep, keep.keep_every, self._tell, last)
         self.held_out = self._held_out()
+        self._tell_where()
         if self.rank == 0:  # what a killed start wrote after its last save is drawn no more
             self.writer = SummaryWriter(self.folder.tensorboard, purge_step=start + 1 if start else None)
             self.metrics = MetricsLog(self.folder.log, start)
@@ -117,6 +123,15 @@ class Worker:
         objectives.attach(model, objective, recipe.train.loss_chunk, recipe.train.z_loss)
         flops = build.flops_per_token(model, recipe)
         return objective, parallel.shard(model, self.device, recipe.train, recipe.parallel), flops
+
+    def _tell_where(self) -> None:
+        """Which process on which node each rank is, for whoever has to look at one."""
+        context = ray.get_runtime_context()
+        mine = {"rank": self.rank, "node": context.get_node_id(), "host": get_node_ip_address(), "pid": os.getpid()}
+        ranks: list[dict[str, Any]] = [mine] * self.world
+        torch.distributed.all_gather_object(ranks, mine)
+        if self.rank == 0:
+            storage.write(self.folder.workers, json.dumps(ranks, indent=1))
 
     def _read(self, start: int, state: ReaderState) -> LaneReader:
         stream = replace(self.job.train, skip=(*self.job.train.skip, *self.passed))

@@ -1,0 +1,247 @@
+"""Drills: a run left alone, and the same run again under each fault. What must not show is looked for."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from sevenfold import storage
+from sevenfold.data.ledger import Ledger
+from sevenfold.engine import checkpoint as ckpt
+from sevenfold.errors import InputError, RunError
+from sevenfold.recipe import Recipe
+from sevenfold.report.console import say, table
+from sevenfold.runs import cluster, finetune
+from sevenfold.runs.faults import FAULTS, Fault, Run, Scene
+from sevenfold.runs.nodes import LocalNodes, Nodes
+from sevenfold.storage import RunFolder
+
+STEPS, EVERY = 60, 6  # of a drill: long enough to be struck in the middle, with checkpoints before and after
+ROUNDING = 1e-5  # relative: what another number of workers may change in a loss
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a fault did.
+
+    Attributes:
+        struck: the last step before it.
+        pause_s: the longest time without a step from then on.
+        went_on: the step that was gone on from; None where nothing had to.
+        redone: steps done more than once.
+        lost: committed steps that were lost; those of a checkpoint that was damaged on purpose do not count.
+        identical: ledger, losses and gradient norms are the unfaulted run's: to the bit, or to ROUNDING where the number
+            of workers changed.
+        unguarded: how often, of `looks`, there was no verified checkpoint.
+        error: why it did not come to its end.
+    """
+
+    fault: str
+    about: str
+    struck: int = 0
+    pause_s: float = 0.0
+    went_on: int | None = None
+    redone: int = 0
+    lost: int = 0
+    identical: bool = False
+    looks: int = 0
+    unguarded: int = 0
+    error: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.identical and not self.lost and not self.unguarded
+
+
+def run(recipe: Recipe, faults: Sequence[str], steps: int = STEPS) -> list[Outcome]:
+    """Drills a recipe, on the cluster of RAY_ADDRESS or on several nodes that are started on this machine; prints a table and
+    writes it to `drill.json` in the folder of the unfaulted run, `NAME-drill`.
+
+    Raises:
+        InputError: an unknown fault, or none that can be done here.
+        RunError: the unfaulted run failed, or a fault showed.
+    """
+    if unknown := [f for f in faults if f not in FAULTS]:
+        raise InputError(f"--faults: no fault {unknown[0]!r}; there are {', '.join(FAULTS)}")
+    if os.environ.get("RAY_ADDRESS"):
+        cluster.connect()
+        nodes = Nodes()
+    else:
+        nodes = LocalNodes(recipe.cluster.cpus_per_worker)
+    try:
+        drill = Drill(recipe, nodes, steps)
+        chosen = {name: FAULTS[name] for name in faults or FAULTS}
+        left_out = {name: why for name, fault in chosen.items() if (why := drill.impossible(fault))}
+        for name, why in left_out.items():
+            say(f"{name} ({FAULTS[name].about}) is left out: {why}")
+        if len(left_out) == len(chosen):
+            raise InputError("no fault can be done here")
+        found = drill.all({name: fault for name, fault in chosen.items() if name not in left_out})
+    finally:
+        nodes.close()
+    show(found)
+    storage.write(storage.join(drill.folder("drill").root, "drill.json"), json.dumps([asdict(o) for o in found], indent=1))
+    if showed := [o.fault for o in found if not o.passed]:
+        raise RunError(f"{len(showed)} of {len(found)} faults left a trace: {', '.join(showed)}")
+    return found
+
+
+def show(found: Sequence[Outcome]) -> None:
+    """The table of faults."""
+    columns = ["fault", "struck after step", "longest pause s", "went on from", "steps redone", "committed lost",
+               "without a verified checkpoint", "identical"]  # fmt: skip
+    rows = [
+        [o.about, o.struck, round(o.pause_s, 1), o.went_on, o.redone, o.lost, f"{o.unguarded} of {o.looks}",
+         o.error or ("yes" if o.identical else "NO")]
+        for o in found
+    ]  # fmt: skip
+    table("Drills", columns, rows)
+
+
+class Drill:
+    """Runs of one recipe of so many steps, under the names NAME-drill (left alone) and NAME-drill-FAULT."""
+
+    def __init__(self, recipe: Recipe, nodes: Nodes, steps: int = STEPS):
+        every = max(1, steps * EVERY // STEPS)
+        changes = {
+            "train.steps": steps, "train.log_every": 1, "checkpoint.every": every, "cluster.num_workers": recipe.workers[1],
+            "storage": storage.place(recipe.storage), "cluster.resize_seconds": 2,
+        }  # fmt: skip
+        if isinstance(nodes, LocalNodes):
+            changes |= nodes.worker
+        self.recipe, self.nodes, self.steps, self.every = recipe.override(changes), nodes, steps, every
+        self._job = "finetune" if recipe.objective in finetune.OBJECTIVES else "pretrain"
+
+    def folder(self, name: str) -> RunFolder:
+        return RunFolder(storage.join(self.recipe.storage, f"{self.recipe.name}-{name}"))
+
+    def impossible(self, fault: Fault) -> str | None:
+        """Why a fault cannot be done here; None where it can."""
+        workers = self.recipe.workers[1]
+        if fault.elastic and workers < 2:
+            return "it takes cluster.num_workers of 2 or more"
+        if isinstance(self.nodes, LocalNodes):
+            return None
+        if fault.local:
+            return "it takes nodes that the drill may start: unset RAY_ADDRESS to drill on this machine"
+        if fault.node and (room := self.nodes.room(self.recipe)) < workers:
+            return f"without one of its nodes the cluster has room for {room} of {workers} workers"
+        return None
+
+    def all(self, faults: Mapping[str, Fault]) -> list[Outcome]:
+        """Raises RunError where the run that is left alone fails."""
+        say(f"{self.recipe.name}-drill: {self.steps} steps, left alone")
+        storage.remove(self.folder("drill").root)
+        self._nodes(0)
+        whole = self.start("drill")
+        if whole.end():
+            raise RunError(f"{self.recipe.name}-drill, left alone, failed: {whole.told()}")
+        found = []
+        for name, fault in faults.items():
+            found.append(self.one(name, fault))
+            o = found[-1]
+            did = o.error or f"paused {o.pause_s:.1f} s, {o.redone} steps redone"
+            say(f"{name}: {fault.about} after step {o.struck}: {did}, {'as if nothing was' if o.passed else 'IT SHOWS'}")
+        return found
+
+    def one(self, name: str, fault: Fault) -> Outcome:
+        folder = self.folder(f"drill-{name}")
+        storage.remove(folder.root)
+        self._nodes(fault.spares)
+        rng = random.Random(name)  # noqa: S311 (drawn again the same)
+        workers = f"[1,{self.recipe.workers[1]}]" if fault.elastic else str(self.recipe.workers[1])
+        scene = Scene(self.nodes, folder, lambda: self.start(f"drill-{name}", f"cluster.num_workers={workers}"), rng)
+        struck, kept, begin = 0, [], time.monotonic()
+        try:
+            with Watch(folder.checkpoints) as watch:
+                scene.run.reach(rng.randint(3 * self.every, self.steps // 2))
+                kept = [ckpt.read(path).step for path in scene.committed()]
+                struck, begin = scene.run.step, time.monotonic()
+                fault.do(scene)
+                code = scene.run.end()
+        except RunError as e:
+            scene.run.kill()
+            return Outcome(name, fault.about, struck, error=str(e))
+        finally:
+            storage.write(storage.join(folder.root, "drill.log"), "\n".join(scene.run.lines))
+        seen, story = [s for _, s in scene.run.steps], scene.run.steps
+        times = [begin, *(t for t, _ in story if t > begin)]
+        went_on = scene.run.resumed[-1][1] if scene.run.resumed else None
+        safe = kept[-2] if fault.damages else kept[-1]
+        return Outcome(
+            name, fault.about, struck, max((b - a for a, b in itertools.pairwise(times)), default=0.0), went_on,
+            len(seen) - len(set(seen)), max(0, safe - (safe if went_on is None else went_on)),
+            code == 0 and self.same(name, fault), watch.looks, watch.unguarded, scene.run.told() if code else None,
+        )  # fmt: skip
+
+    def start(self, name: str, *changes: str) -> Run:
+        """The job in a process of its own, as a person would start it."""
+        aside = Path(tempfile.mkdtemp(prefix="drill-"), "recipe.yaml")
+        aside.write_text(self.recipe.to_yaml())
+        library = str(Path(__file__).parents[2])
+        paths = os.pathsep.join(p for p in (library, os.environ.get("PYTHONPATH")) if p)
+        words = [sys.executable, "-m", "sevenfold.cli", self._job, str(aside), f"name={self.recipe.name}-{name}", *changes]
+        return Run(words, {"PYTHONPATH": paths})
+
+    def same(self, name: str, fault: Fault) -> bool:
+        """Whether a faulted run read and computed what the one left alone did."""
+        one, other = self.folder("drill"), self.folder(f"drill-{name}")
+        a, b = (Ledger(f.ledger).read(1, self.steps) for f in (one, other))
+        if a != b or {d.step for d in a} != set(range(1, self.steps + 1)):
+            return False
+        losses, found = _losses(one), _losses(other)
+        if not fault.elastic:
+            return losses == found
+        return losses.keys() == found.keys() and all(
+            abs(x - y) <= ROUNDING * abs(x) for s in losses for x, y in zip(losses[s][:1], found[s][:1], strict=True)
+        )
+
+    def _nodes(self, spares: int) -> None:
+        if isinstance(self.nodes, LocalNodes):
+            self.nodes.ready(self.recipe.workers[1] + spares)
+
+
+def _losses(folder: RunFolder) -> dict[int, tuple[float, float]]:
+    """Step -> loss and gradient norm, as metrics.jsonl has them."""
+    lines = map(json.loads, storage.read_text(folder.log).splitlines())
+    return {line["step"]: (line["train/loss"], line["train/grad_norm"]) for line in lines if "train/loss" in line}
+
+
+class Watch:
+    """Looks again and again, from the first one on, whether a folder has a checkpoint that verifies."""
+
+    def __init__(self, folder: str):
+        self._folder, self._stop = folder, threading.Event()
+        self.looks = self.unguarded = 0
+        self._thread = threading.Thread(target=self._look, daemon=True)
+
+    def _look(self) -> None:
+        pause = 0.5
+        while not self._stop.wait(pause):
+            begin = time.monotonic()
+            # the newest, or the one after it where that was removed in the meantime
+            found = self._whole() or self._whole()
+            if found or self.looks:
+                self.looks += 1
+                self.unguarded += not found
+            pause = max(0.5, 4 * (time.monotonic() - begin))  # a large one takes its time
+
+    def _whole(self) -> bool:
+        return ckpt.latest(self._folder, lambda _: None) is not None
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()

@@ -1,0 +1,235 @@
+"""Faults, done for real to a run under way."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+
+from sevenfold import storage
+from sevenfold.engine import checkpoint as ckpt
+from sevenfold.errors import RunError
+from sevenfold.runs.nodes import LocalNodes, Nodes
+from sevenfold.storage import RunFolder
+
+PATIENCE = 300.0  # seconds in which a run has to say something
+NOTICE = 15  # seconds between a notice and the machine's end; spot machines give 30 to 120
+PAUSE = 5.0  # seconds of a slow worker
+
+
+class Run:
+    """A job in a process of its own, watched line by line.
+
+    Attributes:
+        steps: (time, step) of each step that was logged.
+        resumed: (time, step) of each time it went on from a checkpoint.
+    """
+
+    def __init__(self, words: Sequence[str], env: Mapping[str, str] | None = None, cwd: str | None = None):
+        self.steps: list[tuple[float, int]] = []
+        self.resumed: list[tuple[float, int]] = []
+        self.lines: list[str] = []
+        self._heard = time.monotonic()
+        self.process = subprocess.Popen(
+            words, env={**os.environ, **(env or {})}, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self._heard = time.monotonic()
+            self.lines.append(f"{self._heard:.1f} {line.rstrip()}")
+            if ": step " in line:
+                self.steps.append((self._heard, int(line.split(": step ")[1].split("/")[0])))
+            elif line.startswith("going on from step "):
+                self.resumed.append((self._heard, int(line.split()[4])))
+
+    @property
+    def story(self) -> tuple[list[Any], ...]:
+        return self.steps, self.resumed, self.lines
+
+    @property
+    def step(self) -> int:
+        """The last one since it went on, or began; 0 before the first."""
+        steps, since = list(self.steps), self.resumed[-1][0] if self.resumed else 0.0
+        return steps[-1][1] if steps and steps[-1][0] > since else 0
+
+    def reach(self, step: int) -> None:
+        """Returns when a step ends that is not below. Raises RunError where the run ends before, or says nothing any more."""
+        while self.step < step:
+            if self.process.poll() is not None or time.monotonic() - self._heard > PATIENCE:
+                raise RunError(f"step {step} was not reached: {self.told()}")
+            time.sleep(0.01)
+
+    def end(self) -> int:
+        """Its exit code; it is killed where it says nothing any more."""
+        while self.process.poll() is None:
+            if time.monotonic() - self._heard > PATIENCE:
+                self.kill()
+            time.sleep(0.05)
+        self._reading.join(10)
+        return self.process.returncode
+
+    def kill(self) -> None:
+        """SIGKILL to the job itself; what it started on a cluster is the cluster's to end."""
+        self.process.kill()
+        self.process.wait()
+        self._reading.join(10)
+
+    def told(self) -> str:
+        """Its last words."""
+        return " | ".join(self.lines[-3:]) or "it said nothing"
+
+
+@dataclass
+class Scene:
+    """A run under way that a fault is done to. start: the same command again."""
+
+    nodes: Nodes
+    folder: RunFolder
+    start: Callable[[], Run]
+    rng: random.Random
+    run: Run = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.run = self.start()
+
+    def resubmit(self) -> None:
+        """The run goes on, and so does its story."""
+        before = self.run
+        self.run = self.start()
+        for now, then in zip(self.run.story, before.story, strict=True):
+            now[:0] = then
+
+    def victim(self) -> dict[str, Any]:
+        """A worker, as RunFolder.workers tells of it: of a node that can be lost, where there is one."""
+        found = storage.read_json(self.folder.workers)
+        return dict(self.rng.choice([w for w in found if w["node"] != self.nodes.own] or found))
+
+    def committed(self) -> list[str]:
+        """Paths of the committed checkpoints, oldest first."""
+        return [storage.join(self.folder.checkpoints, n) for n in ckpt.committed(self.folder.checkpoints)]
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What is done to a run, and what it takes.
+
+    Attributes:
+        node: a node goes, so that there must be room on the others.
+        local: needs nodes that can be added and left out, as a drill's own are.
+        elastic: the number of workers changes: losses agree to rounding, not to the bit.
+        spares: nodes beside one a worker, of a drill's own.
+        damages: the newest checkpoint is lost on purpose.
+    """
+
+    about: str
+    do: Callable[[Scene], None]
+    node: bool = False
+    local: bool = False
+    elastic: bool = False
+    spares: int = 1
+    damages: bool = False
+
+
+def _worker(scene: Scene) -> None:
+    worker = scene.victim()
+    ray.get(scene.nodes.hand(worker["node"]).signal.remote(worker["pid"], signal.SIGKILL))
+
+
+def _slow(scene: Scene) -> None:
+    worker = scene.victim()
+    ray.get(scene.nodes.hand(worker["node"]).pause.remote(worker["pid"], PAUSE))
+
+
+def _driver(scene: Scene) -> None:
+    scene.run.kill()
+    scene.resubmit()
+
+
+def _node(scene: Scene) -> None:
+    scene.nodes.end(scene.victim()["node"])
+
+
+def _power(scene: Scene) -> None:
+    scene.nodes.end(scene.victim()["node"], "freeze")
+
+
+def _notice(scene: Scene) -> None:
+    node = scene.victim()["node"]
+    scene.nodes.hand(node)  # a draining node takes no new one
+    scene.nodes.drain(node, NOTICE)
+    time.sleep(NOTICE)
+    scene.nodes.end(node)
+
+
+def _join(scene: Scene) -> None:
+    assert isinstance(scene.nodes, LocalNodes)
+    scene.nodes.ready(len(storage.read_json(scene.folder.workers)) + 1)
+
+
+def _head(scene: Scene) -> None:
+    assert isinstance(scene.nodes, LocalNodes)
+    scene.nodes.lose_head()
+    scene.run.end()
+    scene.nodes.again()
+    scene.resubmit()
+
+
+def _damaged(damage: Callable[[Scene, str], None]) -> Callable[[Scene], None]:
+    def do(scene: Scene) -> None:
+        scene.run.kill()
+        newest = scene.committed()[-1]
+        shards = [n for n in ckpt.read(newest).files if n.endswith(".distcp")]
+        damage(scene, storage.join(newest, scene.rng.choice(shards)))
+        scene.resubmit()
+
+    return do
+
+
+def _flip(scene: Scene, shard: str) -> None:
+    raw = bytearray(_bytes(shard))
+    bit = scene.rng.randrange(8 * len(raw))
+    raw[bit // 8] ^= 1 << bit % 8
+    storage.write(shard, bytes(raw))
+
+
+def _cut(scene: Scene, shard: str) -> None:
+    raw = _bytes(shard)
+    storage.write(shard, raw[: scene.rng.randrange(len(raw))])
+
+
+def _mix(scene: Scene, shard: str) -> None:
+    storage.write(shard, _bytes(storage.join(scene.committed()[-2], shard.rsplit("/", 1)[1])))
+
+
+def _bytes(path: str) -> bytes:
+    with storage.open_read(path) as f:
+        return f.read()
+
+
+FAULTS: dict[str, Fault] = {
+    "worker": Fault("SIGKILL of a worker", _worker),
+    "slow": Fault(f"a worker stands still for {PAUSE:.0f} s", _slow),
+    "driver": Fault("SIGKILL of the driver, resubmitted", _driver),
+    "node": Fault("SIGKILL of a raylet", _node, node=True),
+    "power": Fault("a node falls silent", _power, node=True),
+    "notice": Fault(f"a spot notice {NOTICE} s ahead", _notice, node=True),
+    "head": Fault("the head is lost, resubmitted to a new cluster", _head, local=True),
+    "flip": Fault("newest checkpoint: a bit flipped", _damaged(_flip), damages=True),
+    "cut": Fault("newest checkpoint: a shard cut off", _damaged(_cut), damages=True),
+    "delete": Fault("newest checkpoint: a shard deleted", _damaged(lambda _, shard: storage.remove(shard)), damages=True),
+    "mix": Fault("newest checkpoint: a shard of the one before", _damaged(_mix), damages=True),
+    "leave": Fault("a node leaves, workers get fewer", _node, local=True, elastic=True, spares=0),
+    "join": Fault("a node joins, workers get more", _join, local=True, elastic=True, spares=-1),
+}
