@@ -11,6 +11,7 @@ from typing import Any
 import ray
 import ray.train
 from ray.util.queue import Empty, Queue
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import sevenfold
 from sevenfold import storage
@@ -77,7 +78,9 @@ class _Watcher:
     """Shows what rank 0 sends while fit() blocks."""
 
     def __init__(self, name: str, steps: int):
-        self.queue = Queue(actor_options={"num_cpus": 0})
+        # beside the driver: with any other node it might be lost
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
         self._progress, self._stop = Progress(name, steps), threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
         self._thread.start()
