@@ -36,10 +36,12 @@ class Ledger:
         return sorted((int(m[1]), int(m[2]), storage.join(self.folder, name)) for m, name in found if m)
 
     def write(self, draws: Sequence[Draw]) -> None:
-        """Adds a part; draws of all lanes, with steps counted from 1."""
+        """Adds a part, in the place of those with the same or later steps, of saves that failed; draws of all lanes, with
+        steps counted from 1."""
         if not draws:
             return
         ordered = sorted(draws)
+        self.cut(ordered[0].step - 1)
         table = pa.table({n: [getattr(d, n) for d in ordered] for n in Draw._fields}, schema=_SCHEMA)
         made = io.BytesIO()
         pq.write_table(table, made, compression="zstd")

@@ -74,15 +74,21 @@ class Saver:
         self._under_way: Future[Checkpoint] | None = None
         self._failed = 0
 
-    def save(self, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], extra: dict[str, Any]) -> None:
+    def save(
+        self, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], extra: dict[str, Any],
+        before_commit: Callable[[], None] = lambda: None,
+    ) -> None:  # fmt: skip
         """Begins a checkpoint of the trained parameters and the optimizers' state; waits for the one before to end.
+
+        Args:
+            before_commit: what rank 0 has to write before the checkpoint counts; it fails with it, and is tried again with it.
 
         Raises RunError where MOST_FAILED in a row could not be written.
         """
         self.wait()
         weights, state = get_state_dict(model, optimizers, options=_options())
         copy: Any = self._stager.stage({"model": weights, "optimizer": state})
-        self._under_way = self._thread.submit(self._persist, copy, step, extra)
+        self._under_way = self._thread.submit(self._persist, copy, step, extra, before_commit)
 
     def wait(self) -> Checkpoint | None:
         """The last one that was committed, once none is under way. Raises as save."""
@@ -105,14 +111,16 @@ class Saver:
         self._thread.shutdown(wait=True)
         self._stager.close()
 
-    def _persist(self, state: dict[str, Any], step: int, extra: dict[str, Any]) -> Checkpoint:
+    def _persist(self, *save: Any) -> Checkpoint:
         for wait in RETRIES:
             with contextlib.suppress(RunError):
-                return self._written(state, step, extra)
+                return self._written(*save)
             time.sleep(wait)
-        return self._written(state, step, extra)
+        return self._written(*save)
 
-    def _written(self, state: dict[str, Any], step: int, extra: dict[str, Any]) -> Checkpoint:
+    def _written(
+        self, state: dict[str, Any], step: int, extra: dict[str, Any], before_commit: Callable[[], None]
+    ) -> Checkpoint:
         rank, world = dist.get_rank(), dist.get_world_size()
         path = self._each(lambda: storage.join(self._folder, _fresh(self._folder, step)) if rank == 0 else "")[0]
         try:
@@ -121,6 +129,7 @@ class Saver:
             files = {name: s for part in self._each(lambda: sums) for name, s in part.items()}
             found = Checkpoint(path, step, world, files, extra)
             self._each(lambda: verify(found, list(sums)))
+            self._each(lambda: before_commit() if rank == 0 else None)
             self._each(lambda: _commit(found) if rank == 0 else None)
         except RunError as e:
             with contextlib.suppress(Exception):

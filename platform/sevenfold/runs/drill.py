@@ -34,32 +34,34 @@ class Outcome:
     """What a fault did.
 
     Attributes:
+        allowed: the most that losses may differ, see `difference`.
         struck: the last step before it.
         pause_s: the longest time without a step from then on.
         went_on: the step that was gone on from; None where nothing had to.
         redone: steps done more than once.
         lost: committed steps that were lost; those of a checkpoint that was damaged on purpose do not count.
-        identical: ledger, losses and gradient norms are the unfaulted run's: to the bit, or to ROUNDING where the number
-            of workers changed.
+        difference: of the losses from the unfaulted run's, relative, at most; 0 where gradient norms are the same too, to the
+            bit. None where the ledger is another, or the run did not end.
         unguarded: how often, of `looks`, there was no verified checkpoint.
         error: why it did not come to its end.
     """
 
     fault: str
     about: str
+    allowed: float = 0.0
     struck: int = 0
     pause_s: float = 0.0
     went_on: int | None = None
     redone: int = 0
     lost: int = 0
-    identical: bool = False
+    difference: float | None = None
     looks: int = 0
     unguarded: int = 0
     error: str | None = None
 
     @property
     def passed(self) -> bool:
-        return self.identical and not self.lost and not self.unguarded
+        return self.difference is not None and self.difference <= self.allowed and not self.lost and not self.unguarded
 
 
 def run(recipe: Recipe, faults: Sequence[str], steps: int = STEPS) -> list[Outcome]:
@@ -101,7 +103,7 @@ def show(found: Sequence[Outcome]) -> None:
                "without a verified checkpoint", "identical"]  # fmt: skip
     rows = [
         [o.about, o.struck, round(o.pause_s, 1), o.went_on, o.redone, o.lost, f"{o.unguarded} of {o.looks}",
-         o.error or ("yes" if o.identical else "NO")]
+         o.error or ("to the bit" if o.difference == 0 else "NO" if o.difference is None else f"to {o.difference:.0e}")]
         for o in found
     ]  # fmt: skip
     table("Drills", columns, rows)
@@ -119,10 +121,11 @@ class Drill:
         if isinstance(nodes, LocalNodes):
             changes |= nodes.worker
         self.recipe, self.nodes, self.steps, self.every = recipe.override(changes), nodes, steps, every
+        self._aside = tempfile.TemporaryDirectory(prefix="drill-")
         self._job = "finetune" if recipe.objective in finetune.OBJECTIVES else "pretrain"
 
-    def folder(self, name: str) -> RunFolder:
-        return RunFolder(storage.join(self.recipe.storage, f"{self.recipe.name}-{name}"))
+    def folder(self, name: str, place: str | None = None) -> RunFolder:
+        return RunFolder(storage.join(place or self.recipe.storage, f"{self.recipe.name}-{name}"))
 
     def impossible(self, fault: Fault) -> str | None:
         """Why a fault cannot be done here; None where it can."""
@@ -154,12 +157,15 @@ class Drill:
         return found
 
     def one(self, name: str, fault: Fault) -> Outcome:
-        folder = self.folder(f"drill-{name}")
+        place = fault.storage or self.recipe.storage
+        folder = self.folder(f"drill-{name}", place)
         storage.remove(folder.root)
         self._nodes(fault.spares)
         rng = random.Random(name)  # noqa: S311 (drawn again the same)
         workers = f"[1,{self.recipe.workers[1]}]" if fault.elastic else str(self.recipe.workers[1])
-        scene = Scene(self.nodes, folder, lambda: self.start(f"drill-{name}", f"cluster.num_workers={workers}"), rng)
+        changes = [f"cluster.num_workers={workers}", f"storage={place}"]
+        scene = Scene(self.nodes, folder, lambda: self.start(f"drill-{name}", *changes), rng)
+        allowed = ROUNDING if fault.elastic else 0.0
         struck, kept, begin = 0, [], time.monotonic()
         try:
             with Watch(folder.checkpoints) as watch:
@@ -170,7 +176,7 @@ class Drill:
                 code = scene.run.end()
         except RunError as e:
             scene.run.kill()
-            return Outcome(name, fault.about, struck, error=str(e))
+            return Outcome(name, fault.about, allowed, struck, error=str(e))
         finally:
             storage.write(storage.join(folder.root, "drill.log"), "\n".join(scene.run.lines))
         seen, story = [s for _, s in scene.run.steps], scene.run.steps
@@ -178,32 +184,30 @@ class Drill:
         went_on = scene.run.resumed[-1][1] if scene.run.resumed else None
         safe = kept[-2] if fault.damages else kept[-1]
         return Outcome(
-            name, fault.about, struck, max((b - a for a, b in itertools.pairwise(times)), default=0.0), went_on,
+            name, fault.about, allowed, struck, max((b - a for a, b in itertools.pairwise(times)), default=0.0), went_on,
             len(seen) - len(set(seen)), max(0, safe - (safe if went_on is None else went_on)),
-            code == 0 and self.same(name, fault), watch.looks, watch.unguarded, scene.run.told() if code else None,
+            self.difference(folder) if code == 0 else None, watch.looks, watch.unguarded, scene.run.told() if code else None,
         )  # fmt: skip
 
     def start(self, name: str, *changes: str) -> Run:
         """The job in a process of its own, as a person would start it."""
-        aside = Path(tempfile.mkdtemp(prefix="drill-"), "recipe.yaml")
+        aside = Path(self._aside.name, "recipe.yaml")
         aside.write_text(self.recipe.to_yaml())
         library = str(Path(__file__).parents[2])
         paths = os.pathsep.join(p for p in (library, os.environ.get("PYTHONPATH")) if p)
         words = [sys.executable, "-m", "sevenfold.cli", self._job, str(aside), f"name={self.recipe.name}-{name}", *changes]
         return Run(words, {"PYTHONPATH": paths})
 
-    def same(self, name: str, fault: Fault) -> bool:
-        """Whether a faulted run read and computed what the one left alone did."""
-        one, other = self.folder("drill"), self.folder(f"drill-{name}")
+    def difference(self, other: RunFolder) -> float | None:
+        """As Outcome has it: of a faulted run from the one left alone."""
+        one = self.folder("drill")
         a, b = (Ledger(f.ledger).read(1, self.steps) for f in (one, other))
-        if a != b or {d.step for d in a} != set(range(1, self.steps + 1)):
-            return False
         losses, found = _losses(one), _losses(other)
-        if not fault.elastic:
-            return losses == found
-        return losses.keys() == found.keys() and all(
-            abs(x - y) <= ROUNDING * abs(x) for s in losses for x, y in zip(losses[s][:1], found[s][:1], strict=True)
-        )
+        if a != b or {d.step for d in a} != set(range(1, self.steps + 1)) or losses.keys() != found.keys():
+            return None
+        if losses == found:
+            return 0.0
+        return max(sys.float_info.min, *(abs(losses[s][0] - found[s][0]) / abs(losses[s][0]) for s in losses))
 
     def _nodes(self, spares: int) -> None:
         if isinstance(self.nodes, LocalNodes):
@@ -228,8 +232,10 @@ class Watch:
         pause = 0.5
         while not self._stop.wait(pause):
             begin = time.monotonic()
-            # the newest, or the one after it where that was removed in the meantime
-            found = self._whole() or self._whole()
+            try:  # the newest, or the one after it where that was removed in the meantime
+                found = self._whole() or self._whole()
+            except RunError:  # the storage is away
+                continue
             if found or self.looks:
                 self.looks += 1
                 self.unguarded += not found

@@ -131,6 +131,7 @@ class Fault:
         elastic: the number of workers changes: losses agree to rounding, not to the bit.
         spares: nodes beside one a worker, of a drill's own.
         damages: the newest checkpoint is lost on purpose.
+        storage: where its run is kept, if not where the others are.
     """
 
     about: str
@@ -140,6 +141,7 @@ class Fault:
     elastic: bool = False
     spares: int = 1
     damages: bool = False
+    storage: str | None = None
 
 
 def _worker(scene: Scene) -> None:
@@ -186,31 +188,50 @@ def _head(scene: Scene) -> None:
     scene.resubmit()
 
 
-def _damaged(damage: Callable[[Scene, str], None]) -> Callable[[Scene], None]:
+def _damaged(kind: str) -> Callable[[Scene], None]:
     def do(scene: Scene) -> None:
         scene.run.kill()
-        newest = scene.committed()[-1]
-        shards = [n for n in ckpt.read(newest).files if n.endswith(".distcp")]
-        damage(scene, storage.join(newest, scene.rng.choice(shards)))
+        before, newest = scene.committed()[-2:]
+        damage(newest, kind, scene.rng, before)
         scene.resubmit()
 
     return do
 
 
-def _flip(scene: Scene, shard: str) -> None:
-    raw = bytearray(_bytes(shard))
-    bit = scene.rng.randrange(8 * len(raw))
-    raw[bit // 8] ^= 1 << bit % 8
-    storage.write(shard, bytes(raw))
+DAMAGES = ("flip", "cut", "grow", "zeros", "delete", "swap", "mix")
 
 
-def _cut(scene: Scene, shard: str) -> None:
-    raw = _bytes(shard)
-    storage.write(shard, raw[: scene.rng.randrange(len(raw))])
-
-
-def _mix(scene: Scene, shard: str) -> None:
-    storage.write(shard, _bytes(storage.join(scene.committed()[-2], shard.rsplit("/", 1)[1])))
+def damage(at: str, kind: str, rng: random.Random, before: str) -> str:
+    """Does damage of one of DAMAGES to a file of a checkpoint; returns what was done. before: another checkpoint of the run,
+    whose file is taken by `mix`."""
+    names = storage.listdir(at)
+    name = rng.choice([n for n in names if kind != "mix" or n in storage.listdir(before)])
+    file, raw = storage.join(at, name), bytearray(_bytes(storage.join(at, name)))
+    match kind:
+        case "flip":
+            bit = rng.randrange(8 * len(raw))
+            raw[bit // 8] ^= 1 << bit % 8
+        case "cut":
+            del raw[rng.randrange(len(raw)) :]
+        case "grow":
+            raw += rng.randbytes(rng.randint(1, 100))
+        case "zeros":
+            begin = rng.randrange(len(raw))
+            end = min(len(raw), begin + rng.randint(1, 4096))
+            raw[begin:end] = bytes(end - begin) if any(raw[begin:end]) else b"\1" * (end - begin)
+        case "delete":
+            storage.remove(file)
+            return f"{name}: deleted"
+        case "swap":
+            other = rng.choice([n for n in names if n != name])
+            taken = _bytes(storage.join(at, other))
+            storage.write(storage.join(at, other), bytes(raw))
+            storage.write(file, taken)
+            return f"{name}: swapped with {other}"
+        case "mix":
+            raw = bytearray(_bytes(storage.join(before, name)))
+    storage.write(file, bytes(raw))
+    return f"{name}: {kind}"
 
 
 def _bytes(path: str) -> bytes:
@@ -226,10 +247,10 @@ FAULTS: dict[str, Fault] = {
     "power": Fault("a node falls silent", _power, node=True),
     "notice": Fault(f"a spot notice {NOTICE} s ahead", _notice, node=True),
     "head": Fault("the head is lost, resubmitted to a new cluster", _head, local=True),
-    "flip": Fault("newest checkpoint: a bit flipped", _damaged(_flip), damages=True),
-    "cut": Fault("newest checkpoint: a shard cut off", _damaged(_cut), damages=True),
-    "delete": Fault("newest checkpoint: a shard deleted", _damaged(lambda _, shard: storage.remove(shard)), damages=True),
-    "mix": Fault("newest checkpoint: a shard of the one before", _damaged(_mix), damages=True),
+    "flip": Fault("newest checkpoint: a bit flipped", _damaged("flip"), damages=True),
+    "cut": Fault("newest checkpoint: a file cut off", _damaged("cut"), damages=True),
+    "delete": Fault("newest checkpoint: a file deleted", _damaged("delete"), damages=True),
+    "mix": Fault("newest checkpoint: a file of the one before", _damaged("mix"), damages=True),
     "leave": Fault("a node leaves, workers get fewer", _node, local=True, elastic=True, spares=0),
     "join": Fault("a node joins, workers get more", _join, local=True, elastic=True, spares=-1),
 }

@@ -125,6 +125,7 @@ class LocalNodes(Nodes):
             self.hand(self._others[-1].node_id)
 
     def lose_head(self) -> None:
+        ray.shutdown()  # or Ray would end this process too
         self._cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
 
     def again(self) -> None:

@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import platform
 from dataclasses import replace
 from typing import Any
 
@@ -14,9 +15,9 @@ import ray
 import ray.train
 import ray.train.torch
 import torch
+import transformers
 from ray.train.v2._internal.execution.context import get_train_context
 from ray.util import get_node_ip_address
-from torch.utils.tensorboard import SummaryWriter
 
 import sevenfold
 from sevenfold import storage
@@ -37,7 +38,7 @@ from sevenfold.errors import RunError
 from sevenfold.evaluate.generate import complete
 from sevenfold.evaluate.metrics import bits_per_byte, rouge
 from sevenfold.model import build, parallel
-from sevenfold.report.metrics import MetricsLog
+from sevenfold.report.metrics import RunLog
 from sevenfold.runs import cluster
 from sevenfold.runs.prepare import Job
 from sevenfold.storage import RunFolder
@@ -63,8 +64,8 @@ class Worker:
         self.guard = Guard(self.recipe.guard)
         self.passed: list[tuple[int, int]] = []  # data steps that the guard has had passed over
         self.reported: dict[str, Any] = {}
-        self.writer: SummaryWriter | None = None
-        self.metrics: MetricsLog | None = None
+        self.draws: list[Draw] = []  # since the last committed checkpoint, of all ranks
+        self.run_log: RunLog | None = None  # of rank 0
 
     def run(self) -> dict[str, Any]:
         """Returns the last report: metrics, step and checkpoint."""
@@ -75,8 +76,8 @@ class Worker:
             self._train(start, last)
         finally:
             self.reader.close()
-            if self.writer:
-                self.writer.close()
+            if self.run_log:
+                self.run_log.close()
         return self.reported
 
     def _train(self, start: int, last: ckpt.Checkpoint | None) -> None:
@@ -89,9 +90,8 @@ class Worker:
         self.saver = ckpt.Saver(self.folder.checkpoints, keep.keep, keep.keep_every, self._tell, last)
         self.held_out = self._held_out()
         self._tell_where()
-        if self.rank == 0:  # what a killed start wrote after its last save is drawn no more
-            self.writer = SummaryWriter(self.folder.tensorboard, purge_step=start + 1 if start else None)
-            self.metrics = MetricsLog(self.folder.log, start)
+        if self.rank == 0:
+            self.run_log = RunLog(self.folder, start, self._tell)
         peak = recipe.cluster.peak_tflops * 1e12 if recipe.cluster.peak_tflops else None
         trainer = loop.Trainer(
             recipe, self.model, self.optimizers, self.objective, iter(lambda: next(self.reader), None),
@@ -157,10 +157,13 @@ class Worker:
 
     def _stand(self, last: ckpt.Checkpoint | None) -> tuple[int, ReaderState]:
         """The step and the data's state to go on from; what was written after that is forgotten."""
+        self.draws = []
         if self.rank == 0:
             self.ledger.cut(last.step if last else 0)
         if last is None:
             return 0, ReaderState()
+        if last.extra["recipe"] != self.job.identity:
+            raise RunError(f"{last.path}: a checkpoint of another recipe than this run's: move it elsewhere")
         self.guard.load(last.extra["guard"], self.guard.rollbacks)
         self.passed += [(a, b) for a, b in last.extra["passed"] if (a, b) not in self.passed]
         if self.rank == 0:
@@ -181,12 +184,15 @@ class Worker:
                 "checkpoint to go back to: lower optimizer.learning_rate or lengthen schedule.warmup_steps"
             )
         self.reader.close()
+        self.saver.last = found
         start, self.before = self._stand(found)
         ckpt.load(found, self.model, self.optimizers)
         self.guard.in_a_row = 0
         self.reader = self._read(start, self.before)
         if self.rank == 0:
-            self.metrics = MetricsLog(self.folder.log, start)
+            assert self.run_log is not None
+            self.run_log.close()
+            self.run_log = RunLog(self.folder, start, self._tell)
             self._tell(f"data steps {last - steps + 1} to {last} are passed over from now on")
         return start
 
@@ -201,23 +207,29 @@ class Worker:
                     )
 
     def _save(self, step: int) -> None:
+        last = self.saver.wait()
         parts: list[tuple[ReaderState, list[Draw]]] = [(ReaderState(), [])] * self.world
         torch.distributed.all_gather_object(parts, (self.reader.state, self.reader.take_draws()))
         parts = parts[:: self.recipe.parallel.tensor]  # the others read the same
         state = ReaderState.together([s for s, _ in parts], self.before.skipped)
-        if self.rank == 0:
-            self.ledger.write([d for _, draws in parts for d in draws])
-            if state.skipped > self.before.skipped:
-                self._tell(f"{state.skipped:,} bad documents left out so far (data.on_bad_document=skip)")
-        versions = {"sevenfold": sevenfold.__version__, "torch": torch.__version__}
+        since = last.step if last else 0  # longer ago than an interval where a save has failed
+        self.draws = [d for d in self.draws if d.step > since] + [d for _, draws in parts for d in draws]
+        if self.rank == 0 and state.skipped > self.before.skipped:
+            self._tell(f"{state.skipped:,} bad documents left out so far (data.on_bad_document=skip)")
         encoder = {"backend": self.job.train.encoder.backend, "identity": self.job.train.encoder.identity()}
+        libraries = (sevenfold, torch, transformers, ray)
         extra = {
-            "recipe": self.job.identity, "reader": state.to_json(), "encoder": encoder, "versions": versions,
-            "guard": self.guard.state(), "passed": self.passed,
+            "recipe": self.job.identity, "settings": self.recipe.model_dump(mode="json"), "reader": state.to_json(),
+            "encoder": encoder, "guard": self.guard.state(), "passed": self.passed,
+            "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in libraries}},
         }  # fmt: skip
-        if self.metrics is not None:
-            self.metrics.flush()
-        self.saver.save(step, self.model, self.optimizers, extra)
+        self.saver.save(step, self.model, self.optimizers, extra, functools.partial(self._before_commit, list(self.draws)))
+
+    def _before_commit(self, draws: list[Draw]) -> None:
+        """On rank 0, beside the training."""
+        assert self.run_log is not None
+        self.ledger.write(draws)
+        self.run_log.flush()
 
     def _noticed(self) -> bool:
         # not ray.train.get_preemption_info(), whose value this is: that one is a barrier by way of an actor
@@ -253,21 +265,18 @@ class Worker:
         parts: list[list[str]] = [[]] * self.world
         torch.distributed.all_gather_object(parts, made)
         predictions = [parts[i % self.world][i // self.world] for i in range(len(pairs))]
-        if self.writer:
+        if self.run_log:
             shown = "\n\n".join(f"**{r}**  \n{p}" for p, (_, r) in list(zip(predictions, pairs, strict=True))[:5])
-            self.writer.add_text("validation/samples", shown, step)
+            self.run_log.text("validation/samples", shown, step)
         return {f"validation/{k}": v for k, v in rouge(predictions, [r for _, r in pairs]).items()}
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         while self.reader.complaints:
             wrong = self.reader.complaints.pop()
             self._tell(f"left out {wrong.count} bad documents of a window, the first: {wrong.first}")
-        if self.writer is None:
+        if self.run_log is None:
             return
-        for key, value in metrics.items():
-            self.writer.add_scalar(key, value, step)
-        if self.metrics is not None:
-            self.metrics.add(step, metrics)
+        self.run_log.add(step, metrics)
         self._tell((step, metrics))
 
     def _say(self, sentence: str) -> None:
