@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import PurePosixPath
 from typing import Any
@@ -34,6 +35,7 @@ def card(recipe: Recipe, checkpoint: Checkpoint, manifest: Manifest, metrics: Ma
         "held-out loss": measured if bits is None else f"{measured}, {bits:.4f} bits a byte",
         "trained with": ", ".join(f"{name} {version}" for name, version in checkpoint.extra["versions"].items()),
     }
+    rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     sources = "\n".join(f"- {text}" for text in _sources(manifest))
     front = ModelCardData(library_name="transformers", pipeline_tag=TAGS[recipe.objective], tags=["sevenfold"]).to_yaml()
     return f"""---
@@ -47,12 +49,11 @@ model says was not examined.
 
 | | |
 |-|-|
-{"".join(f"| {name} | {value} |" + chr(10) for name, value in facts.items())}
+{rows}
+
 ## Data
 
 {sources}
-
-Fingerprint of the files, and of what is read of them: `{manifest.hash()}`.
 
 ## Use
 
@@ -67,9 +68,12 @@ tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 
 def _sources(manifest: Manifest) -> list[str]:
     out = []
-    for source, span in zip(manifest.sources, manifest.spans, strict=True):
+    for number, (source, span) in enumerate(zip(manifest.sources, manifest.spans, strict=True)):
+        files = [s.fingerprint for s in manifest.shards if s.source == number]
+        version = hashlib.sha256("\n".join(files).encode()).hexdigest()[:16]
         table = manifest.table[span.start : span.stop]
         documents = f"{int(table[:, 4].sum()):,} documents, " if table[:, 4].all() else ""
         weight = f", weight {source.weight:g}" if source.weight else ""
-        out.append(f"{source.name}: {documents}{table[:, 5].sum() / 1e6:,.1f} MB of text{weight}")
+        size = f"{table[:, 5].sum() / 1e6:,.1f} MB of text"
+        out.append(f"{source.name}, version `{version}` (sizes and ends of its files): {documents}{size}{weight}")
     return out

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sevenfold import storage
@@ -52,41 +52,43 @@ def export(
     words = load_tokenizer(tokenizer)
     config = build.config_of(recipe, len(words), words)
     disable_progress_bar()
+    if recipe.adapter is None:
+        with torch.device("meta"):
+            model = build.build(recipe, config, weights=False)
+        # to save_pretrained its weights lie elsewhere: it asks for those of one file at a time
+        model.hf_device_map = {"": "disk"}
+        model._hf_hook = SimpleNamespace(weights_map=ckpt.Weights(checkpoint, model.state_dict()))
+        if recipe.model.path is not None:
+            with contextlib.suppress(OSError):  # not every model has one
+                base = storage.local(build.model_path(recipe.model.path))
+                model.generation_config = GenerationConfig.from_pretrained(base, local_files_only=True)
+    else:
+        model = build.build(recipe, config, weights=True)
+        adapted = build.with_adapter(model, recipe.adapter, recipe.seed)
+        weights = ckpt.Weights(checkpoint, model.state_dict())
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.data.copy_(weights[name])
+        if adapter is not None:
+            with _folder(adapter) as aside:
+                adapted.save_pretrained(aside)
+        model = adapted.merge_and_unload()
+    for told in (model.config, model.generation_config) if model.can_generate() else (model.config,):
+        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(told, field, getattr(words, field))
+    with _folder(to) as aside, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        model.save_pretrained(aside, max_shard_size=shard)
+        words.save_pretrained(aside)
+        with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as f:
+            f.write(card(recipe, checkpoint, manifest, metrics))
+
+
+@contextlib.contextmanager
+def _folder(path: str) -> Iterator[str]:
+    """As storage.new_folder. Raises RunError where what is written does not fit."""
     try:
-        if recipe.adapter is None:
-            with torch.device("meta"):
-                model = build.build(recipe, config, weights=False)
-            # to save_pretrained its weights lie elsewhere: it asks for those of one file at a time
-            model.hf_device_map = {"": "disk"}
-            model._hf_hook = SimpleNamespace(weights_map=ckpt.Weights(checkpoint, model.state_dict()))
-            if recipe.model.path is not None:
-                with contextlib.suppress(OSError):  # not every model has one
-                    base = storage.local(build.model_path(recipe.model.path))
-                    model.generation_config = GenerationConfig.from_pretrained(base, local_files_only=True)
-        else:
-            model = _merged(recipe, checkpoint, build.build(recipe, config, weights=True), adapter)
-        for told in (model.config, model.generation_config) if model.can_generate() else (model.config,):
-            for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-                setattr(told, field, getattr(words, field))
-        with storage.new_folder(to) as aside:
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
-                model.save_pretrained(aside, max_shard_size=shard)
-            words.save_pretrained(aside)
-            with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as f:
-                f.write(card(recipe, checkpoint, manifest, metrics))
+        with storage.new_folder(path) as aside:
+            yield aside
     except (OSError, SafetensorError) as e:
-        raise RunError(f"{to}: could not be written ({e}): make room, or choose another folder") from None
-
-
-def _merged(recipe: Recipe, checkpoint: Checkpoint, model: PreTrainedModel, to: str | None) -> Any:
-    assert recipe.adapter is not None
-    adapted = build.with_adapter(model, recipe.adapter, recipe.seed)
-    weights = ckpt.Weights(checkpoint, model.state_dict())
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            p.data.copy_(weights[name])
-    if to is not None:
-        with storage.new_folder(to) as aside:
-            adapted.save_pretrained(aside)
-    return adapted.merge_and_unload()
+        raise RunError(f"{path}: could not be written ({e}): make room, or choose another folder") from None
