@@ -74,6 +74,6 @@ def _sources(manifest: Manifest) -> list[str]:
         table = manifest.table[span.start : span.stop]
         documents = f"{int(table[:, 4].sum()):,} documents, " if table[:, 4].all() else ""
         weight = f", weight {source.weight:g}" if source.weight else ""
-        size = f"{table[:, 5].sum() / 1e6:,.1f} MB of text"
+        size = f"{int(table[:, 5].sum()):,} bytes of text"
         out.append(f"{source.name}, version `{version}` (sizes and ends of its files): {documents}{size}{weight}")
     return out
