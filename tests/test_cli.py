@@ -52,6 +52,8 @@ def folder(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["evaluate", "empty", "--workers", "0"], "invalid choice"),
         (["evaluate", "empty"], "expected a run"),
         (["evaluate"], "required: runs"),
+        (["export", "empty"], "expected a run"),
+        (["export", "empty", "--step", "x"], "invalid int value"),
         (["pretrain", "recipe.yaml", "name"], "expected key.path=value"),
         (["corpus", "python", "--out", "empty"], "one that exists"),
     ],

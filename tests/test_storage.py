@@ -348,6 +348,25 @@ def bucket(moto: tuple[subprocess.Popen[bytes], str], monkeypatch: pytest.Monkey
     return "s3://bucket"
 
 
+@pytest.mark.parametrize("url", [False, True])
+def test_a_new_folder_is_whole_or_not_there(tmp_path: Path, url: bool) -> None:
+    path = f"memory://{tmp_path}/x" if url else str(tmp_path / "x")
+    storage.write(f"{path}/old", "1")
+    (tmp_path / ".x.unfinished").mkdir()  # of one that was killed
+    (tmp_path / ".x.unfinished/half").touch()
+    with pytest.raises(RunError), storage.new_folder(path) as aside:
+        Path(aside, "new").write_text("2")
+        raise RunError("full")
+    assert storage.listdir(path) == ["old"]
+    with storage.new_folder(path) as aside:
+        Path(aside, "new").write_text("2")
+        assert storage.listdir(path) == ["old"]
+    assert storage.listdir(path) == ["new"] and storage.read_text(f"{path}/new") == "2"
+    assert url or [p.name for p in tmp_path.iterdir()] == ["x"]
+    with pytest.raises(InputError, match="expected a folder, found a file"), storage.new_folder(f"{path}/new"):
+        pass
+
+
 def test_s3(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = f"{bucket}/corpus/v?1"  # as odd as a key may be
     made, shard = table()

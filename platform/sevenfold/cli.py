@@ -27,6 +27,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _recipe_job(commands, job, about)
     _drill(commands)
     _evaluate(commands)
+    _export(commands)
     _ledger(commands)
     args, rest = parser.parse_known_args(argv)  # argparse takes no second run of key.path=value after an option
     if unknown := [r for r in rest if r.startswith("-") or "=" not in r or not hasattr(args, "overrides")]:
@@ -131,6 +132,20 @@ def _evaluate(commands: Any) -> None:
 
         for path in args.runs:
             evaluate.run(path, args.verbose, args.workers)
+
+    parser.set_defaults(run=run)
+
+
+def _export(commands: Any) -> None:
+    parser = commands.add_parser("export", help="make a checkpoint of a run into a Hugging Face directory")
+    parser.add_argument("folder", help="folder of a run")
+    parser.add_argument("--step", type=int, metavar="N", help="the checkpoint's step (default: the newest that is whole)")
+    parser.add_argument("--out", metavar="FOLDER", help="new or empty folder for it (default: the run's own model/)")
+
+    def run(args: argparse.Namespace) -> None:
+        from sevenfold.runs import export
+
+        export.run(args.folder, args.step, args.out)
 
     parser.set_defaults(run=run)
 

@@ -16,7 +16,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
@@ -183,12 +183,41 @@ def local(folder: str) -> str:
 
 
 def upload(folder: str, to: str) -> None:
-    """Copies a local folder to where it belongs."""
+    """Copies a local folder to where it belongs; JSON, which names what lies beside it, last."""
     fs, root = _fs(to)
-    for path in (p for p in sorted(Path(folder).rglob("*")) if p.is_file()):
+    files = [p for p in Path(folder).rglob("*") if p.is_file()]
+    for path in sorted(files, key=lambda p: (p.suffix == ".json", p)):
         target = f"{root}/{path.relative_to(folder).as_posix()}"
         fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
         _again(to, "written", functools.partial(fs.put_file, str(path), target))
+
+
+@contextlib.contextmanager
+def new_folder(path: str) -> Iterator[str]:
+    """A local folder to write into, which takes the place of the one at `path` when the block ends: at once on a local disk,
+    file after file at a URL. A block that raises leaves what was there.
+
+    Raises:
+        InputError: there is a file at path, or it is refused.
+        RunError: the storage keeps failing.
+    """
+    if _info(path).get("type") == "file":
+        raise InputError(f"{path}: expected a folder, found a file: choose another")
+    if is_url(path):
+        with tempfile.TemporaryDirectory() as aside:
+            yield aside
+            remove(path)
+            upload(aside, path)
+        return
+    aside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.unfinished")
+    remove(aside)  # of one that was killed
+    makedirs(aside)
+    try:
+        yield aside
+        remove(path)
+        os.replace(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 class Reader(io.RawIOBase):

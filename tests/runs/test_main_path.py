@@ -155,9 +155,11 @@ assert (adapted - merged).abs().max() < 1e-4 < (before - merged).abs().max()
     assert "whole continues" in out and str(run / "model") in out
 
 
-def test_finetune_is_the_same_engine(home: Path) -> None:
-    run_job("finetune", "sft.yaml", "name=plain", "adapter=null", "cluster.num_workers=2", home=home)
+def test_finetune_is_the_same_engine_and_starts_from_any_export(home: Path) -> None:
+    assert "whole, step 50: " in run_job("export", "runs/whole", "--step", "50", "--out", "old", home=home)
+    run_job("finetune", "sft.yaml", "name=plain", "model.path=old", "adapter=null", "cluster.num_workers=2", home=home)
     run = home / "runs/plain"
     assert (run / "model/model.safetensors").exists() and not (run / "adapter").exists()
     assert "validation/rougeL" in json.loads((run / "summary.json").read_text())["metrics"]
+    assert "sft, from old" in (run / "model/README.md").read_text()
     assert "finetune" in run_job("pretrain", "sft.yaml", home=home, code=2)

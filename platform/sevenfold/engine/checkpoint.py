@@ -8,7 +8,8 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -181,17 +182,38 @@ def _of_tree(tree: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
-def load(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer] = ()) -> None:
-    """Reads a verified checkpoint into a model of any number of ranks, or of none."""
+def load(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Reads a verified checkpoint into a model of any number of ranks."""
     options = _options()
-    if not optimizers:
-        trained = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-        state = {"model": {n: p for n, p in model.state_dict().items() if n in trained}}
-        dcp.load(state, storage_reader=_reader(checkpoint.path), no_dist=not dist.is_initialized())
-        return
     weights, optim = get_state_dict(model, optimizers, options=options)
     dcp.load({"model": weights, "optimizer": optim}, storage_reader=_reader(checkpoint.path))
     set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=optim, options=options)
+
+
+class Weights:
+    """The model's tensors in a verified checkpoint, whole and on the CPU; each is read when it is asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, like: Mapping[str, torch.Tensor]):
+        """like: by name, of the shape and dtype that are wanted; they may lie on the meta device."""
+        self._path, self._like = checkpoint.path, like
+        self._reader = _reader(checkpoint.path)
+        self._reader.read_metadata = functools.cache(self._reader.read_metadata)  # else once a tensor
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Raises RunError where it cannot be read or is of another shape."""
+        found = torch.empty_like(self._like[name], device="cpu")
+        try:
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
+                dcp.load({"model": {name: found}}, storage_reader=self._reader, no_dist=True)
+        except (Exception, dcp.CheckpointException) as e:
+            raise RunError(f"{self._path}: {name} cannot be read ({type(e).__name__}: {_first_line(e)})") from None
+        return found
+
+
+def steps(folder: str) -> dict[int, str]:
+    """Where the committed checkpoints lie, by step, the oldest first."""
+    return {_step(n): storage.join(folder, n) for n in _committed(folder)}
 
 
 def latest(folder: str, warn: Callable[[str], None] = log.warning) -> Checkpoint | None:

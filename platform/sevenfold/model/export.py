@@ -2,44 +2,93 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
 import warnings
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
 
+import torch
+from safetensors import SafetensorError
+from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sevenfold import storage
+from sevenfold.data.manifest import Manifest
 from sevenfold.data.tokens import load_tokenizer
 from sevenfold.engine import checkpoint as ckpt
+from sevenfold.engine.checkpoint import Checkpoint
+from sevenfold.errors import RunError
 from sevenfold.model import build
+from sevenfold.model.card import card
 from sevenfold.recipe import Recipe
-from sevenfold.storage import RunFolder
+
+SHARD = 10**9  # bytes of a file of weights, and so of memory
 
 
-def export(recipe: Recipe, checkpoint: str, tokenizer: str, to: RunFolder) -> None:
-    """Writes `model/` (safetensors, config, tokenizer), an adapter merged into its base, and then `adapter/` too.
+def export(
+    recipe: Recipe, checkpoint: Checkpoint, tokenizer: str, manifest: Manifest, metrics: Mapping[str, Any], to: str,
+    adapter: str | None = None, shard: int = SHARD,
+) -> None:  # fmt: skip
+    """Writes a directory of float32 safetensors, configs, tokenizer and model card; whole, or not at all.
+
+    Memory holds one file of weights, and a tensor beside it, however large the model. Not so where the recipe has an adapter:
+    it is merged into its base, which then stands there whole. At a URL, all is first written to the temporary folder.
+
+    Args:
+        checkpoint: a verified one of this recipe.
+        tokenizer: its folder.
+        manifest, metrics: what was trained on, and what was measured at the checkpoint's step, for the card.
+        to: folder or URL; what is there is replaced.
+        adapter: as `to`, for the adapter by itself, in peft's form.
+        shard: bytes of a file of weights; a tensor that is larger has one of its own.
 
     Raises:
-        RunError: the checkpoint is damaged.
+        InputError: tokenizer or base model cannot be loaded.
+        RunError: the checkpoint cannot be read, the directory cannot be written.
     """
-    found = ckpt.read(checkpoint)
-    ckpt.verify(found)
+    model: Any
     words = load_tokenizer(tokenizer)
-    model = build.build(recipe, build.config_of(recipe, len(words), words), weights=recipe.model.path is not None)
-    adapted = build.with_adapter(model, recipe.adapter, recipe.seed) if recipe.adapter is not None else None
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process is what is meant
-        ckpt.load(found, model)
+    config = build.config_of(recipe, len(words), words)
     disable_progress_bar()
-    with tempfile.TemporaryDirectory() as aside:
-        if adapted is not None:
-            adapted.save_pretrained(os.path.join(aside, "adapter"))
-            storage.upload(os.path.join(aside, "adapter"), to.adapter)
-            model = adapted.merge_and_unload()
+    if recipe.adapter is None:
+        with torch.device("meta"):
+            model = build.build(recipe, config, weights=False)
+        # to save_pretrained its weights lie elsewhere: it asks for those of one file at a time
+        model.hf_device_map = {"": "disk"}
+        model._hf_hook = SimpleNamespace(weights_map=ckpt.Weights(checkpoint, model.state_dict()))
+        if recipe.model.path is not None:
+            with contextlib.suppress(OSError):  # not every model has one
+                base = storage.local(build.model_path(recipe.model.path))
+                model.generation_config = GenerationConfig.from_pretrained(base, local_files_only=True)
+    else:
+        model = build.build(recipe, config, weights=True)
+        adapted = build.with_adapter(model, recipe.adapter, recipe.seed)
+        weights = ckpt.Weights(checkpoint, model.state_dict())
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.data.copy_(weights[name])
+        if adapter is not None:
+            with _folder(adapter) as aside:
+                adapted.save_pretrained(aside)
+        model = adapted.merge_and_unload()
+    for told in (model.config, model.generation_config) if model.can_generate() else (model.config,):
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            if getattr(model, "generation_config", None) is not None:  # encoders have none
-                setattr(model.generation_config, field, getattr(words, field))
-            setattr(model.config, field, getattr(words, field))
-        model.save_pretrained(os.path.join(aside, "model"))
-        words.save_pretrained(os.path.join(aside, "model"))
-        storage.upload(os.path.join(aside, "model"), to.model)
+            setattr(told, field, getattr(words, field))
+    with _folder(to) as aside, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
+        model.save_pretrained(aside, max_shard_size=shard)
+        words.save_pretrained(aside)
+        with open(os.path.join(aside, "README.md"), "w", encoding="utf-8") as f:
+            f.write(card(recipe, checkpoint, manifest, metrics))
+
+
+@contextlib.contextmanager
+def _folder(path: str) -> Iterator[str]:
+    """As storage.new_folder. Raises RunError where what is written does not fit."""
+    try:
+        with storage.new_folder(path) as aside:
+            yield aside
+    except (OSError, SafetensorError) as e:
+        raise RunError(f"{path}: could not be written ({e}): make room, or choose another folder") from None

@@ -96,6 +96,12 @@ class RunLog:
         return True
 
 
+def logged(path: str, step: int) -> dict[str, float]:
+    """All that the file says of a step."""
+    lines = storage.read_text(path).splitlines() if storage.exists(path) else []
+    return {k: v for line in lines if _step(line) == step for k, v in json.loads(line).items()}
+
+
 def _step(line: str) -> float:
     """A line that was cut off by a kill counts as one to forget."""
     try:

@@ -15,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import sevenfold
 from sevenfold import storage
+from sevenfold.data.manifest import Manifest
 from sevenfold.errors import RunError
 from sevenfold.recipe import Recipe
 from sevenfold.report.console import Progress, say
@@ -132,7 +133,7 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
 def finish(job: Job, metrics: dict[str, Any], seconds: float) -> None:
     """Exports the reported checkpoint and writes the summary, which is what says that a run is finished."""
     folder, checkpoint = RunFolder(job.folder), metrics["checkpoint"]
-    cluster.fetch(_export.remote(job.recipe, checkpoint, job.tokenizer, folder))
+    cluster.fetch(_export.remote(job.recipe, checkpoint, job.tokenizer, job.train.plan.manifest, metrics, folder))
     summary = {
         "sevenfold": sevenfold.__version__, "recipe": job.identity, "steps": metrics["step"],
         "tokens": metrics["step"] * job.recipe.tokens_per_step, "seconds": round(seconds, 1), "checkpoint": checkpoint,
@@ -142,7 +143,12 @@ def finish(job: Job, metrics: dict[str, Any], seconds: float) -> None:
 
 
 @ray.remote(num_cpus=1)
-def _export(recipe: Recipe, checkpoint: str, tokenizer: str, to: RunFolder) -> None:
+def _export(
+    recipe: Recipe, checkpoint: str, tokenizer: str, manifest: Manifest, metrics: dict[str, Any], to: RunFolder
+) -> None:
+    from sevenfold.engine import checkpoint as ckpt
     from sevenfold.model.export import export
 
-    export(recipe, checkpoint, tokenizer, to)
+    found = ckpt.read(checkpoint)
+    ckpt.verify(found)
+    export(recipe, found, tokenizer, manifest, metrics, to.model, to.adapter)

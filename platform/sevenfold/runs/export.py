@@ -1,0 +1,52 @@
+"""Any checkpoint of a run as a Hugging Face directory, made in this process: no Ray is started."""
+
+from __future__ import annotations
+
+from sevenfold import storage
+from sevenfold.data.manifest import Manifest
+from sevenfold.engine import checkpoint as ckpt
+from sevenfold.engine.checkpoint import Checkpoint, DamagedError
+from sevenfold.errors import InputError
+from sevenfold.model.export import export
+from sevenfold.recipe import loads
+from sevenfold.report.console import say
+from sevenfold.report.metrics import logged
+from sevenfold.storage import RunFolder
+
+
+def run(path: str, step: int | None = None, out: str | None = None) -> None:
+    """Exports the checkpoint of a step (default: the newest that is whole) to a new or empty folder (default: the run's model/,
+    which is replaced, and its adapter/ where it has one).
+
+    Raises:
+        InputError: no run, no such checkpoint or a damaged one, a folder that is not empty.
+        RunError: it could not be written.
+    """
+    folder = RunFolder.of(path)
+    to = storage.place(out) if out else folder.model
+    if to != folder.model and storage.listdir(to):
+        raise InputError(f"--out {to}: expected a new or empty folder, found one with files in it: choose another")
+    recipe = loads(storage.read_text(folder.recipe), folder.recipe)
+    found = _chosen(folder.checkpoints, step)
+    manifest = Manifest.from_json(storage.read_json(folder.manifest)["train"])
+    adapter = folder.adapter if to == folder.model else None
+    export(recipe, found, folder.tokenizer, manifest, logged(folder.log, found.step), to, adapter)
+    say(f"{folder.name}, step {found.step}: {to}")
+
+
+def _chosen(folder: str, step: int | None) -> Checkpoint:
+    """A verified checkpoint. Raises InputError where there is none."""
+    steps = ckpt.steps(folder)
+    there = ", ".join(map(str, steps)) or "none (the run has saved none yet; those of a sweep are its trials')"
+    if step is None:
+        if found := ckpt.latest(folder, say):
+            return found
+        raise InputError(f"{folder}: expected a whole checkpoint, found {f'only damaged ones: {there}' if steps else there}")
+    if step not in steps:
+        raise InputError(f"{folder}: expected a checkpoint of step {step}, found {there}")
+    try:
+        found = ckpt.read(steps[step])
+        ckpt.verify(found)
+    except DamagedError as e:
+        raise InputError(f"{e}; choose another by --step, of {there}") from None
+    return found
