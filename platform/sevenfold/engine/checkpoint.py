@@ -52,6 +52,9 @@ class Saver:
 
     A save copies what is trained, and the training goes on; a thread writes the copy, a shard a rank, reads it back, commits
     it and removes what is no longer kept. One that fails is tried again, then told and given up: the last good one stays.
+
+    Attributes:
+        seconds: what the last save that was committed took, from the call to the end of its thread's work.
     """
 
     def __init__(
@@ -72,7 +75,7 @@ class Saver:
         self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # keeps its buffers from save to save
         self._thread = ThreadPoolExecutor(1, "sevenfold-checkpoint")
         self._under_way: Future[Checkpoint] | None = None
-        self._failed = 0
+        self._failed, self._begin, self.seconds = 0, 0.0, 0.0
 
     def save(self, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], extra: dict[str, Any]) -> None:
         """Begins a checkpoint of the trained parameters and the optimizers' state; waits for the one before to end.
@@ -80,9 +83,15 @@ class Saver:
         Raises RunError where MOST_FAILED in a row could not be written.
         """
         self.wait()
+        self._begin = time.perf_counter()
         weights, state = get_state_dict(model, optimizers, options=_options())
         copy: Any = self._stager.stage({"model": weights, "optimizer": state})
         self._under_way = self._thread.submit(self._persist, copy, step, extra)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a save is being written by this rank."""
+        return self._under_way is not None and not self._under_way.done()
 
     def wait(self) -> Checkpoint | None:
         """The last one that was committed, once none is under way. Raises as save."""
@@ -131,6 +140,7 @@ class Saver:
                 prune(found, self._keep, self._every)
             except RunError as e:  # it is committed all the same, and the next save removes what this one could not
                 log.warning("%s", e)
+        self.seconds = time.perf_counter() - self._begin
         return found
 
     def _each(self, work: Callable[[], T]) -> list[T]:
