@@ -94,5 +94,5 @@ class Interval:
             self._told = steps
             self._tell(
                 f"a save each {steps:,} steps ({steps * second / 60:,.1f} min) from now on: it costs {cost:.2g} s, and one of "
-                f"{self._workers:,} workers fails each {self._mtbf / 3600:,.0f} h (checkpoint.mtbf_hours)"
+                f"{self._workers:,} workers fails each {self._mtbf / 3600:,.1f} h (checkpoint.mtbf_hours)"
             )
