@@ -77,5 +77,5 @@ def test_all_ranks_settle_on_what_rank_0_measured(tree: dict[str, Any], tmp_path
     assert found == others and all(saved == there for saved, _, there in found)
     (often, told, _), *rest = found
     assert often[:3] == [10, 20, 30] and often[3] - 30 >= 61  # sqrt(2 * 2 * 900) and more
-    assert len(told) == 1 and f"a save each {often[3] - 30} steps (1." in told[0]
+    assert f"a save each {often[3] - 30} steps (" in told[0]
     assert [saved for saved, _, _ in rest] == [[10, 20, 30, 75, 150], [80, 160], []]
