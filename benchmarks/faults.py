@@ -130,7 +130,7 @@ def corruptions(folder: str, count: int) -> tuple[int, int]:
     changed nothing that the manifest says), and after how many the one before was used."""
     with tempfile.TemporaryDirectory() as at:
         copy = str(shutil.copytree(folder, Path(at, "checkpoints")))
-        before, newest = (Path(copy, name) for name in ckpt.committed(copy)[-2:])
+        before, newest = map(Path, list(ckpt.steps(copy).values())[-2:])
         sound, whole = {p.name: p.read_bytes() for p in newest.iterdir()}, ckpt.latest(copy)
         found = recovered = 0
         for seed in range(count):

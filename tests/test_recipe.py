@@ -52,6 +52,10 @@ def test_overrides(path: str) -> None:
         ("cluster.num_workers=[3, 2]", "or [fewest, most], found [3, 2]"),
         ("cluster.num_workers=[1, 5]", "4 lanes for 5 workers"),
         ("cluster.num_workers=0", "expected a number above 0"),
+        ("checkpoint.every=0", "checkpoint.every: expected a number of steps above 0, or auto, found 0"),
+        ("checkpoint.every=often", "above 0, or auto, found 'often'"),
+        ("checkpoint.every=true", "above 0, or auto, found True"),
+        ("checkpoint.mtbf_hours=0", "checkpoint.mtbf_hours: input should be greater than 0"),
         ("train.dtype=fp8", "train.dtype: input should be 'float32' or 'bfloat16'"),
         ("search.space.x.loguniform=[1, 1e-3]", "the space has no point"),
     ],
@@ -78,6 +82,7 @@ def test_identity_is_what_decides_the_numbers(path: str) -> None:
         "cluster.num_workers=[1, 4]",
         "storage=/elsewhere",
         "checkpoint.keep=5",
+        "checkpoint.every=auto",
         "data.executor=inline",
         "name=other",
     ):

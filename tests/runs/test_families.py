@@ -20,11 +20,18 @@ def test_a_family(texts: Path, tmp_path: Path, objective: str) -> None:
     tree["data"] |= {"sources": [{"path": str(texts / "train")}], "validation": [{"path": str(texts / "heldout")}]}
     tree |= {"objective": objective, "model": {"config": KINDS[objective]}, "corruption": {"rate": 0.3}}
     tree["train"] |= {"global_batch": 16, "micro_batch": 8, "steps": 30}
-    tree |= {"checkpoint": {"every": 10}, "validation": {"every": 10, "rows": 16}, "cluster": {"num_workers": 2}}
+    tree |= {
+        "checkpoint": {"every": "auto", "keep": 9, "keep_every": 15},
+        "validation": {"every": 10, "rows": 16},
+        "cluster": {"num_workers": 2},
+    }
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
     out = run_job("pretrain", "r.yaml", home=tmp_path)
     assert "step 30/30  validation loss" in out and "bits/byte" not in out
     run = tmp_path / "runs/tiny"
+    # 10 and 25 as 10 steps on from the start and from 15; then the interval that it told, which is longer than the run
+    saved = sorted(int(p.name[5:13]) for p in (run / "checkpoints").iterdir())
+    assert saved == [10, 15, 25, 30] and "fails each 25,350.0 h (checkpoint.mtbf_hours)" in out
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     losses = {m["step"]: m["train/loss"] for m in logged if "train/loss" in m}
     validated = [m["validation/loss"] for m in logged if "validation/loss" in m]

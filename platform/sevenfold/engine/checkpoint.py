@@ -53,6 +53,9 @@ class Saver:
 
     A save copies what is trained, and the training goes on; a thread writes the copy, a shard a rank, reads it back, commits
     it and removes what is no longer kept. One that fails is tried again, then told and given up: the last good one stays.
+
+    Attributes:
+        seconds: what the last save that was committed took, from the call to the end of its thread's work.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class Saver:
         self._stager = DefaultStager(StagingOptions(cuda, False, False, cuda))  # keeps its buffers from save to save
         self._thread = ThreadPoolExecutor(1, "sevenfold-checkpoint")
         self._under_way: Future[Checkpoint] | None = None
-        self._failed = 0
+        self._failed, self._begin, self.seconds = 0, 0.0, 0.0
 
     def save(
         self, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], extra: dict[str, Any],
@@ -87,9 +90,15 @@ class Saver:
         Raises RunError where MOST_FAILED in a row could not be written.
         """
         self.wait()
+        self._begin = time.perf_counter()
         weights, state = get_state_dict(model, optimizers, options=_options())
         copy: Any = self._stager.stage({"model": weights, "optimizer": state})
         self._under_way = self._thread.submit(self._persist, copy, step, extra, before_commit)
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a save is being written by this rank."""
+        return self._under_way is not None and not self._under_way.done()
 
     def wait(self) -> Checkpoint | None:
         """The last one that was committed, once none is under way. Raises as save."""
@@ -141,6 +150,7 @@ class Saver:
                 prune(found, self._keep, self._every)
             except RunError as e:  # it is committed all the same, and the next save removes what this one could not
                 log.warning("%s", e)
+        self.seconds = time.perf_counter() - self._begin
         return found
 
     def _each(self, work: Callable[[], T]) -> list[T]:
@@ -223,7 +233,7 @@ def latest(folder: str, warn: Callable[[str], None] = log.warning) -> Checkpoint
     Raises RunError where the storage keeps failing.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    names = _each(lambda: committed(folder) if rank == 0 else [])[0]
+    names = _each(lambda: _committed(folder) if rank == 0 else [])[0]
     for name in reversed(names):
         try:
             return _each(functools.partial(_verified, storage.join(folder, name), rank, world))[0]
@@ -270,7 +280,7 @@ def prune(newest: Checkpoint, keep: int, keep_every: int | None = None) -> None:
     never committed before it; those of a multiple of `keep_every` steps stay. What lies after it (damaged, and passed over)
     is left for whoever wants to look."""
     folder, last = newest.path.replace("\\", "/").rsplit("/", 1)
-    whole = committed(folder)
+    whole = _committed(folder)
     older = [n for n in whole if n < last]
     kept = set(older[-(keep - 1) :] if keep > 1 else ())
     kept |= {n for n in older if keep_every and _step(n) % keep_every == 0}
@@ -281,7 +291,7 @@ def prune(newest: Checkpoint, keep: int, keep_every: int | None = None) -> None:
             storage.remove(storage.join(folder, name))
 
 
-def committed(folder: str) -> list[str]:
+def _committed(folder: str) -> list[str]:
     """Names of the directories with a manifest, oldest first."""
     return [n for n in storage.listdir(folder) if storage.exists(storage.join(folder, n, MANIFEST))]
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from sevenfold.data.rows import Rows
 from sevenfold.engine.batch import micro_batches
 from sevenfold.engine.guard import Guard
+from sevenfold.engine.interval import Interval
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import Causal
 from sevenfold.engine.optim import learning_rate
@@ -63,6 +64,7 @@ class Trainer:
     device: torch.device
     meter: Meter
     guard: Guard
+    interval: Interval
 
     def step(self, step: int, notice: bool = False) -> Step | None:
         """Step `step` (from 0). None where the rows of all ranks have ended. Raises NoTargets. notice: as train_step."""
@@ -86,7 +88,9 @@ class Trainer:
             if self._any_tokens(drawn):
                 raise
             return None
-        self.meter.add(recipe.tokens_per_step, time.perf_counter() - begin, waited)
+        seconds = time.perf_counter() - begin
+        self.meter.add(recipe.tokens_per_step, seconds, waited)
+        self.interval.add(seconds)
         return done
 
     def _any_tokens(self, rows: Rows) -> bool:
@@ -124,12 +128,13 @@ def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> int:
             rate = learning_rate(step, steps, recipe.optimizer.learning_rate, recipe.schedule)
             scalars = {"loss": done.loss, "grad_norm": done.grad_norm, "learning_rate": rate, "targets": done.targets}
             hooks.log(at, {f"train/{k}": v for k, v in (scalars | trainer.meter.read()).items()})
-        validating = last or _due(at, recipe.validation.every)
+        every = recipe.validation.every
+        validating = last or (every is not None and at % every == 0)
         if done.noticed and not noticed:
             hooks.tell(f"a machine of this run will be taken away: saving step {at} at once")
             hooks.save(at)
             hooks.settle()
-        elif last or _due(at, recipe.checkpoint.every):
+        elif last or trainer.interval.due(at):
             hooks.save(at)  # first: it goes on beside the validation, and what is reported can be found again
         metrics = hooks.validate(at) if validating else {}
         if validating:
@@ -143,7 +148,3 @@ def _finish(at: int, hooks: Hooks) -> None:
     """The data ended: what happens after the last step."""
     hooks.save(at)
     hooks.report(at, hooks.validate(at))
-
-
-def _due(step: int, every: int | None) -> bool:
-    return every is not None and step % every == 0

@@ -170,7 +170,7 @@ class Drill:
         try:
             with Watch(folder.checkpoints) as watch:
                 scene.run.reach(rng.randint(3 * self.every, self.steps // 2))
-                kept = [ckpt.read(path).step for path in scene.committed()]
+                kept = list(scene.committed())
                 struck, begin = scene.run.step, time.monotonic()
                 fault.do(scene)
                 code = scene.run.end()

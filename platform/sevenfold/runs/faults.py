@@ -116,9 +116,9 @@ class Scene:
         found = storage.read_json(self.folder.workers)
         return dict(self.rng.choice([w for w in found if w["node"] != self.nodes.own] or found))
 
-    def committed(self) -> list[str]:
-        """Paths of the committed checkpoints, oldest first."""
-        return [storage.join(self.folder.checkpoints, n) for n in ckpt.committed(self.folder.checkpoints)]
+    def committed(self) -> dict[int, str]:
+        """Step -> path of the committed checkpoints, oldest first."""
+        return ckpt.steps(self.folder.checkpoints)
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def _head(scene: Scene) -> None:
 def _damaged(kind: str) -> Callable[[Scene], None]:
     def do(scene: Scene) -> None:
         scene.run.kill()
-        before, newest = scene.committed()[-2:]
+        before, newest = list(scene.committed().values())[-2:]
         damage(newest, kind, scene.rng, before)
         scene.resubmit()
 

@@ -31,6 +31,7 @@ from sevenfold.engine import checkpoint as ckpt
 from sevenfold.engine import cpu, loop, objectives, optim
 from sevenfold.engine.batch import Batch, micro_batches
 from sevenfold.engine.guard import Guard
+from sevenfold.engine.interval import Interval
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import Causal
 from sevenfold.engine.step import evaluate
@@ -88,6 +89,7 @@ class Worker:
             ckpt.load(last, self.model, self.optimizers)
         keep = recipe.checkpoint
         self.saver = ckpt.Saver(self.folder.checkpoints, keep.keep, keep.keep_every, self._tell, last)
+        self.interval = Interval(keep, self.world, start, self.saver, self._say)
         self.held_out = self._held_out()
         self._tell_where()
         if self.rank == 0:
@@ -96,7 +98,7 @@ class Worker:
         trainer = loop.Trainer(
             recipe, self.model, self.optimizers, self.objective, iter(lambda: next(self.reader), None),
             most_rows(recipe.train.global_batch, self.place.world_size, recipe.lanes), self.device,
-            Meter(flops, peak, self.world, self.device), self.guard,
+            Meter(flops, peak, self.world, self.device), self.guard, self.interval,
         )  # fmt: skip
         hooks = loop.Hooks(
             self._log, self._validate, self._save, self._noticed, self.saver.wait, self._report, self._say, self._go_back
@@ -207,6 +209,10 @@ class Worker:
                     )
 
     def _save(self, step: int) -> None:
+        with self.interval.saving(step):
+            self._begin_save(step)
+
+    def _begin_save(self, step: int) -> None:
         last = self.saver.wait()
         parts: list[tuple[ReaderState, list[Draw]]] = [(ReaderState(), [])] * self.world
         torch.distributed.all_gather_object(parts, (self.reader.state, self.reader.take_draws()))
