@@ -4,6 +4,7 @@ import json
 import logging
 import multiprocessing
 import os
+import pickle
 import random
 import resource
 import shutil
@@ -22,6 +23,7 @@ from sevenfold.engine.batch import micro_batches, to_batch
 from sevenfold.engine.step import train_step
 from sevenfold.errors import RunError
 from sevenfold.recipe import Recipe
+from sevenfold.runs.faults import DAMAGES, damage
 
 
 def steps(tree: dict[str, Any], folder: str, until: int, save_at: list[int]) -> list[float]:
@@ -65,33 +67,6 @@ def test_resume_is_the_unbroken_run(tree: dict[str, Any], saved: Path, tmp_path:
         assert found == pytest.approx(whole[4:], rel=1e-5)
 
 
-def flip(at: Path) -> str:
-    file = at / "__1_0.distcp"
-    raw = bytearray(file.read_bytes())
-    raw[len(raw) // 2] ^= 1
-    file.write_bytes(raw)
-    return file.name
-
-
-def truncate(at: Path) -> str:
-    file = at / "__0_0.distcp"
-    file.write_bytes(file.read_bytes()[:-1])
-    return file.name
-
-
-def lose(at: Path) -> str:
-    (at / ".metadata").unlink()
-    return ".metadata"
-
-
-def swap(at: Path) -> str:
-    a, b = at / "__0_0.distcp", at / "__1_0.distcp"
-    raw = a.read_bytes()
-    a.write_bytes(b.read_bytes())
-    b.write_bytes(raw)
-    return "distcp"
-
-
 def escape(at: Path) -> str:
     tree = json.loads((at / ckpt.MANIFEST).read_text())
     tree["files"]["../../x"] = next(iter(tree["files"].values()))
@@ -101,67 +76,58 @@ def escape(at: Path) -> str:
     return "leaves its folder"
 
 
-def corrupt(at: Path, rng: random.Random) -> str:
-    """Some damage to a checkpoint's folder. Returns what was done."""
-    names = sorted(p.name for p in at.iterdir())
-    name = rng.choice(names)
-    file, other = at / name, at / rng.choice([n for n in names if n != name])
-    raw = bytearray(file.read_bytes())
-    match kind := rng.choice(["flip", "truncate", "grow", "lose", "swap", "copy", "zeros"]):
-        case "flip":
-            bit = rng.randrange(8 * len(raw))
-            raw[bit // 8] ^= 1 << bit % 8
-        case "truncate":
-            del raw[rng.randrange(len(raw)) :]
-        case "grow":
-            raw += rng.randbytes(rng.randint(1, 100))
-        case "lose":
-            file.unlink()
-            return f"{name} lost"
-        case "swap":
-            file.write_bytes(other.read_bytes())
-            other.write_bytes(raw)
-            return f"{name} and {other.name} swapped"
-        case "copy":
-            raw = bytearray(other.read_bytes())
-        case "zeros":
-            begin = rng.randrange(len(raw))
-            end = min(len(raw), begin + rng.randint(1, 4096))
-            if not any(raw[begin:end]):
-                raw[begin] ^= 1
-            else:
-                raw[begin:end] = bytes(end - begin)
-    file.write_bytes(raw)
-    return f"{name}: {kind}"
-
-
 def test_a_thousand_corruptions_are_found(saved: Path) -> None:
-    newest = ckpt.latest(str(saved))
-    assert newest is not None and newest.step == 4
-    at = Path(newest.path)
-    sound = {p.name: p.read_bytes() for p in at.iterdir()}
-    quiet: list[str] = []
+    before, newest = ckpt.steps(str(saved)).values()
+    whole, quiet = ckpt.latest(str(saved)), list[str]()
+    assert whole is not None and (whole.step, whole.path) == (4, newest)
+    sound = {p.name: p.read_bytes() for p in Path(newest).iterdir()}
     for seed in range(1000):
-        done = corrupt(at, random.Random(seed))
+        rng = random.Random(seed)
+        done = damage(newest, rng.choice(DAMAGES), rng, before)
         found = ckpt.latest(str(saved), quiet.append)
-        if found is not None and found.step == 4:  # a changed manifest may say the same as before
-            assert done.startswith(ckpt.MANIFEST) and (found.files, found.extra) == (newest.files, newest.extra), (seed, done)
-        else:
+        if found != whole:  # a changed manifest may say the same as before
             assert found is not None and found.step == 2, (seed, done)
+        else:
+            assert done.startswith(ckpt.MANIFEST), (seed, done)
         for name, raw in sound.items():
-            (at / name).write_bytes(raw)
-    assert ckpt.latest(str(saved)) == newest and len(quiet) > 800
+            Path(newest, name).write_bytes(raw)
+    assert ckpt.latest(str(saved)) == whole and len(quiet) > 800
 
 
-@pytest.mark.parametrize("damage", [flip, truncate, lose, swap, escape])
-def test_damage_is_named_and_passed_over(saved: Path, damage: Any, caplog: pytest.LogCaptureFixture) -> None:
+def pickled(at: Path) -> str:
+    """Code in the place of a manifest, and of what the manifest speaks of."""
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(at.parent / "exploded"),)
+
+    (at / ".metadata").write_bytes(pickle.dumps(Bomb()))
+    return ".metadata"
+
+
+def huge(at: Path) -> str:
+    tree = json.loads((at / ckpt.MANIFEST).read_text())
+    tree["files"]["__0_0.distcp"]["bytes"] = 1 << 80
+    del tree["sha256"]
+    (at / ckpt.MANIFEST).write_text(json.dumps({**tree, "sha256": ckpt._of_tree(tree)}))
+    return "__0_0.distcp"
+
+
+def no_json(at: Path) -> str:
+    (at / ckpt.MANIFEST).write_bytes(pickle.dumps({"files": {}}))
+    return "cannot be read"
+
+
+@pytest.mark.parametrize("done", [escape, pickled, huge, no_json])
+def test_damage_is_named_and_passed_over(saved: Path, done: Any, caplog: pytest.LogCaptureFixture) -> None:
     newest = ckpt.latest(str(saved))
     assert newest is not None and newest.step == 4 and set(newest.files) == {".metadata", "__0_0.distcp", "__1_0.distcp"}
-    named = damage(Path(newest.path))
+    named = done(Path(newest.path))
     with caplog.at_level(logging.WARNING):
         before = ckpt.latest(str(saved))
     assert before is not None and before.step == 2
     assert named in caplog.text and "damaged" in caplog.text
+    assert not (saved / "exploded").exists()
 
 
 def test_what_was_not_committed_is_not_there(saved: Path) -> None:

@@ -8,7 +8,7 @@ import os
 import random
 import signal
 import subprocess
-import threading
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import RECIPE, run_job, start_job, stdlib_texts
+from conftest import RECIPE, ROOT, run_job, start_job, stdlib_texts
 
 from sevenfold.data.ledger import Ledger
+from sevenfold.runs.faults import Run
 
 STEPS = 60
 
@@ -46,37 +47,27 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-class Run:
-    """A job under way, whose steps are watched."""
+class Killed(Run):
+    """A job under way on a Ray of its own."""
 
     def __init__(self, home: Path, name: str, workers: int):
-        self.process = start_job("pretrain", "recipe.yaml", f"name={name}", f"cluster.num_workers={workers}", home=home)
-        self.step, self.lines = 0, []
-        self._reading = threading.Thread(target=self._read, daemon=True)
-        self._reading.start()
-
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if ": step " in line:
-                self.step = int(line.split(": step ")[1].split("/")[0])
-
-    def reach(self, step: int) -> None:
-        deadline = time.monotonic() + 200
-        while self.step < step:
-            assert time.monotonic() < deadline and self.process.poll() is None, (self.step, step, self.lines[-5:])
-            time.sleep(0.01)
+        words = [
+            sys.executable,
+            str(ROOT / "jobs/pretrain.py"),
+            "recipe.yaml",
+            f"name={name}",
+            f"cluster.num_workers={workers}",
+        ]
+        super().__init__(words, {"SEVENFOLD_HOME": str(home)}, str(home))
 
     def kill_worker(self, rng: random.Random) -> None:
         found = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "TrainWorker" in " ".join(p.cmdline())]
         rng.choice(found).send_signal(signal.SIGKILL)
 
     def kill(self) -> None:
-        """The driver; its Ray notices and ends."""
+        """Its Ray notices and ends."""
         left = psutil.Process(self.process.pid).children(recursive=True)
-        os.kill(self.process.pid, signal.SIGKILL)
-        self.process.wait(30)
+        super().kill()
         psutil.wait_procs(left, timeout=30)
 
 
@@ -92,14 +83,15 @@ def killed(home: Path, seed: int) -> str:
     rng, name, told = random.Random(seed), f"killed-{seed}", []
     at = 0
     for workers in (2, 3, 1):
-        run = Run(home, name, workers)
+        run = Killed(home, name, workers)
         if workers == 2:
             at = rng.randint(2, 12)
             run.reach(at)
             run.kill_worker(rng)
             told.append(f"worker of 2 at {run.step}")
-            run.step = 0
-            run.reach(1)  # it goes on by itself
+            while not run.resumed and run.process.poll() is None:  # it goes on by itself
+                time.sleep(0.01)
+            run.reach(1)
         at = rng.randint(at + 1, at + 14)
         run.reach(at)
         run.kill()
@@ -156,8 +148,6 @@ def test_the_token_cache_has_the_same_ledger(home: Path) -> None:
 
 def test_the_ledger_tells_and_replays(home: Path) -> None:
     def sevenfold(*args: str, code: int = 0) -> str:
-        import sys
-
         env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2] / "platform")}
         command = [sys.executable, "-m", "sevenfold.cli", "ledger", *args]
         done = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=200)
