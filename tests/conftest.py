@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import json
 import multiprocessing
 import os
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+import urllib.request
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,3 +129,41 @@ def _rank(rank: int, world: int, store: str, results: Any, target: Callable[...,
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """An S3 server in a process of its own, and its address."""
+    program = shutil.which("moto_server", path=os.path.dirname(sys.executable))
+    if program is None:
+        pytest.skip("moto_server is not installed")
+    with socket.create_server(("127.0.0.1", 0)) as s:
+        port = s.getsockname()[1]
+    command = [program, "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for _ in range(300):
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.1)
+    yield process, f"http://127.0.0.1:{port}"
+    process.send_signal(signal.SIGCONT)
+    process.terminate()
+    process.wait(20)
+
+
+def ask(method: str, url: str, data: bytes = b"") -> None:
+    urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "text/plain"}, method=method)).close()
+
+
+@pytest.fixture
+def bucket(moto: tuple[subprocess.Popen[bytes], str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """An empty bucket, with the environment that leads to it."""
+    address = moto[1]
+    for name in [n for n in os.environ if n.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in (("ENDPOINT_URL", address), ("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test")):
+        monkeypatch.setenv(f"AWS_{name}", value)
+    ask("POST", f"{address}/moto-api/reset-auth", b"1000000")
+    ask("POST", f"{address}/moto-api/reset")
+    ask("PUT", f"{address}/bucket")
+    return "s3://bucket"

@@ -2,14 +2,10 @@ import contextlib
 import io
 import os
 import random
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import ask
 
 from sevenfold import object_stores, storage
 from sevenfold.errors import InputError, RunError
@@ -308,44 +305,6 @@ def test_patience_ends(served: Served, quick: None, monkeypatch: pytest.MonkeyPa
         with pytest.raises(RunError, match=f"could not be {done}, tried for [01] s: 503.*check the storage") as e:
             look(served.url("/x.bin"))
         assert "\n" not in str(e.value)
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """An S3 server in a process of its own, and its address."""
-    program = shutil.which("moto_server", path=os.path.dirname(sys.executable))
-    if program is None:
-        pytest.skip("moto_server is not installed")
-    with socket.create_server(("127.0.0.1", 0)) as s:
-        port = s.getsockname()[1]
-    command = [program, "-H", "127.0.0.1", "-p", str(port)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    for _ in range(300):
-        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            break
-        time.sleep(0.1)
-    yield process, f"http://127.0.0.1:{port}"
-    process.send_signal(signal.SIGCONT)
-    process.terminate()
-    process.wait(20)
-
-
-def ask(method: str, url: str, data: bytes = b"") -> None:
-    urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "text/plain"}, method=method)).close()
-
-
-@pytest.fixture
-def bucket(moto: tuple[subprocess.Popen[bytes], str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty bucket, with the environment that leads to it."""
-    address = moto[1]
-    for name in [n for n in os.environ if n.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in (("ENDPOINT_URL", address), ("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test")):
-        monkeypatch.setenv(f"AWS_{name}", value)
-    ask("POST", f"{address}/moto-api/reset-auth", b"1000000")
-    ask("POST", f"{address}/moto-api/reset")
-    ask("PUT", f"{address}/bucket")
-    return "s3://bucket"
 
 
 @pytest.mark.parametrize("url", [False, True])

@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import _rank, run_ranks
+from conftest import RECIPE, _rank, run_ranks
 
 from sevenfold.engine import checkpoint as ckpt
 from sevenfold.engine import optim
 from sevenfold.engine.batch import micro_batches, to_batch
 from sevenfold.engine.step import train_step
 from sevenfold.errors import RunError
+from sevenfold.model.parallel import Place
 from sevenfold.recipe import Recipe
 from sevenfold.runs.faults import DAMAGES, damage
 
@@ -31,7 +32,9 @@ def steps(tree: dict[str, Any], folder: str, until: int, save_at: list[int]) -> 
     from test_step import ROWS, rows_of, sharded
 
     recipe = Recipe.model_validate(tree)
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    tensor = recipe.parallel.tensor
+    place = Place.of(torch.distributed.get_rank(), torch.distributed.get_world_size(), tensor)
+    rank, world = place.rank, place.world_size
     model = sharded(recipe)
     optimizer = optim.build(model, recipe.optimizer)
     found = ckpt.latest(folder)
@@ -41,30 +44,53 @@ def steps(tree: dict[str, Any], folder: str, until: int, save_at: list[int]) -> 
     out = []
     for step in range(found.step if found else 0, until):
         rows = rows_of(step).part(rank * ROWS // world, (rank + 1) * ROWS // world)
-        out.append(
-            train_step(
-                model, micro_batches(rows, 4, -(-ROWS // world // 4), to_batch, torch.device("cpu")), optimizer, 1e-2, 1.0
-            ).loss
-        )
+        batches = micro_batches(rows, 4, -(-ROWS // world // 4), to_batch, torch.device("cpu"))
+        out.append(train_step(model, batches, optimizer, 1e-2, 1.0, tensor).loss)
         if step + 1 in save_at:
             saver.save(step + 1, model, optimizer, {"positions": {}})  # and on at once: what is written is a copy
     saver.close()
     return out
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("saved")
+    run_ranks(2, root / "pg", steps, recipe_of(2, {}), str(root / "c"), 4, [2, 4])
+    return root / "c"
+
+
 @pytest.fixture
-def saved(tree: dict[str, Any], tmp_path: Path) -> Path:
+def saved(made: Path, tmp_path: Path) -> Path:
     """Checkpoints of steps 2 and 4 by two ranks."""
-    run_ranks(2, tmp_path / "pg" / "save", steps, tree, str(tmp_path / "c"), 4, [2, 4])
-    return tmp_path / "c"
+    return Path(shutil.copytree(made, tmp_path / "c"))
 
 
-def test_resume_is_the_unbroken_run(tree: dict[str, Any], saved: Path, tmp_path: Path) -> None:
-    whole = run_ranks(2, tmp_path / "pg" / "whole", steps, tree, str(tmp_path / "none"), 8, [])[0]
-    assert run_ranks(2, tmp_path / "pg" / "again", steps, tree, str(saved), 8, [])[0] == whole[4:]  # to the bit
-    for world in (1, 3):
-        found = run_ranks(world, tmp_path / "pg" / f"{world}", steps, tree, str(saved), 8, [])[0]
-        assert found == pytest.approx(whole[4:], rel=1e-5)
+def recipe_of(workers: int, layout: dict[str, int]) -> dict[str, Any]:
+    return {**RECIPE, "data": {**RECIPE["data"], "sources": [{"path": "x"}]}, "parallel": layout,
+            "cluster": {"num_workers": workers}}  # fmt: skip
+
+
+def test_any_number_and_layout_of_ranks_goes_on_as_the_unbroken_run(saved: Path, tmp_path: Path) -> None:
+    def ranks(world: int, folder: Path, until: int, save_at: list[int], **layout: int) -> list[float]:
+        store = tmp_path / "pg" / f"{folder.name}{until}"
+        return list(run_ranks(world, store, steps, recipe_of(world, layout), str(folder), until, save_at)[0])
+
+    whole = ranks(2, tmp_path / "none", 12, [])
+    again = Path(shutil.copytree(saved, tmp_path / "again"))
+    assert ranks(2, again, 8, []) == whole[4:8]  # to the bit
+    found = ranks(3, saved, 6, [6]) + ranks(1, saved, 8, [8])
+    found += ranks(4, saved, 10, [10], replicate=2) + ranks(2, saved, 12, [], tensor=2)
+    assert found == pytest.approx(whole[4:], rel=1e-4)
+    assert found[:4] == pytest.approx(whole[4:8], rel=1e-5)
+
+
+def test_an_object_store(bucket: str, tmp_path: Path) -> None:
+    """Written, read and damaged over S3's own protocol."""
+    folder, tree = f"{bucket}/runs/a/checkpoints", recipe_of(2, {})
+    whole = run_ranks(2, tmp_path / "pg" / "first", steps, tree, folder, 6, [2, 4, 6])[0]
+    before, _, newest = ckpt.steps(folder).values()
+    damage(newest, "flip", random.Random(1), before)
+    assert run_ranks(2, tmp_path / "pg" / "again", steps, tree, folder, 6, [])[0] == whole[4:]
 
 
 def escape(at: Path) -> str:

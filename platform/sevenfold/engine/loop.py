@@ -28,7 +28,7 @@ class Hooks:
     """What happens around the steps; every rank calls each at the same steps. Metrics are those of all ranks.
 
     Attributes:
-        noticed: whether this rank's machine will be taken away; then a checkpoint is written at once.
+        noticed: whether a checkpoint is to be written at once, since a machine will be taken away.
         settle: returns when the checkpoint under way is written.
         tell: a sentence for whoever watches.
         go_back: after this step, the last of so many that were left out; loads the last checkpoint, passes over their data
@@ -110,7 +110,6 @@ def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> int:
     if step >= steps:  # ended between the last save and the last report
         hooks.report(steps, hooks.validate(steps))
     trainer.model.train()
-    noticed = False
     while step < steps:
         done = trainer.step(step, hooks.noticed())
         if done is None:
@@ -130,7 +129,7 @@ def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> int:
             hooks.log(at, {f"train/{k}": v for k, v in (scalars | trainer.meter.read()).items()})
         every = recipe.validation.every
         validating = last or (every is not None and at % every == 0)
-        if done.noticed and not noticed:
+        if done.noticed:
             hooks.tell(f"a machine of this run will be taken away: saving step {at} at once")
             hooks.save(at)
             hooks.settle()
@@ -140,7 +139,7 @@ def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> int:
         if validating:
             hooks.report(at, metrics | {"train/loss": done.loss if math.isfinite(done.loss) else float("inf")})
             trainer.meter.reset()
-        step, noticed = step + 1, done.noticed
+        step += 1
     return step
 
 

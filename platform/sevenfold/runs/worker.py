@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import time
 from dataclasses import replace
 from typing import Any
 
@@ -45,6 +46,7 @@ from sevenfold.runs.prepare import Job
 from sevenfold.storage import RunFolder
 
 log = logging.getLogger(__name__)
+MARGIN = 3.0  # seconds before a machine's end that a last save is over by
 
 
 class Worker:
@@ -67,6 +69,7 @@ class Worker:
         self.reported: dict[str, Any] = {}
         self.draws: list[Draw] = []  # since the last committed checkpoint, of all ranks
         self.run_log: RunLog | None = None  # of rank 0
+        self.told, self.looked = 0, time.time()  # how far a notice has been heeded; the last look for one
 
     def run(self) -> dict[str, Any]:
         """Returns the last report: metrics, step and checkpoint."""
@@ -238,8 +241,15 @@ class Worker:
         self.run_log.flush()
 
     def _noticed(self) -> bool:
+        """True once when this run is given notice, and once more when a save can just be done before the deadline."""
         # not ray.train.get_preemption_info(), whose value this is: that one is a barrier by way of an actor
-        return get_train_context().preemption_context.preemption_info is not None
+        info = get_train_context().preemption_context.preemption_info
+        now = time.time()
+        step, self.looked = now - self.looked, now
+        told, self.told = self.told, int(info is not None)
+        if info is not None and info.deadline_ms is not None:
+            self.told += info.deadline_ms / 1000 - now < 2 * (step + self.saver.seconds) + MARGIN
+        return self.told > told
 
     def _validate(self, step: int) -> dict[str, float]:
         out: dict[str, float] = {}
