@@ -101,10 +101,9 @@ def run_job(*args: str, home: Path, code: int = 0) -> str:
 
 def run_ranks(world: int, store: Path, target: Callable[..., Any], *args: Any) -> list[Any]:
     """Runs target(*args) on `world` real processes of one gloo group; returns what each returned, by rank."""
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
     store.parent.mkdir(parents=True, exist_ok=True)
-    processes = [context.Process(target=_rank, args=(r, world, str(store), results, target, args)) for r in range(world)]
+    results: Any = RANKS.Queue()
+    processes = [rank_process(r, world, store, results, target, *args) for r in range(world)]
     for p in processes:
         p.start()
     got = [results.get(timeout=300) for _ in processes]
@@ -115,11 +114,23 @@ def run_ranks(world: int, store: Path, target: Callable[..., Any], *args: Any) -
     return [value for _, _, value in sorted(got, key=lambda g: g[0])]
 
 
-def _rank(rank: int, world: int, store: str, results: Any, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
+# forked from one process that has imported what all of them import
+RANKS = multiprocessing.get_context("forkserver")
+RANKS.set_forkserver_preload(["torch.distributed.checkpoint", "sevenfold.model.build", "sevenfold.model.parallel", "ray.train"])
+
+
+def rank_process(rank: int, world: int, store: Path, results: Any, target: Callable[..., Any], *args: Any) -> Any:
+    """A process, not yet started, that puts (rank, error, what target(*args) returned) into results."""
+    return RANKS.Process(target=_rank, args=(rank, world, str(store), results, dict(os.environ), target, args))
+
+
+def _rank(
+    rank: int, world: int, store: str, results: Any, env: dict[str, str], target: Callable[..., Any], args: tuple[Any, ...]
+) -> None:
     import torch
     import torch.distributed as dist
 
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ.update(env | {"OMP_NUM_THREADS": "1"})
     torch.set_num_threads(1)
     try:
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)

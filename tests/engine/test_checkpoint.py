@@ -2,7 +2,6 @@
 
 import json
 import logging
-import multiprocessing
 import os
 import pickle
 import random
@@ -15,8 +14,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import RECIPE, _rank, run_ranks
+from conftest import RANKS, RECIPE, rank_process, run_ranks
 
+from sevenfold import storage
 from sevenfold.engine import checkpoint as ckpt
 from sevenfold.engine import optim
 from sevenfold.engine.batch import micro_batches, to_batch
@@ -70,27 +70,38 @@ def recipe_of(workers: int, layout: dict[str, int]) -> dict[str, Any]:
             "cluster": {"num_workers": workers}}  # fmt: skip
 
 
-def test_any_number_and_layout_of_ranks_goes_on_as_the_unbroken_run(saved: Path, tmp_path: Path) -> None:
-    def ranks(world: int, folder: Path, until: int, save_at: list[int], **layout: int) -> list[float]:
-        store = tmp_path / "pg" / f"{folder.name}{until}"
-        return list(run_ranks(world, store, steps, recipe_of(world, layout), str(folder), until, save_at)[0])
+def ranks(world: int, store: Path, folder: object, until: int, save_at: list[int], **layout: int) -> list[float]:
+    return list(run_ranks(world, store, steps, recipe_of(world, layout), str(folder), until, save_at)[0])
 
-    whole = ranks(2, tmp_path / "none", 12, [])
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Losses of two ranks without a break."""
+    root = tmp_path_factory.mktemp("whole")
+    return ranks(2, root / "pg", root / "c", 12, [])
+
+
+def test_any_number_and_layout_of_ranks_goes_on_as_the_unbroken_run(whole: list[float], saved: Path, tmp_path: Path) -> None:
+    store = tmp_path / "pg"
     again = Path(shutil.copytree(saved, tmp_path / "again"))
-    assert ranks(2, again, 8, []) == whole[4:8]  # to the bit
-    found = ranks(3, saved, 6, [6]) + ranks(1, saved, 8, [8])
-    found += ranks(4, saved, 10, [10], replicate=2) + ranks(2, saved, 12, [], tensor=2)
-    assert found == pytest.approx(whole[4:], rel=1e-4)
+    assert ranks(2, store / "0", again, 8, []) == whole[4:8]  # to the bit
+    found = ranks(3, store / "1", saved, 6, [6]) + ranks(1, store / "2", saved, 8, [8])
+    found += ranks(4, store / "3", saved, 10, [10], replicate=2) + ranks(2, store / "4", saved, 12, [], tensor=2)
     assert found[:4] == pytest.approx(whole[4:8], rel=1e-5)
+    assert found == pytest.approx(whole[4:], rel=1e-4)
 
 
-def test_an_object_store(bucket: str, tmp_path: Path) -> None:
-    """Written, read and damaged over S3's own protocol."""
-    folder, tree = f"{bucket}/runs/a/checkpoints", recipe_of(2, {})
-    whole = run_ranks(2, tmp_path / "pg" / "first", steps, tree, folder, 6, [2, 4, 6])[0]
-    before, _, newest = ckpt.steps(folder).values()
+def test_an_object_store(whole: list[float], saved: Path, bucket: str, tmp_path: Path) -> None:
+    """Read, written and damaged over S3's own protocol."""
+    folder = f"{bucket}/runs/a/checkpoints"
+    storage.upload(str(saved), folder)
+    assert ranks(2, tmp_path / "pg" / "0", folder, 6, [6]) == whole[4:6]
+    _, before, newest = ckpt.steps(folder).values()
+    found = ckpt.latest(folder)
+    assert found is not None and found.path == newest
     damage(newest, "flip", random.Random(1), before)
-    assert run_ranks(2, tmp_path / "pg" / "again", steps, tree, folder, 6, [])[0] == whole[4:]
+    found = ckpt.latest(folder)
+    assert found is not None and found.path == before
 
 
 def escape(at: Path) -> str:
@@ -278,10 +289,8 @@ def dying(tree: dict[str, Any], folder: str, touch: int) -> None:
 
 def killed_at(touch: int, tree: dict[str, Any], folder: Path, points: list[str]) -> bool:
     """Whether the save came to its end before that many touches; else what it died at is added to the points."""
-    context = multiprocessing.get_context("spawn")
-    results: Any = context.Queue()
-    store = folder.with_name(f"store{touch}")
-    process = context.Process(target=_rank, args=(0, 1, str(store), results, dying, (tree, str(folder), touch)))
+    results: Any = RANKS.Queue()
+    process = rank_process(0, 1, folder.with_name(f"store{touch}"), results, dying, tree, str(folder), touch)
     process.start()
     process.join(120)
     if process.exitcode == 0:

@@ -6,6 +6,7 @@ A seed takes minutes: 5 by default, 50 by SEVENFOLD_KILL_SEEDS=50 for the long p
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -171,3 +172,10 @@ def test_the_ledger_tells_and_replays(home: Path) -> None:
     batch = load_file(home / "step.safetensors")
     assert batch["input_ids"].shape == batch["labels"].shape == (16, 128) and batch["cu_seqlens"][-1] == 16 * 128
     assert "found steps 1 to 60" in sevenfold("runs/whole", "which", "--step", "61", code=2)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_recipe_is_refused(home: Path) -> None:
+    shutil.copytree(home / "runs/whole/checkpoints", home / "runs/other/checkpoints")
+    said = run_job("pretrain", "recipe.yaml", "name=other", "seed=4", "cluster.max_failures=0", home=home, code=1)
+    assert "a checkpoint of another recipe than this run's: move it elsewhere" in said
