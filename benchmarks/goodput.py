@@ -28,6 +28,7 @@ BYTES = 12  # a parameter: float32 weights and AdamW's two moments, as we save t
 NODE = 8  # GPUs
 DAY, HOUR = 86_400.0, 3600.0
 NOTICE = 120.0  # seconds before a spot machine of AWS is taken away
+MARGIN = 3.0  # seconds, as runs/worker.py has it
 
 
 class Policy(NamedTuple):
@@ -123,6 +124,7 @@ def main() -> int:
 
     spot = {
         "no notice": (0.0, False), f"{NOTICE:g} s: a save at once, on until the machine is gone": (NOTICE, False),
+        f"{NOTICE:g} s: ours, and a second save as late as it is safe": (2 * committed + MARGIN, False),
         f"{NOTICE:g} s: a save at once, then anew without it": (NOTICE, True),
     }  # fmt: skip
     lost = []

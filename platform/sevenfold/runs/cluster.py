@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import worker
 from ray.exceptions import RayTaskError
 from ray.train.v2._internal.execution import context
 
@@ -51,6 +52,7 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
     os.environ.update({k: os.environ.get(k, v) for k, v in settings.items()})
     if not verbose:
         quieten()
+        worker.print_to_stdstream = _first_line
     address = os.environ.get("RAY_ADDRESS", "")
     if address.startswith("http"):
         raise InputError(f"RAY_ADDRESS {address} is a dashboard: go in by `ray job submit`, or unset it for a local Ray")
@@ -74,6 +76,11 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
     token = Path("~/.ray/auth_token").expanduser()
     if token.exists() and token.stat().st_mode & 0o077:
         token.chmod(0o600)  # Ray writes it for everyone to read
+
+
+def _first_line(told: dict[str, Any], ignore_prefix: bool) -> None:
+    """Of what Ray says of itself, which is a page of a raylet's state for each node that is lost."""
+    say(f"ray: {' '.join(told['lines']).strip().splitlines()[0][:200]}")
 
 
 def quieten() -> None:

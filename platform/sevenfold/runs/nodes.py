@@ -130,10 +130,12 @@ class LocalNodes(Nodes):
         self._cluster.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
 
     def again(self) -> None:
-        """A new cluster in the place of one whose head was lost."""
+        """A new cluster, as large, in the place of one whose head was lost."""
+        count = len(self._others)
         self.close()
         self._start()
         super().__init__()
+        self.ready(count)
 
     def close(self) -> None:
         super().close()

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.exceptions import RayActorError
 from ray.util.queue import Empty, Queue
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -87,10 +88,16 @@ class _Watcher:
         self._thread.start()
 
     def _show(self) -> None:
-        while not (self._stop.is_set() and self.queue.empty()):
+        while True:
             try:
                 item = self.queue.get(timeout=0.5)
             except Empty:
+                if self._stop.is_set():
+                    return
+                continue
+            except RayActorError:  # the cluster is about to end, and this process with it
+                if self._stop.wait(1):
+                    return
                 continue
             if isinstance(item, str):
                 say(item)
