@@ -103,10 +103,13 @@ def show(found: Sequence[Outcome]) -> None:
                "without a verified checkpoint", "identical"]  # fmt: skip
     rows = [
         [o.about, o.struck, round(o.pause_s, 1), o.went_on, o.redone, o.lost, f"{o.unguarded} of {o.looks}",
-         o.error or ("to the bit" if o.difference == 0 else "NO" if o.difference is None else f"to {o.difference:.0e}")]
+         "to the bit" if o.difference == 0 else "NO" if o.difference is None else f"to {o.difference:.0e}"]
         for o in found
     ]  # fmt: skip
     table("Drills", columns, rows)
+    for o in found:
+        if o.error:
+            say(f"{o.fault}: {o.error}")
 
 
 class Drill:
