@@ -61,9 +61,15 @@ class Killed(Run):
         ]
         super().__init__(words, {"SEVENFOLD_HOME": str(home)}, str(home))
 
+    def workers(self) -> list[psutil.Process]:
+        return [p for p in psutil.Process(self.process.pid).children(recursive=True) if "TrainWorker" in " ".join(p.cmdline())]
+
     def kill_worker(self, rng: random.Random) -> None:
-        found = [p for p in psutil.Process(self.process.pid).children(recursive=True) if "TrainWorker" in " ".join(p.cmdline())]
-        rng.choice(found).send_signal(signal.SIGKILL)
+        rng.choice(self.workers()).send_signal(signal.SIGKILL)
+
+    def signal(self, number: int) -> None:
+        for p in self.workers():
+            p.send_signal(number)
 
     def kill(self) -> None:
         """Its Ray notices and ends."""
@@ -179,3 +185,15 @@ def test_a_checkpoint_of_another_recipe_is_refused(home: Path) -> None:
     shutil.copytree(home / "runs/whole/checkpoints", home / "runs/other/checkpoints")
     said = run_job("pretrain", "recipe.yaml", "name=other", "seed=4", "cluster.max_failures=0", home=home, code=1)
     assert "a checkpoint of another recipe than this run's: move it elsewhere" in said
+
+
+@pytest.mark.slow
+def test_of_two_starts_the_later_one_goes_on(home: Path) -> None:
+    first = Killed(home, "twice", 2)
+    first.reach(6)
+    first.signal(signal.SIGSTOP)  # as if cut off: it knows of nothing, and goes on some time
+    run_job("pretrain", "recipe.yaml", "name=twice", "cluster.num_workers=2", home=home)
+    whole, there = ledger(home / "runs/whole"), sorted((home / "runs/twice/checkpoints").iterdir())
+    first.signal(signal.SIGCONT)
+    assert first.end() == 1 and any("was started once more" in line for line in first.lines), first.lines
+    assert ledger(home / "runs/twice") == whole and sorted((home / "runs/twice/checkpoints").iterdir()) == there

@@ -37,6 +37,10 @@ class DamagedError(RunError):
     """A checkpoint that is not what its manifest says."""
 
 
+class TakenOverError(RunError):
+    """The folder is another's now: nothing more may be written to it."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A committed checkpoint, as its manifest tells it. `extra`: what the run wants to find again (plain JSON)."""
@@ -85,7 +89,8 @@ class Saver:
         """Begins a checkpoint of the trained parameters and the optimizers' state; waits for the one before to end.
 
         Args:
-            before_commit: what rank 0 has to write before the checkpoint counts; it fails with it, and is tried again with it.
+            before_commit: what rank 0 has to write before the checkpoint counts; it fails with it, and is tried again with it,
+                unless it raises TakenOverError, which is raised on all ranks at the next call.
 
         Raises RunError where MOST_FAILED in a row could not be written.
         """
@@ -105,6 +110,8 @@ class Saver:
         if self._under_way is not None:
             try:
                 self.last, self._failed = self._under_way.result(), 0
+            except TakenOverError:
+                raise
             except RunError as e:
                 self._failed += 1
                 stays = f"step {self.last.step} is the last one" if self.last else "there is none"
@@ -123,9 +130,12 @@ class Saver:
 
     def _persist(self, *save: Any) -> Checkpoint:
         for wait in RETRIES:
-            with contextlib.suppress(RunError):
+            try:
                 return self._written(*save)
-            time.sleep(wait)
+            except TakenOverError:
+                raise
+            except RunError:
+                time.sleep(wait)
         return self._written(*save)
 
     def _written(
@@ -144,6 +154,8 @@ class Saver:
         except RunError as e:
             with contextlib.suppress(Exception):
                 self._each(lambda: storage.remove(path) if rank == 0 else None)
+            if isinstance(e, TakenOverError):
+                raise
             raise RunError(f"{path}: could not be written ({e})") from None
         if rank == 0:
             try:

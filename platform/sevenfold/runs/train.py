@@ -29,7 +29,7 @@ def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
     """Trains on Ray Train workers until the last step. Returns what was reported last.
 
     Raises:
-        RunError: the workers failed more often than cluster.max_failures allows.
+        RunError: the workers failed more often than cluster.max_failures allows, or the run was started once more elsewhere.
     """
     from ray.train.torch import TorchTrainer  # brings torch
 
@@ -62,11 +62,14 @@ def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
         ),
     )  # fmt: skip
     try:
-        return dict(trainer.fit().return_value)
+        reported = dict(trainer.fit().return_value)
     except ray.train.TrainingFailedError as e:
         if "sevenfold.errors." not in str(e):
             say(str(e))  # a bug of ours or a fault of the machine: the worker's traceback tells
         raise RunError(f"{job.folder}: training failed: {_cause(str(e))}; resubmit to go on from the last checkpoint") from e
+    if "ended" in reported:
+        raise RunError(reported["ended"])
+    return reported
 
 
 def _cause(error: str) -> str:

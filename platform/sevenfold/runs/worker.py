@@ -67,17 +67,20 @@ class Worker:
         self.guard = Guard(self.recipe.guard)
         self.passed: list[tuple[int, int]] = []  # data steps that the guard has had passed over
         self.reported: dict[str, Any] = {}
+        self.ranks: list[dict[str, Any]] = []  # what this start wrote to workers.json
         self.draws: list[Draw] = []  # since the last committed checkpoint, of all ranks
         self.run_log: RunLog | None = None  # of rank 0
         self.told, self.looked = 0, time.time()  # how far a notice has been heeded; the last look for one
 
     def run(self) -> dict[str, Any]:
-        """Returns the last report: metrics, step and checkpoint."""
+        """Returns the last report: metrics, step and checkpoint; or `ended`, a sentence that says why it did not get there."""
         last = self._last()
         start, self.before = self._stand(last)
         self.reader = self._read(start, self.before)  # Ray Data begins while the model is built
         try:
             self._train(start, last)
+        except ckpt.TakenOverError as e:
+            self.reported = {"ended": str(e)}  # not raised: Ray would start it anew
         finally:
             self.reader.close()
             if self.run_log:
@@ -130,13 +133,14 @@ class Worker:
         return objective, parallel.shard(model, self.device, recipe.train, recipe.parallel), flops
 
     def _tell_where(self) -> None:
-        """Which process on which node each rank is, for whoever has to look at one."""
+        """Which process on which node each rank is, for whoever has to look at one. The start that wrote it last owns the
+        folder: see _before_commit."""
         context = ray.get_runtime_context()
         mine = {"rank": self.rank, "node": context.get_node_id(), "host": get_node_ip_address(), "pid": os.getpid()}
-        ranks: list[dict[str, Any]] = [mine] * self.world
-        torch.distributed.all_gather_object(ranks, mine)
+        self.ranks = [mine] * self.world
+        torch.distributed.all_gather_object(self.ranks, mine)
         if self.rank == 0:
-            storage.write(self.folder.workers, json.dumps(ranks, indent=1))
+            storage.write(self.folder.workers, json.dumps(self.ranks, indent=1))
 
     def _read(self, start: int, state: ReaderState) -> LaneReader:
         stream = replace(self.job.train, skip=(*self.job.train.skip, *self.passed))
@@ -235,8 +239,11 @@ class Worker:
         self.saver.save(step, self.model, self.optimizers, extra, functools.partial(self._before_commit, list(self.draws)))
 
     def _before_commit(self, draws: list[Draw]) -> None:
-        """On rank 0, beside the training."""
+        """On rank 0, beside the training. Raises TakenOverError where the run was started once more, while this start was cut
+        off from its driver, say."""
         assert self.run_log is not None
+        if storage.read_json(self.folder.workers) != self.ranks:
+            raise ckpt.TakenOverError(f"{self.folder.root}: this run was started once more, and goes on there: this start ends")
         self.ledger.write(draws)
         self.run_log.flush()
 
