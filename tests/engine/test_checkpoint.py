@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,8 +186,9 @@ def test_the_newest_are_kept(saved: Path) -> None:
     ckpt.prune(newest, 1, keep_every=2)
     ckpt.prune(newest, 2)
     assert sorted(p.name for p in saved.iterdir()) == ["step-00000002.00", "step-00000004.00", "step-00000005.00"]
-    ckpt.prune(newest, 1)
-    assert sorted(p.name for p in saved.iterdir()) == ["step-00000004.00", "step-00000005.00"]
+    six = replace(newest, path=str(shutil.copytree(newest.path, saved / "step-00000006.00")), step=6)
+    ckpt.prune(six, 2, damaged={"step-00000004.00"})  # it is no good one that would do for the other
+    assert sorted(p.name for p in saved.iterdir()) == ["step-00000002.00", "step-00000006.00"]
 
 
 def limited(tree: dict[str, Any], folder: str) -> tuple[list[str], list[int | None]]:

@@ -9,7 +9,7 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -73,7 +73,8 @@ class Saver:
             tell: rank 0's word on a save that failed.
             last: the checkpoint that training went on from.
         """
-        self._folder, self._keep, self._every, self._tell, self.last = folder, keep, keep_every, tell, last
+        self._folder, self._keep, self._every, self._tell = folder, keep, keep_every, tell
+        self.begin_from(last)
         # of its own: in the step's group its messages and the step's would be taken for each other
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         cuda = torch.cuda.is_available()
@@ -81,6 +82,12 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "sevenfold-checkpoint")
         self._under_way: Future[Checkpoint] | None = None
         self._failed, self._begin, self.seconds = 0, 0.0, 0.0
+
+    def begin_from(self, last: Checkpoint | None) -> None:
+        """Goes on from a checkpoint, or from none: those after it were passed over, and are not counted as good ones."""
+        self.last = last
+        name = last.path.rsplit("/", 1)[1] if last else ""
+        self._passed_over = {n for n in _committed(self._folder) if n > name} if dist.get_rank() == 0 else set[str]()
 
     def save(
         self, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], extra: dict[str, Any],
@@ -144,7 +151,9 @@ class Saver:
         rank, world = dist.get_rank(), dist.get_world_size()
         path = self._each(lambda: storage.join(self._folder, _fresh(self._folder, step)) if rank == 0 else "")[0]
         try:
-            writer, sums = _writer(path)
+            made: list[Any] = []
+            self._each(lambda: made.append(_writer(path)))
+            writer, sums = made[0]
             self._each(lambda: dcp.save(state, storage_writer=writer, process_group=self._group))
             files = {name: s for part in self._each(lambda: sums) for name, s in part.items()}
             found = Checkpoint(path, step, world, files, extra)
@@ -159,8 +168,8 @@ class Saver:
             raise RunError(f"{path}: could not be written ({e})") from None
         if rank == 0:
             try:
-                prune(found, self._keep, self._every)
-            except RunError as e:  # it is committed all the same, and the next save removes what this one could not
+                prune(found, self._keep, self._every, self._passed_over)
+            except (InputError, RunError) as e:  # it is committed all the same, and the next save removes it
                 log.warning("%s", e)
         self.seconds = time.perf_counter() - self._begin
         return found
@@ -287,13 +296,13 @@ def verify(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> None:
             raise DamagedError(f"{file}: damaged: its checksum is not the manifest's")
 
 
-def prune(newest: Checkpoint, keep: int, keep_every: int | None = None) -> None:
+def prune(newest: Checkpoint, keep: int, keep_every: int | None = None, damaged: Collection[str] = ()) -> None:
     """Removes what is older than the `keep` committed checkpoints up to `newest`, which was just written, and what was
     never committed before it; those of a multiple of `keep_every` steps stay. What lies after it (damaged, and passed over)
-    is left for whoever wants to look."""
+    is left for whoever wants to look. damaged: names that do not count."""
     folder, last = newest.path.replace("\\", "/").rsplit("/", 1)
     whole = _committed(folder)
-    older = [n for n in whole if n < last]
+    older = [n for n in whole if n < last and n not in damaged]
     kept = set(older[-(keep - 1) :] if keep > 1 else ())
     kept |= {n for n in older if keep_every and _step(n) % keep_every == 0}
     for name in storage.listdir(folder):

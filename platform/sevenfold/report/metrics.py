@@ -11,7 +11,7 @@ from collections.abc import Callable
 from torch.utils.tensorboard import SummaryWriter
 
 from sevenfold import storage
-from sevenfold.errors import RunError
+from sevenfold.errors import InputError, RunError
 from sevenfold.storage import RunFolder
 
 
@@ -88,7 +88,7 @@ class RunLog:
     def _try(self, work: Callable[[], None]) -> bool:
         try:
             work()
-        except (OSError, RunError) as e:
+        except (OSError, InputError, RunError) as e:
             if not self._told:
                 self._tell(f"a part of the log could not be written yet ({e})")
             self._told = True

@@ -80,7 +80,7 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
 
 def _first_line(told: dict[str, Any], ignore_prefix: bool) -> None:
     """Of what Ray says of itself, which is a page of a raylet's state for each node that is lost."""
-    say(f"ray: {' '.join(told['lines']).strip().splitlines()[0][:200]}")
+    say(f"ray: {' '.join(told['lines']).strip().partition(chr(10))[0][:200]}")
 
 
 def quieten() -> None:

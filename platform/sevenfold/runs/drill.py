@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from ray.exceptions import RayError
+
 from sevenfold import storage
 from sevenfold.data.ledger import Ledger
 from sevenfold.engine import checkpoint as ckpt
@@ -74,6 +76,8 @@ def run(recipe: Recipe, faults: Sequence[str], steps: int = STEPS) -> list[Outco
     """
     if unknown := [f for f in faults if f not in FAULTS]:
         raise InputError(f"--faults: no fault {unknown[0]!r}; there are {', '.join(FAULTS)}")
+    if steps < 12:
+        raise InputError(f"--steps {steps}: expected 12 or more: a fault needs checkpoints before and after it")
     if os.environ.get("RAY_ADDRESS"):
         cluster.connect()
         nodes = Nodes()
@@ -81,7 +85,8 @@ def run(recipe: Recipe, faults: Sequence[str], steps: int = STEPS) -> list[Outco
         nodes = LocalNodes(recipe.cluster.cpus_per_worker)
     try:
         drill = Drill(recipe, nodes, steps)
-        chosen = {name: FAULTS[name] for name in faults or FAULTS}
+        own = isinstance(nodes, LocalNodes)  # others' nodes are ended only by name
+        chosen = {name: FAULTS[name] for name in faults or (n for n, f in FAULTS.items() if own or not f.node)}
         left_out = {name: why for name, fault in chosen.items() if (why := drill.impossible(fault))}
         for name, why in left_out.items():
             say(f"{name} ({FAULTS[name].about}) is left out: {why}")
@@ -120,6 +125,7 @@ class Drill:
         changes = {
             "train.steps": steps, "train.log_every": 1, "checkpoint.every": every, "cluster.num_workers": recipe.workers[1],
             "storage": storage.place(recipe.storage), "cluster.resize_seconds": 2,
+            "checkpoint.keep": max(2, recipe.checkpoint.keep),
         }  # fmt: skip
         if isinstance(nodes, LocalNodes):
             changes |= nodes.worker
@@ -146,11 +152,14 @@ class Drill:
     def all(self, faults: Mapping[str, Fault]) -> list[Outcome]:
         """Raises RunError where the run that is left alone fails."""
         say(f"{self.recipe.name}-drill: {self.steps} steps, left alone")
-        storage.remove(self.folder("drill").root)
+        _clear(self.folder("drill"))
         self._nodes(0)
         whole = self.start("drill")
-        if whole.end():
-            raise RunError(f"{self.recipe.name}-drill, left alone, failed: {whole.told()}")
+        try:
+            if whole.end():
+                raise RunError(f"{self.recipe.name}-drill, left alone, failed: {whole.told()}")
+        finally:
+            whole.kill()
         found = []
         for name, fault in faults.items():
             found.append(self.one(name, fault))
@@ -162,7 +171,7 @@ class Drill:
     def one(self, name: str, fault: Fault) -> Outcome:
         place = fault.storage or self.recipe.storage
         folder = self.folder(f"drill-{name}", place)
-        storage.remove(folder.root)
+        _clear(folder)
         self._nodes(fault.spares)
         rng = random.Random(name)  # noqa: S311 (drawn again the same)
         workers = f"[1,{self.recipe.workers[1]}]" if fault.elastic else str(self.recipe.workers[1])
@@ -172,23 +181,24 @@ class Drill:
         struck, kept, begin = 0, [], time.monotonic()
         try:
             with Watch(folder.checkpoints) as watch:
-                scene.run.reach(rng.randint(3 * self.every, self.steps // 2))
+                scene.run.reach(rng.randint(3 * self.every + 1, max(3 * self.every + 1, self.steps // 2)))
                 kept = list(scene.committed())
                 struck, begin = scene.run.step, time.monotonic()
                 fault.do(scene)
                 code = scene.run.end()
-        except RunError as e:
-            scene.run.kill()
+        except (RunError, InputError, RayError) as e:
             return Outcome(name, fault.about, allowed, struck, error=str(e))
         finally:
+            scene.run.kill()
             storage.write(storage.join(folder.root, "drill.log"), "\n".join(scene.run.lines))
         seen, story = [s for _, s in scene.run.steps], scene.run.steps
         times = [begin, *(t for t, _ in story if t > begin)]
-        went_on = scene.run.resumed[-1][1] if scene.run.resumed else None
+        redone = len(seen) - len(set(seen))
+        went_on = min((s for t, s in scene.run.resumed if t >= begin), default=0 if redone else None)
         safe = kept[-2] if fault.damages else kept[-1]
         return Outcome(
             name, fault.about, allowed, struck, max((b - a for a, b in itertools.pairwise(times)), default=0.0), went_on,
-            len(seen) - len(set(seen)), max(0, safe - (safe if went_on is None else went_on)),
+            redone, max(0, safe - (safe if went_on is None else went_on)),
             self.difference(folder) if code == 0 else None, watch.looks, watch.unguarded, scene.run.told() if code else None,
         )  # fmt: skip
 
@@ -215,6 +225,15 @@ class Drill:
     def _nodes(self, spares: int) -> None:
         if isinstance(self.nodes, LocalNodes):
             self.nodes.ready(self.recipe.workers[1] + spares)
+
+
+def _clear(folder: RunFolder) -> None:
+    """Makes room for a drill's run. Raises InputError where a run lies that is none."""
+    mark = storage.join(folder.root, "drill.log")
+    if storage.listdir(folder.root) and not storage.exists(mark):
+        raise InputError(f"{folder.root}: expected nothing, or a drill's run, found another: give the recipe another name")
+    storage.remove(folder.root)
+    storage.write(mark, "")
 
 
 def _losses(folder: RunFolder) -> dict[int, tuple[float, float]]:

@@ -112,9 +112,15 @@ class Scene:
             now[:0] = then
 
     def victim(self) -> dict[str, Any]:
-        """A worker, as RunFolder.workers tells of it: of a node that can be lost, where there is one."""
-        found = storage.read_json(self.folder.workers)
-        return dict(self.rng.choice([w for w in found if w["node"] != self.nodes.own] or found))
+        """A worker, as RunFolder.workers tells of it."""
+        return dict(self.rng.choice(storage.read_json(self.folder.workers)))
+
+    def node(self) -> str:
+        """The id of a worker's node that can be lost. Raises RunError where there is none."""
+        found = sorted({w["node"] for w in storage.read_json(self.folder.workers)} - self.nodes.kept)
+        if not found:
+            raise RunError("all its workers are on the head, or where this drill runs, and those nodes are not ended")
+        return str(self.rng.choice(found))
 
     def committed(self) -> dict[int, str]:
         """Step -> path of the committed checkpoints, oldest first."""
@@ -160,15 +166,15 @@ def _driver(scene: Scene) -> None:
 
 
 def _node(scene: Scene) -> None:
-    scene.nodes.end(scene.victim()["node"])
+    scene.nodes.end(scene.node())
 
 
 def _power(scene: Scene) -> None:
-    scene.nodes.end(scene.victim()["node"], "freeze")
+    scene.nodes.end(scene.node(), "freeze")
 
 
 def _notice(scene: Scene) -> None:
-    node = scene.victim()["node"]
+    node = scene.node()
     scene.nodes.hand(node)  # a draining node takes no new one
     scene.nodes.drain(node, NOTICE)
     time.sleep(NOTICE)
@@ -190,7 +196,9 @@ def _head(scene: Scene) -> None:
 
 def _damaged(kind: str) -> Callable[[Scene], None]:
     def do(scene: Scene) -> None:
+        hands = [(w["pid"], scene.nodes.hand(w["node"])) for w in storage.read_json(scene.folder.workers)]
         scene.run.kill()
+        ray.get([hand.ended.remote(pid) for pid, hand in hands])  # until then they may save
         before, newest = list(scene.committed().values())[-2:]
         damage(newest, kind, scene.rng, before)
         scene.resubmit()

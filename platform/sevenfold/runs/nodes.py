@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -12,8 +13,10 @@ from typing import Any
 import psutil
 import ray
 from ray._private.authentication import authentication_token_setup as authentication
+from ray._private.state import available_resources_per_node
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from sevenfold.data.stream import TASK_CPUS
 from sevenfold.errors import RunError
 from sevenfold.recipe import Recipe
 from sevenfold.runs import cluster
@@ -29,6 +32,11 @@ class Hand:
     def ready(self) -> None:
         """Returns when it is there."""
 
+    def ended(self, pid: int) -> None:
+        """Returns when a process is gone."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            psutil.Process(pid).wait(30)
+
     def signal(self, pid: int, number: int) -> None:
         os.kill(pid, number)
 
@@ -39,22 +47,31 @@ class Hand:
 
     def lose(self) -> None:
         """The node's raylet, and with it all that runs there, this too."""
-        os.kill(os.getppid(), signal.SIGKILL)
+        self._raylet().kill()
 
     def freeze(self) -> None:
         """As a machine that loses its power: connections stay open, and nobody answers."""
-        raylet = psutil.Process(os.getppid())
+        raylet = self._raylet()
         pids = " ".join(str(p.pid) for p in [raylet, *raylet.children(recursive=True)])
-        script = f"kill -STOP {pids}; sleep {FROZEN}; kill -KILL {pids}"
+        still = "grep -qs '^State:.T' /proc/$p/status && kill -KILL $p"  # and no process that has got its number since
+        script = f"kill -STOP {pids}; sleep {FROZEN}; for p in {pids}; do {still}; done"
         subprocess.Popen(["sh", "-c", script], start_new_session=True)
+
+    def _raylet(self) -> psutil.Process:
+        parent = psutil.Process(os.getppid())
+        if parent.name() != "raylet":
+            raise RunError(f"expected a raylet as the parent of Ray's worker, found {parent.name()}: nothing is ended")
+        return parent
 
 
 class Nodes:
-    """The nodes of the cluster that this process is connected to, a Hand on each. `own`: id of the one it runs on."""
+    """The nodes of the cluster that this process is connected to, a Hand on each. `kept`: ids of those that no fault may take:
+    the head, and the one that this process runs on."""
 
     def __init__(self) -> None:
         self._hands: dict[str, Any] = {}
-        self.own = ray.get_runtime_context().get_node_id()
+        heads = {n["NodeID"] for n in ray.nodes() if "node:__internal_head__" in n["Resources"]}
+        self.kept = heads | {ray.get_runtime_context().get_node_id()}
 
     def hand(self, node: str) -> Any:
         if node not in self._hands:
@@ -76,12 +93,13 @@ class Nodes:
         ray_command("drain-node", "--address", address, *words, "--deadline-remaining-seconds", str(seconds))
 
     def room(self, recipe: Recipe) -> int:
-        """Workers that these nodes hold without the fullest of those that can be lost."""
+        """Workers that are free to start on these nodes without the roomiest of those that can be lost."""
         c = recipe.cluster
-        need = {"CPU": c.cpus_per_worker, "GPU": c.gpus_per_worker}
-        there = {n["NodeID"]: n["Resources"] for n in ray.nodes() if n["Alive"]}
-        counts = {i: min(int(has.get(k, 0) // v) for k, v in need.items() if v) for i, has in there.items()}
-        return sum(counts.values()) - max((n for i, n in counts.items() if i != self.own), default=sum(counts.values()))
+        need = {"CPU": c.cpus_per_worker + TASK_CPUS, "GPU": c.gpus_per_worker}
+        free = available_resources_per_node()
+        counts = {i: min(int(has.get(k, 0) // v) for k, v in need.items() if v) for i, has in free.items()}
+        lost = max((n for i, n in counts.items() if i not in self.kept), default=sum(counts.values()))
+        return sum(counts.values()) - lost
 
     def close(self) -> None:
         ray.shutdown()
@@ -140,7 +158,7 @@ class LocalNodes(Nodes):
     def close(self) -> None:
         super().close()
         self._cluster.shutdown()
-        del os.environ["RAY_ADDRESS"]
+        os.environ.pop("RAY_ADDRESS", None)
 
 
 def ray_command(*words: str) -> None:
@@ -148,4 +166,4 @@ def ray_command(*words: str) -> None:
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
     done = subprocess.run(["ray", *words], capture_output=True, text=True, env={**os.environ, "PATH": path})
     if done.returncode:
-        raise RunError(f"ray {words[0]}: {(done.stderr.strip() or done.stdout.strip()).splitlines()[-1]}")
+        raise RunError(f"ray {words[0]}: {(done.stderr.strip() or done.stdout.strip())[-300:]}")

@@ -106,7 +106,7 @@ class _Watcher:
                 say(item)
             elif isinstance(item, dict):
                 rank, why = min(item.items())
-                say(f"{len(item)} workers failed, rank {rank} by {_cause(why)}; going on from the last checkpoint")
+                say(f"{len(item)} workers failed, rank {rank} by: {_cause(why)}")
             else:
                 self._progress.log(*item)
 

@@ -74,13 +74,14 @@ class Worker:
 
     def run(self) -> dict[str, Any]:
         """Returns the last report: metrics, step and checkpoint; or `ended`, a sentence that says why it did not get there."""
+        self._tell_where()  # first: from then on no other start of this run writes
         last = self._last()
         start, self.before = self._stand(last)
         self.reader = self._read(start, self.before)  # Ray Data begins while the model is built
         try:
             self._train(start, last)
         except ckpt.TakenOverError as e:
-            self.reported = {"ended": str(e)}  # not raised: Ray would start it anew
+            self.reported, self.run_log = {"ended": str(e)}, None  # not raised: Ray would start it anew
         finally:
             self.reader.close()
             if self.run_log:
@@ -97,7 +98,6 @@ class Worker:
         self.saver = ckpt.Saver(self.folder.checkpoints, keep.keep, keep.keep_every, self._tell, last)
         self.interval = Interval(keep, self.world, start, self.saver, self._say)
         self.held_out = self._held_out()
-        self._tell_where()
         if self.rank == 0:
             self.run_log = RunLog(self.folder, start, self._tell)
         peak = recipe.cluster.peak_tflops * 1e12 if recipe.cluster.peak_tflops else None
@@ -107,7 +107,7 @@ class Worker:
             Meter(flops, peak, self.world, self.device), self.guard, self.interval,
         )  # fmt: skip
         hooks = loop.Hooks(
-            self._log, self._validate, self._save, self._noticed, self.saver.wait, self._report, self._say, self._go_back
+            self._log, self._validate, self._save, self._noticed, self._settle, self._report, self._say, self._go_back
         )
         try:
             at = loop.fit(trainer, hooks, start)
@@ -166,13 +166,13 @@ class Worker:
 
     def _stand(self, last: ckpt.Checkpoint | None) -> tuple[int, ReaderState]:
         """The step and the data's state to go on from; what was written after that is forgotten."""
+        if last is not None and last.extra["recipe"] != self.job.identity:
+            raise RunError(f"{last.path}: a checkpoint of another recipe than this run's: move it elsewhere")
         self.draws = []
         if self.rank == 0:
             self.ledger.cut(last.step if last else 0)
         if last is None:
             return 0, ReaderState()
-        if last.extra["recipe"] != self.job.identity:
-            raise RunError(f"{last.path}: a checkpoint of another recipe than this run's: move it elsewhere")
         self.guard.load(last.extra["guard"], self.guard.rollbacks)
         self.passed += [(a, b) for a, b in last.extra["passed"] if (a, b) not in self.passed]
         if self.rank == 0:
@@ -182,10 +182,10 @@ class Worker:
 
     def _go_back(self, step: int, steps: int) -> int:
         """As loop.Hooks says."""
+        self.saver.wait()
         last = self.reader.state.data_step
         self.passed.append((last - steps + 1, last))
         self.guard.rollbacks += 1
-        self.saver.wait()
         found = self._last()
         if found is None:
             raise RunError(
@@ -193,7 +193,7 @@ class Worker:
                 "checkpoint to go back to: lower optimizer.learning_rate or lengthen schedule.warmup_steps"
             )
         self.reader.close()
-        self.saver.last = found
+        self.saver.begin_from(found)
         start, self.before = self._stand(found)
         ckpt.load(found, self.model, self.optimizers)
         self.guard.in_a_row = 0
@@ -233,7 +233,7 @@ class Worker:
         libraries = (sevenfold, torch, transformers, ray)
         extra = {
             "recipe": self.job.identity, "settings": self.recipe.model_dump(mode="json"), "reader": state.to_json(),
-            "encoder": encoder, "guard": self.guard.state(), "passed": self.passed,
+            "encoder": encoder, "guard": self.guard.state(), "passed": list(self.passed),
             "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in libraries}},
         }  # fmt: skip
         self.saver.save(step, self.model, self.optimizers, extra, functools.partial(self._before_commit, list(self.draws)))
@@ -248,15 +248,22 @@ class Worker:
         self.run_log.flush()
 
     def _noticed(self) -> bool:
-        """True once when this run is given notice, and once more when a save can just be done before the deadline."""
+        """On rank 0, which is told what all are: once when this run is given notice, and once more when a save can just be done
+        before the deadline."""
         # not ray.train.get_preemption_info(), whose value this is: that one is a barrier by way of an actor
-        info = get_train_context().preemption_context.preemption_info
+        info = get_train_context().preemption_context.preemption_info if self.rank == 0 else None
         now = time.time()
-        step, self.looked = now - self.looked, now
-        told, self.told = self.told, int(info is not None)
-        if info is not None and info.deadline_ms is not None:
-            self.told += info.deadline_ms / 1000 - now < 2 * (step + self.saver.seconds) + MARGIN
+        step, self.looked, told = now - self.looked, now, self.told
+        if info is None:
+            self.told = 0
+            return False
+        left = info.deadline_ms / 1000 - now if info.deadline_ms is not None else float("inf")
+        self.told = max(told, 2 if left < 2 * (step + self.saver.seconds) + MARGIN else 1)
         return self.told > told
+
+    def _settle(self) -> None:
+        self.saver.wait()
+        self.looked = time.time()  # that was no step
 
     def _validate(self, step: int) -> dict[str, float]:
         out: dict[str, float] = {}
@@ -269,6 +276,8 @@ class Worker:
             out |= self._generate(step)
         if out:
             self._log(step, out)
+            if self.run_log is not None:
+                self.run_log.flush()  # its step's save may be committed before
         return out
 
     def _generate(self, step: int) -> dict[str, float]:
