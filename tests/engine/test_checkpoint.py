@@ -269,7 +269,7 @@ def dying(tree: dict[str, Any], folder: str, touch: int) -> None:
     recipe = Recipe.model_validate(tree)
     model = sharded(recipe)
     optimizer = optim.build(model, recipe.optimizer)
-    saver = ckpt.Saver(folder, keep=2)
+    saver = ckpt.Saver(folder, keep=2, last=ckpt.latest(folder))
     left = touch
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
