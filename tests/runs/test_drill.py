@@ -33,6 +33,10 @@ def drill(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
 def test_what_cannot_be_drilled_is_said(home: Path) -> None:
     done = drill(home, "--faults", "worker,meteor")
     assert done.returncode == 2 and "no fault 'meteor'; there are worker, slow, driver" in done.stderr
+    done = drill(home, "--steps", "5")
+    assert (
+        done.returncode == 2 and done.stderr.startswith("error: --steps 5: expected 12 to 100,000") and len(done.stderr) < 200
+    )
     done = drill(home, "--faults", "join", "cluster.num_workers=1")
     assert done.returncode == 2 and "it takes cluster.num_workers of 2 or more" in done.stdout, done.stderr
 

@@ -87,7 +87,7 @@ class Saver:
         """Goes on from a checkpoint, or from none: those after it were passed over, and are not counted as good ones."""
         self.last = last
         name = last.path.rsplit("/", 1)[1] if last else ""
-        self._passed_over = {n for n in _committed(self._folder) if n > name} if dist.get_rank() == 0 else set[str]()
+        self._passed_over = {n for n in storage.listdir(self._folder) if n > name} if dist.get_rank() == 0 else set[str]()
 
     def save(
         self, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], extra: dict[str, Any],
@@ -257,15 +257,15 @@ def latest(folder: str, warn: Callable[[str], None] = log.warning) -> Checkpoint
     names = _each(lambda: _committed(folder) if rank == 0 else [])[0]
     for name in reversed(names):
         try:
-            return _each(functools.partial(_verified, storage.join(folder, name), rank, world))[0]
+            return _each(functools.partial(verified, storage.join(folder, name), rank, world))[0]
         except DamagedError as e:
             if rank == 0:
                 warn(f"{e}; passed over for the one before")
     return None
 
 
-def _verified(path: str, rank: int, world: int) -> Checkpoint:
-    """A checkpoint of whose files this rank's part is sound."""
+def verified(path: str, rank: int = 0, world: int = 1) -> Checkpoint:
+    """A checkpoint whose files are sound, or this rank's part of them. Raises DamagedError."""
     found = read(path)
     verify(found, sorted(found.files)[rank::world])
     return found

@@ -34,6 +34,11 @@ def best_seconds(cost: float, mtbf: float, committed: float) -> float:
     return max(math.sqrt(2 * cost * mtbf), committed)
 
 
+def due(step: int, every: int | None) -> bool:
+    """Whether this step (from 1) is one of each `every`; none is where that is None."""
+    return every is not None and step % every == 0
+
+
 class Interval:
     """Says at which steps to save. Every rank has one and calls it at the same steps.
 
@@ -62,10 +67,10 @@ class Interval:
 
     def due(self, step: int) -> bool:
         """Whether to save after this step (from 1)."""
-        every, kept = self._settings.every, self._settings.keep_every
+        every = self._settings.every
         if every == "auto":
-            return step >= self._next or (kept is not None and step % kept == 0)
-        return every is not None and step % every == 0
+            return step >= self._next or due(step, self._settings.keep_every)
+        return due(step, every)
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from sevenfold.data.rows import Rows
 from sevenfold.engine.batch import micro_batches
 from sevenfold.engine.guard import Guard
-from sevenfold.engine.interval import Interval
+from sevenfold.engine.interval import Interval, due
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import Causal
 from sevenfold.engine.optim import learning_rate
@@ -127,8 +127,7 @@ def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> int:
             rate = learning_rate(step, steps, recipe.optimizer.learning_rate, recipe.schedule)
             scalars = {"loss": done.loss, "grad_norm": done.grad_norm, "learning_rate": rate, "targets": done.targets}
             hooks.log(at, {f"train/{k}": v for k, v in (scalars | trainer.meter.read()).items()})
-        every = recipe.validation.every
-        validating = last or (every is not None and at % every == 0)
+        validating = last or due(at, recipe.validation.every)
         if done.noticed:
             hooks.tell(f"a machine of this run will be taken away: saving step {at} at once")
             hooks.save(at)

@@ -29,8 +29,7 @@ class RunLog:
         self._remote, self._told = storage.is_url(folder.log), False
         self._writer: SummaryWriter | None = None
         self._purge = start + 1 if start else None
-        lines = storage.read_text(self._path).splitlines() if storage.exists(self._path) else []
-        self._lines = [line for line in lines if _step(line) <= start]
+        self._lines = [line for line in _lines(self._path) if _step(line) <= start]
         storage.write(self._path, "".join(f"{line}\n" for line in self._lines))
         self._written = len(self._lines)
         self._lock = threading.Lock()  # a save flushes from its own thread
@@ -98,8 +97,11 @@ class RunLog:
 
 def logged(path: str, step: int) -> dict[str, float]:
     """All that the file says of a step."""
-    lines = storage.read_text(path).splitlines() if storage.exists(path) else []
-    return {k: v for line in lines if _step(line) == step for k, v in json.loads(line).items()}
+    return {k: v for line in _lines(path) if _step(line) == step for k, v in json.loads(line).items()}
+
+
+def _lines(path: str) -> list[str]:
+    return storage.read_text(path).splitlines() if storage.exists(path) else []
 
 
 def _step(line: str) -> float:

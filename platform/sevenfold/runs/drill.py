@@ -76,8 +76,8 @@ def run(recipe: Recipe, faults: Sequence[str], steps: int = STEPS) -> list[Outco
     """
     if unknown := [f for f in faults if f not in FAULTS]:
         raise InputError(f"--faults: no fault {unknown[0]!r}; there are {', '.join(FAULTS)}")
-    if steps < 12:
-        raise InputError(f"--steps {steps}: expected 12 or more: a fault needs checkpoints before and after it")
+    if not 12 <= steps <= 100_000:
+        raise InputError(f"--steps {steps}: expected 12 to 100,000: a fault needs checkpoints before and after it")
     if os.environ.get("RAY_ADDRESS"):
         cluster.connect()
         nodes = Nodes()
@@ -131,6 +131,8 @@ class Drill:
             changes |= nodes.worker
         self.recipe, self.nodes, self.steps, self.every = recipe.override(changes), nodes, steps, every
         self._aside = tempfile.TemporaryDirectory(prefix="drill-")
+        self._file = Path(self._aside.name, "recipe.yaml")
+        self._file.write_text(self.recipe.to_yaml())
         self._job = "finetune" if recipe.objective in finetune.OBJECTIVES else "pretrain"
 
     def folder(self, name: str, place: str | None = None) -> RunFolder:
@@ -181,7 +183,8 @@ class Drill:
         struck, kept, begin = 0, [], time.monotonic()
         try:
             with Watch(folder.checkpoints) as watch:
-                scene.run.reach(rng.randint(3 * self.every + 1, max(3 * self.every + 1, self.steps // 2)))
+                earliest = 3 * self.every + 1  # two saves are committed, and the third has begun
+                scene.run.reach(rng.randint(earliest, max(earliest, self.steps // 2)))
                 kept = list(scene.committed())
                 struck, begin = scene.run.step, time.monotonic()
                 fault.do(scene)
@@ -204,11 +207,9 @@ class Drill:
 
     def start(self, name: str, *changes: str) -> Run:
         """The job in a process of its own, as a person would start it."""
-        aside = Path(self._aside.name, "recipe.yaml")
-        aside.write_text(self.recipe.to_yaml())
         library = str(Path(__file__).parents[2])
         paths = os.pathsep.join(p for p in (library, os.environ.get("PYTHONPATH")) if p)
-        words = [sys.executable, "-m", "sevenfold.cli", self._job, str(aside), f"name={self.recipe.name}-{name}", *changes]
+        words = [sys.executable, "-m", "sevenfold.cli", self._job, str(self._file), f"name={self.recipe.name}-{name}", *changes]
         return Run(words, {"PYTHONPATH": paths})
 
     def difference(self, other: RunFolder) -> float | None:

@@ -45,8 +45,6 @@ def _chosen(folder: str, step: int | None) -> Checkpoint:
     if step not in steps:
         raise InputError(f"{folder}: expected a checkpoint of step {step}, found {there}")
     try:
-        found = ckpt.read(steps[step])
-        ckpt.verify(found)
+        return ckpt.verified(steps[step])
     except DamagedError as e:
         raise InputError(f"{e}; choose another by --step, of {there}") from None
-    return found

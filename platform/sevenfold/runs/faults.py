@@ -111,13 +111,17 @@ class Scene:
         for now, then in zip(self.run.story, before.story, strict=True):
             now[:0] = then
 
+    def workers(self) -> list[dict[str, Any]]:
+        """Rank, node, host and pid of each."""
+        return list(storage.read_json(self.folder.workers))
+
     def victim(self) -> dict[str, Any]:
-        """A worker, as RunFolder.workers tells of it."""
-        return dict(self.rng.choice(storage.read_json(self.folder.workers)))
+        """One of the workers."""
+        return self.rng.choice(self.workers())
 
     def node(self) -> str:
         """The id of a worker's node that can be lost. Raises RunError where there is none."""
-        found = sorted({w["node"] for w in storage.read_json(self.folder.workers)} - self.nodes.kept)
+        found = sorted({w["node"] for w in self.workers()} - self.nodes.kept)
         if not found:
             raise RunError("all its workers are on the head, or where this drill runs, and those nodes are not ended")
         return str(self.rng.choice(found))
@@ -183,7 +187,7 @@ def _notice(scene: Scene) -> None:
 
 def _join(scene: Scene) -> None:
     assert isinstance(scene.nodes, LocalNodes)
-    scene.nodes.ready(len(storage.read_json(scene.folder.workers)) + 1)
+    scene.nodes.ready(len(scene.workers()) + 1)
 
 
 def _head(scene: Scene) -> None:
@@ -196,7 +200,7 @@ def _head(scene: Scene) -> None:
 
 def _damaged(kind: str) -> Callable[[Scene], None]:
     def do(scene: Scene) -> None:
-        hands = [(w["pid"], scene.nodes.hand(w["node"])) for w in storage.read_json(scene.folder.workers)]
+        hands = [(w["pid"], scene.nodes.hand(w["node"])) for w in scene.workers()]
         scene.run.kill()
         ray.get([hand.ended.remote(pid) for pid, hand in hands])  # until then they may save
         before, newest = list(scene.committed().values())[-2:]
@@ -213,7 +217,8 @@ def damage(at: str, kind: str, rng: random.Random, before: str) -> str:
     """Does damage of one of DAMAGES to a file of a checkpoint; returns what was done. before: another checkpoint of the run,
     whose file is taken by `mix`."""
     names = storage.listdir(at)
-    name = rng.choice([n for n in names if kind != "mix" or n in storage.listdir(before)])
+    others = storage.listdir(before) if kind == "mix" else names
+    name = rng.choice([n for n in names if n in others])
     file, raw = storage.join(at, name), bytearray(_bytes(storage.join(at, name)))
     match kind:
         case "flip":

@@ -82,15 +82,17 @@ class Nodes:
 
     def end(self, node: str, how: str = "lose") -> None:
         """Loses a node: `lose` or `freeze`."""
-        getattr(
-            self.hand(node), how
-        ).remote()  # the hand is kept: Ray would end it, and what it started, with its last reference
+        # the hand is kept: Ray would end it, and what it started, with its last reference
+        getattr(self.hand(node), how).remote()
 
     def drain(self, node: str, seconds: int) -> None:
-        """What a cloud's notice becomes: the node is to be gone in so many seconds."""
-        words = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "drill", "--node-id", node]
-        address = ray.get_runtime_context().gcs_address
-        ray_command("drain-node", "--address", address, *words, "--deadline-remaining-seconds", str(seconds))
+        """What a cloud's notice becomes: the node is to be gone in so many seconds. Raises RunError where Ray refuses."""
+        words = ["--address", ray.get_runtime_context().gcs_address, "--node-id", node, "--reason-message", "drill"]
+        words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--deadline-remaining-seconds", str(seconds)]
+        path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+        done = subprocess.run(["ray", "drain-node", *words], capture_output=True, text=True, env={**os.environ, "PATH": path})
+        if done.returncode:
+            raise RunError(f"ray drain-node: {(done.stderr.strip() or done.stdout.strip())[-300:]}")
 
     def room(self, recipe: Recipe) -> int:
         """Workers that are free to start on these nodes without the roomiest of those that can be lost."""
@@ -106,8 +108,8 @@ class Nodes:
 
 
 class LocalNodes(Nodes):
-    """Nodes of a cluster on this machine, which is started here and connected to. The head holds no worker, each other node
-    one, of `Cluster` as `worker` gives it, and the data tasks beside it."""
+    """Nodes of a cluster on this machine, which is started here and connected to. The head holds no worker; each other node one
+    of a recipe that was changed by `worker`, and its data tasks."""
 
     def __init__(self, cpus_per_worker: float):
         self._cpus = max(1, int(cpus_per_worker)) + 1  # whole, as Ray wants them
@@ -159,11 +161,3 @@ class LocalNodes(Nodes):
         super().close()
         self._cluster.shutdown()
         os.environ.pop("RAY_ADDRESS", None)
-
-
-def ray_command(*words: str) -> None:
-    """Raises RunError where `ray WORDS` fails."""
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
-    done = subprocess.run(["ray", *words], capture_output=True, text=True, env={**os.environ, "PATH": path})
-    if done.returncode:
-        raise RunError(f"ray {words[0]}: {(done.stderr.strip() or done.stdout.strip())[-300:]}")

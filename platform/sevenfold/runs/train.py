@@ -159,6 +159,4 @@ def _export(
     from sevenfold.engine import checkpoint as ckpt
     from sevenfold.model.export import export
 
-    found = ckpt.read(checkpoint)
-    ckpt.verify(found)
-    export(recipe, found, tokenizer, manifest, metrics, to.model, to.adapter)
+    export(recipe, ckpt.verified(checkpoint), tokenizer, manifest, metrics, to.model, to.adapter)

@@ -220,7 +220,8 @@ class Worker:
             self._begin_save(step)
 
     def _begin_save(self, step: int) -> None:
-        last = self.saver.wait()
+        """When none is under way any more."""
+        last = self.saver.last
         parts: list[tuple[ReaderState, list[Draw]]] = [(ReaderState(), [])] * self.world
         torch.distributed.all_gather_object(parts, (self.reader.state, self.reader.take_draws()))
         parts = parts[:: self.recipe.parallel.tensor]  # the others read the same
@@ -236,7 +237,7 @@ class Worker:
             "encoder": encoder, "guard": self.guard.state(), "passed": list(self.passed),
             "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in libraries}},
         }  # fmt: skip
-        self.saver.save(step, self.model, self.optimizers, extra, functools.partial(self._before_commit, list(self.draws)))
+        self.saver.save(step, self.model, self.optimizers, extra, functools.partial(self._before_commit, self.draws))
 
     def _before_commit(self, draws: list[Draw]) -> None:
         """On rank 0, beside the training. Raises TakenOverError where the run was started once more, while this start was cut
