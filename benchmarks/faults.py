@@ -72,7 +72,7 @@ def disk_full(place: Path) -> Fault:
             time.sleep(0.1)
         ballast.unlink()
 
-    return Fault("the disk is full", do, storage=str(place))
+    return Fault("the disk is full", do, bears=True, storage=str(place))
 
 
 @contextlib.contextmanager
@@ -118,7 +118,7 @@ def s3() -> Iterator[Fault | None]:
         server.send_signal(signal.SIGCONT)
 
     try:
-        yield Fault(f"the storage (S3) answers nothing for {AWAY} s", do, storage="s3://bucket/runs")
+        yield Fault(f"the storage (S3) answers nothing for {AWAY} s", do, bears=True, storage="s3://bucket/runs")
     finally:
         server.send_signal(signal.SIGCONT)
         server.terminate()

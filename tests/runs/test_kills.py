@@ -96,7 +96,7 @@ def killed(home: Path, seed: int) -> str:
             run.reach(at)
             run.kill_worker(rng)
             told.append(f"worker of 2 at {run.step}")
-            while not run.resumed and run.process.poll() is None:  # it goes on by itself
+            while not run.failed and run.process.poll() is None:  # it goes on by itself
                 time.sleep(0.01)
             run.reach(1)
         at = rng.randint(at + 1, at + 14)

@@ -199,10 +199,13 @@ class Drill:
         redone = len(seen) - len(set(seen))
         went_on = min((s for t, s in scene.run.resumed if t >= begin), default=0 if redone else None)
         safe = kept[-2] if fault.damages else kept[-1]
+        error = scene.run.told() if code else None
+        if not code and went_on is None and not fault.bears:
+            code, error = 1, "the run was at its end before it was struck: give it more --steps"
         return Outcome(
             name, fault.about, allowed, struck, max((b - a for a, b in itertools.pairwise(times)), default=0.0), went_on,
             redone, max(0, safe - (safe if went_on is None else went_on)),
-            self.difference(folder) if code == 0 else None, watch.looks, watch.unguarded, scene.run.told() if code else None,
+            self.difference(folder) if code == 0 else None, watch.looks, watch.unguarded, error,
         )  # fmt: skip
 
     def start(self, name: str, *changes: str) -> Run:

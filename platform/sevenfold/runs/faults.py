@@ -31,11 +31,13 @@ class Run:
     Attributes:
         steps: (time, step) of each step that was logged.
         resumed: (time, step) of each time it went on from a checkpoint.
+        failed: the time of each failure of its workers.
     """
 
     def __init__(self, words: Sequence[str], env: Mapping[str, str] | None = None, cwd: str | None = None):
         self.steps: list[tuple[float, int]] = []
         self.resumed: list[tuple[float, int]] = []
+        self.failed: list[float] = []
         self.lines: list[str] = []
         self._heard = time.monotonic()
         self.process = subprocess.Popen(
@@ -53,15 +55,17 @@ class Run:
                 self.steps.append((self._heard, int(line.split(": step ")[1].split("/")[0])))
             elif line.startswith("going on from step "):
                 self.resumed.append((self._heard, int(line.split()[4])))
+            elif " workers failed, rank " in line:
+                self.failed.append(self._heard)
 
     @property
     def story(self) -> tuple[list[Any], ...]:
-        return self.steps, self.resumed, self.lines
+        return self.steps, self.resumed, self.failed, self.lines
 
     @property
     def step(self) -> int:
-        """The last one since it went on, or began; 0 before the first."""
-        steps, since = list(self.steps), self.resumed[-1][0] if self.resumed else 0.0
+        """The last one since it went on, or failed, or began; 0 before the first."""
+        steps, since = list(self.steps), max([0.0, *self.failed, *(t for t, _ in self.resumed)])
         return steps[-1][1] if steps and steps[-1][0] > since else 0
 
     def reach(self, step: int) -> None:
@@ -141,6 +145,7 @@ class Fault:
         elastic: the number of workers changes: losses agree to rounding, not to the bit.
         spares: nodes beside one a worker, of a drill's own.
         damages: the newest checkpoint is lost on purpose.
+        bears: the run bears it, and need not start anew.
         storage: where its run is kept, if not where the others are.
     """
 
@@ -151,6 +156,7 @@ class Fault:
     elastic: bool = False
     spares: int = 1
     damages: bool = False
+    bears: bool = False
     storage: str | None = None
 
 
@@ -254,7 +260,7 @@ def _bytes(path: str) -> bytes:
 
 FAULTS: dict[str, Fault] = {
     "worker": Fault("SIGKILL of a worker", _worker),
-    "slow": Fault(f"a worker stands still for {PAUSE:.0f} s", _slow),
+    "slow": Fault(f"a worker stands still for {PAUSE:.0f} s", _slow, bears=True),
     "driver": Fault("SIGKILL of the driver, resubmitted", _driver),
     "node": Fault("SIGKILL of a raylet", _node, node=True),
     "power": Fault("a node falls silent", _power, node=True),
