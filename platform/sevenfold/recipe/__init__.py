@@ -1,0 +1,27 @@
+"""The recipe: every setting of a run, typed. What a field means and its unit stand beside it.
+
+A recipe is YAML, changed on the command line by `key.path=value`; an unknown key names the nearest known one.
+"""
+
+from sevenfold.recipe.data import Data, Filter, Source, Stage, Tokenizer
+from sevenfold.recipe.training import (
+    Adapter,
+    Checkpoint,
+    Cluster,
+    Corruption,
+    Guard,
+    Model,
+    Optimizer,
+    Parallel,
+    Schedule,
+    Search,
+    Space,
+    Train,
+    Validation,
+)
+from sevenfold.recipe.whole import Recipe, loads, parse
+
+__all__ = [
+    "Adapter", "Checkpoint", "Cluster", "Corruption", "Data", "Filter", "Guard", "Model", "Optimizer", "Parallel", "Recipe",
+    "Schedule", "Search", "Source", "Space", "Stage", "Tokenizer", "Train", "Validation", "loads", "parse",
+]  # fmt: skip
