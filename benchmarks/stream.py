@@ -189,7 +189,7 @@ class Corpora:
         folder = self.folder / f"{size_mb}mb-{self.size.vocabulary}"
         write_text(folder, size_mb)
         source, selection = Source(path=str(folder / "text")), Selection()
-        manifest = scan([source], ("text",), ROWS * WINDOWS_PER_LANE)
+        manifest = scan([source], "causal", ROWS * WINDOWS_PER_LANE)
         if self.encoder is None:
             if not (folder / "tokenizer" / tokens.LAST_WRITTEN).exists():
                 made = tokens.train_tokenizer(manifest, selection, self.size.vocabulary, self.size.sample_mb, 0)

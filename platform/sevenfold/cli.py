@@ -128,8 +128,7 @@ def _evaluate(commands: Any) -> None:
     def run(args: argparse.Namespace) -> None:
         from sevenfold.runs import evaluate
 
-        for path in args.runs:
-            evaluate.run(path, args.verbose, args.workers)
+        evaluate.run(args.runs, args.verbose, args.workers)
 
     parser.set_defaults(run=run)
 

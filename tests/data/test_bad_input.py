@@ -48,7 +48,7 @@ def test_every_document_once_whatever_the_cuts(tmp_path: Path, name: str, most: 
         packed(path, lines if "jsonl" in name else plain, "gzip" if name.endswith("gz") else "zstd")
     else:
         path.write_bytes(lines if "jsonl" in name else plain)
-    found = scan([source(path, separator=separator)], ("text",), 1, most=most)
+    found = scan([source(path, separator=separator)], "causal", 1, most=most)
     assert read(found) == TEXTS
     assert most > 2**10 or len(found) > 5
     assert Manifest.from_json(json.loads(json.dumps(found.to_json()))).hash() == found.hash()
@@ -56,16 +56,16 @@ def test_every_document_once_whatever_the_cuts(tmp_path: Path, name: str, most: 
 
 def test_a_file_can_be_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\ntwo\n")
-    assert read(scan([source(tmp_path, separator="")], ("text",))) == ["one\n\ntwo\n"]
+    assert read(scan([source(tmp_path, separator="")], "causal")) == ["one\n\ntwo\n"]
 
 
 def test_filters_and_the_split_by_hash(tmp_path: Path) -> None:
     rows = [{"text": t, "score": i % 10, "lang": "de" if i % 3 else "en"} for i, t in enumerate(TEXTS + TEXTS[:50])]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     rules = [{"column": "score", "min": 3, "max": 8}, {"column": "lang", "one_of": ["de"]}, {"column": "text", "min_chars": 20}]
-    kept = read(scan([source(tmp_path, filters=rules)], ("text",)))
+    kept = read(scan([source(tmp_path, filters=rules)], "causal"))
     assert kept == [r["text"] for r in rows if 3 <= r["score"] <= 8 and r["lang"] == "de" and len(r["text"]) >= 20]
-    everything = scan([source(tmp_path)], ("text",))
+    everything = scan([source(tmp_path)], "causal")
     train, held = (read(everything, Selection(held_out=0.2, split=s)) for s in ("train", "held_out"))
     assert 20 < len(held) < 90 and not set(train) & set(held) and sorted(train + held) == sorted(r["text"] for r in rows)
 
@@ -126,20 +126,20 @@ def bad_copy(at: Path) -> None:
 def test_bad_shards(tmp_path: Path, make: object, says: str) -> None:
     make(tmp_path)  # type: ignore[operator]
     with pytest.raises(InputError) as e:
-        scan([source(tmp_path)], ("text",))
+        scan([source(tmp_path)], "causal")
     assert says in str(e.value) and "\n" not in str(e.value)
     (tmp_path / "good.txt").write_text("a good one")
-    found = scan([source(tmp_path)], ("text",), on_bad="skip")
+    found = scan([source(tmp_path)], "causal", on_bad="skip")
     assert len(found.left_out) == 1 and says in found.left_out[0] and "a good one" in read(found)
 
 
 def test_nothing_there(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x")
     with pytest.raises(InputError, match="expected shards"):
-        scan([source(tmp_path)], ("text",))
+        scan([source(tmp_path)], "causal")
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(InputError, match="is named twice"):
-        scan([source(tmp_path, name="one"), source(tmp_path / "a.txt", name="two")], ("text",))
+        scan([source(tmp_path, name="one"), source(tmp_path / "a.txt", name="two")], "causal")
 
 
 def documents(at: Path, kind: str) -> None:
@@ -173,13 +173,13 @@ def documents(at: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "says"),
     [
-        ("utf8", "a.jsonl: byte 17: not UTF-8"),
+        ("utf8", "a.jsonl: line 2: not UTF-8"),
         ("utf8 txt", "a.txt: byte 5: not UTF-8"),
         ("utf8 parquet", "a.parquet: row group 0, row 1: not UTF-8 at its byte 0"),
-        ("json", "a.jsonl: byte 17: expected a JSON object"),
-        ("two", "a.jsonl: byte 17: expected a JSON object, found something else: Extra data"),
-        ("key", "a.jsonl: byte 17: expected a key 'text', found body"),
-        ("type", "a.jsonl: byte 17: key 'text': expected a string, found int"),
+        ("json", "a.jsonl: line 2: expected a JSON object"),
+        ("two", "a.jsonl: line 2: expected a JSON object, found something else: Extra data"),
+        ("key", "a.jsonl: line 2: expected a key 'text', found body"),
+        ("type", "a.jsonl: line 2: key 'text': expected a string, found int"),
         ("empty", "a.parquet: row group 0, row 1: no text in 'text'"),
         ("null", "a.parquet: row group 0, row 1: no text in 'text'"),
         ("long", "MB (data.max_document_mb)"),
@@ -187,7 +187,7 @@ def documents(at: Path, kind: str) -> None:
 )
 def test_bad_documents(tmp_path: Path, kind: str, says: str) -> None:
     documents(tmp_path, kind)
-    found = scan([source(tmp_path)], ("text",))
+    found = scan([source(tmp_path)], "causal")
     with pytest.raises(InputError) as e:
         read(found, Selection(max_bytes=2_000_000))
     assert says in str(e.value) and "data.on_bad_document=skip" in str(e.value) and "\n" not in str(e.value)
@@ -205,7 +205,7 @@ def test_a_flipped_byte_is_named(tmp_path: Path) -> None:
     raw = bytearray((tmp_path / "a.parquet").read_bytes())
     raw[2000] ^= 4
     (tmp_path / "a.parquet").write_bytes(raw)
-    found = scan([source(tmp_path)], ("text",))
+    found = scan([source(tmp_path)], "causal")
     with pytest.raises(shards.Unreadable, match=r"a.parquet: row group 0, rows 0-0 cannot be read"):
         read(found)
     assert Selection(on_bad="skip").read(found, 0).skipped.count == 1
@@ -214,7 +214,7 @@ def test_a_flipped_byte_is_named(tmp_path: Path) -> None:
 def test_a_source_that_changed_under_a_run(tmp_path: Path) -> None:
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(f"in {name}\n")
-    before = scan([source(tmp_path)], ("text",))
+    before = scan([source(tmp_path)], "causal")
     before.check_unchanged()
     (tmp_path / "b.txt").write_text("changed\n")
     with pytest.raises(InputError, match=r"b.txt: has changed since this run began"):

@@ -20,7 +20,7 @@ from sevenfold.recipe import Source
 
 @pytest.fixture(scope="module")
 def stream(texts: Path) -> Stream:
-    found = scan([Source(path=str(texts / "train"))], ("text",), 8)
+    found = scan([Source(path=str(texts / "train"))], "causal", 8)
     encoder = TextEncoder(train_tokenizer(found, Selection(), 600, 0.5, 0), 256, "gigatoken")
     return Stream(Plan(found, 5, 2), Selection(), encoder, 256, "inline")
 
@@ -78,7 +78,7 @@ def test_of_something_else(stream: Stream, tmp_path: Path) -> None:
     other = TextEncoder(train_tokenizer(manifest, Selection(), 500, 0.5, 0), 256, "gigatoken")
     with pytest.raises(InputError, match=r"something else \(encoder differ\)"):
         cache.TokenCache.open(str(tmp_path), manifest, stream.selection, other)
-    fewer = scan([Source(path=manifest.shards[0].path)], ("text",), 8)
+    fewer = scan([Source(path=manifest.shards[0].path)], "causal", 8)
     with pytest.raises(InputError, match=r"something else \(manifest differ\)"):
         cache.TokenCache.open(str(tmp_path), fewer, stream.selection, stream.encoder)
 

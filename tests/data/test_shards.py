@@ -133,10 +133,10 @@ def test_a_folder_a_glob_a_file_and_their_spans(tmp_path: Path) -> None:
         (tmp_path / folder / "b.jsonl").write_text(json.dumps({"text": f"{folder} b"}) + "\n")
         (tmp_path / folder / "c.csv").write_text("not to be read\n")
     (tmp_path / "single.txt").write_text("\n".join(f"single {i}" for i in range(5000)))
-    found = scan([source(tmp_path / "one"), source(tmp_path / "*" / "a.txt", name="glob")], ("text",), on_bad="skip")
+    found = scan([source(tmp_path / "one"), source(tmp_path / "*" / "a.txt", name="glob")], "causal", on_bad="skip")
     assert read(found) == ["one a", "one b", "two a"] and [list(s) for s in found.spans] == [[0, 1], [2]]
     assert found.left_out == (f"{tmp_path}/one/a.txt: is named twice: each document should be there once",)
-    found = scan([source(tmp_path / "two"), source(tmp_path / "single.txt")], ("text",), 4)
+    found = scan([source(tmp_path / "two"), source(tmp_path / "single.txt")], "causal", 4)
     assert [s.start for s in found.spans] == [0, 2] and found.spans[1].stop == len(found) > 4
     again = Manifest.from_json(json.loads(json.dumps(found.to_json())))
     assert again.spans == found.spans and again.hash() == found.hash() and np.array_equal(again.table, found.table)
@@ -147,7 +147,7 @@ def test_copies_fall_on_one_side_of_the_split(tmp_path: Path) -> None:
     documents = draw(1, 400)
     pq.write_table(pa.table({"text": documents}), tmp_path / "a.parquet")
     (tmp_path / "b.txt").write_text("\n".join(reversed(documents)), encoding="utf-8", newline="\n")
-    found = scan([source(tmp_path)], ("text",))
+    found = scan([source(tmp_path)], "causal")
     train, held = (read(found, Selection(held_out=0.3, split=s)) for s in ("train", "held_out"))
     assert not set(train) & set(held) and sorted(train + held) == sorted(documents * 2) and 160 < len(held) < 320
 
@@ -159,7 +159,7 @@ def test_a_bomb_is_refused_before_it_is_read_whole(tmp_path: Path, codec: str) -
         for _ in range(300):
             out.write(bytes(2**20))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    refused(lambda: scan([source(path)], ("text",)), f"{path}: byte ", "a decompression bomb?")
+    refused(lambda: scan([source(path)], "causal"), f"{path}: byte ", "a decompression bomb?")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 2**10  # KiB
 
 
@@ -173,7 +173,7 @@ def test_truncated_after_the_scan(tmp_path: Path, kind: str) -> None:
         (tmp_path / name).write_bytes(data)
     else:
         packed(tmp_path / name, data, kind)
-    found = scan([source(tmp_path)], ("text",))
+    found = scan([source(tmp_path)], "causal")
     (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-100])
     for check in (found.check_unchanged, lambda: read(found, Selection(on_bad="skip"))):
         refused(check, f"{name}: has changed since this run began")
@@ -184,13 +184,13 @@ def test_a_flipped_byte_in_gzip_is_refused(tmp_path: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 8
     path.write_bytes(raw)
-    refused(lambda: scan([source(path)], ("text",)), f"{path}: expected gzip")
+    refused(lambda: scan([source(path)], "causal"), f"{path}: expected gzip")
 
 
 def test_a_file_longer_than_a_document_may_be(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x" * 5000)
     (tmp_path / "b.txt").write_text("good")
-    found = scan([source(tmp_path, separator="")], ("text",))
+    found = scan([source(tmp_path, separator="")], "causal")
     short = Selection(max_bytes=1000)
     refused(lambda: read(found, short), "a.txt: byte 0: longer than 0.001 MB (data.max_document_mb)")
     made = [Selection(max_bytes=1000, on_bad="skip").read(found, i) for i in range(2)]
@@ -202,7 +202,7 @@ import resource, sys
 from sevenfold.data.documents import Selection
 from sevenfold.data.manifest import scan
 from sevenfold.recipe import Source
-found = scan([Source(path=sys.argv[1])], ("text",))
+found = scan([Source(path=sys.argv[1])], "causal")
 made = [Selection(on_bad="skip").read(found, i) for i in range(len(found))]
 texts = [t for d in made for t in d.fields[0].to_pylist()]
 assert texts == ["before", "after"], len(texts)

@@ -28,7 +28,7 @@ STEPS = 60  # more than two epochs
 
 @pytest.fixture(scope="module")
 def stream(texts: Path) -> Stream:
-    found = scan([Source(path=str(texts / "train"))], ("text",), 32)
+    found = scan([Source(path=str(texts / "train"))], "causal", 32)
     encoder = TextEncoder(train_tokenizer(found, Selection(), 600, 0.5, 0), 1024, "gigatoken")
     return Stream(Plan(found, 5, 8), Selection(), encoder, 1024, "inline")
 
@@ -145,7 +145,7 @@ def test_ray_data_makes_the_same_rows(stream: Stream, tmp_path: Path) -> None:
 
 def test_bad_documents_are_left_out_counted_and_named_once(stream: Stream, tmp_path: Path) -> None:
     write_shards(tmp_path / "s", [{"text": ""}, {"text": "some text"}, {"text": ""}, {"text": ""}], shards=1, group=1)
-    found = scan([Source(path=str(tmp_path / "s"))], ("text",))
+    found = scan([Source(path=str(tmp_path / "s"))], "causal")
     bare = Stream(Plan(found, 0, 8), Selection(on_bad="skip"), stream.encoder, 32, "inline")
     reader = bare.shard(0, 1).reader(1)
     rows = r.Rows.concatenate([next(reader) for _ in range(2)])

@@ -8,6 +8,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sevenfold.data import encode, tokens
 from sevenfold.data.documents import Documents, Selection, Skipped
+from sevenfold.data.examples import ConversationEncoder
+from sevenfold.data.formats import conversation
 from sevenfold.data.manifest import scan
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
@@ -15,7 +17,7 @@ from sevenfold.recipe import Source
 
 @pytest.fixture(scope="module")
 def tokenizer(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
-    found = scan([Source(path=str(texts / "train"))], ("text",))
+    found = scan([Source(path=str(texts / "train"))], "causal")
     folder = str(tmp_path_factory.mktemp("tokenizer"))
     tokens.save_tokenizer(tokens.train_tokenizer(found, Selection(), 600, 0.5, 0), folder)
     return tokens.load_tokenizer(folder)  # type: ignore[return-value]
@@ -62,15 +64,16 @@ def test_the_fast_encoder_is_admitted_where_it_agrees(tokenizer: PreTrainedToken
 
 
 def test_completions(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoder = encode.CompletionEncoder(tokenizer, 24)
-    (made,) = encoder.encode([documents(["short: ", "word " * 200], ["answer", "the answer"])])
+    encoder = ConversationEncoder(tokenizer, 24)
+    said = [conversation([("", p), ("", c)]) for p, c in (("short: ", "answer"), ("word " * 200, "the answer"))]
+    (made,) = encoder.encode([documents(said)])
     assert made.targets is not None
     for i, answer in enumerate(("answer", "the answer")):
         row = slice(made.offsets[i], made.offsets[i + 1])
         learnt = made.ids[row][made.targets[row]]
         assert tokenizer.decode(learnt[:-1]) == answer and learnt[-1] == tokenizer.eos_token_id
     assert made.offsets[2] - made.offsets[1] == 24
-    assert encoder.prompt("word " * 200, 10)[0] == tokenizer.bos_token_id and len(encoder.prompt("word " * 200, 10)) == 10
+    assert encoder.prompt(said[1], 10)[0] == tokenizer.bos_token_id and len(encoder.prompt(said[1], 10)) == 10
 
 
 def test_token_bytes_of_a_sentencepiece_vocabulary() -> None:

@@ -77,9 +77,10 @@ def test_an_adapter_starts_as_the_base(tree: dict[str, Any]) -> None:
     ids = torch.arange(20)[None]
     with torch.no_grad():
         before = model(input_ids=ids).logits
-        build.with_adapter(model, Adapter(rank=4), 0)
+        build.with_adapter(model, recipe.model_copy(update={"adapter": Adapter(rank=4)}))
         assert torch.equal(model(input_ids=ids).logits, before)
     trained = [n for n, p in model.named_parameters() if p.requires_grad]
     assert trained and all("lora_" in n for n in trained)
     with pytest.raises(InputError, match="target_modules"):
-        build.with_adapter(build.build(recipe, build.config_of(recipe, 512), weights=True), Adapter(target_modules="none"), 0)
+        none = recipe.model_copy(update={"adapter": Adapter(target_modules="none")})
+        build.with_adapter(build.build(recipe, build.config_of(recipe, 512), weights=True), none)

@@ -75,7 +75,7 @@ def runs(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }  # fmt: skip
         (root / name).mkdir()
         (root / name / "recipe.yaml").write_text(yaml.safe_dump(tree))
-    manifest = scan(loads((root / "llama/recipe.yaml").read_text(), "").data.sources, ("text",))
+    manifest = scan(loads((root / "llama/recipe.yaml").read_text(), "").data.sources, "causal")
     made = tokens.train_tokenizer(manifest, Selection(), 512, 0.3, 0)
     made.chat_template = TEMPLATE
     for name in RUNS:

@@ -147,7 +147,7 @@ assert (adapted - merged).abs().max() < 1e-4 < (before - merged).abs().max()
     out = run_job("evaluate", "runs/whole", "runs/sft-sweep", home=home)
     measured = json.loads((home / "runs/whole/metrics.json").read_text())
     summary = json.loads((home / "runs/whole/summary.json").read_text())
-    assert measured["bits_per_byte"] < measured["baselines"]["unigram of its tokens"]
+    assert measured["bits_per_byte"] < measured["baselines"]["unigram of its tokens"]["bits_per_byte"]
     assert measured["bits_per_byte"] == pytest.approx(summary["metrics"]["validation/bits_per_byte"], rel=0.2)
     assert len((home / "runs/whole/predictions.jsonl").read_text().splitlines()) == 3
     scored = json.loads((run / "metrics.json").read_text())

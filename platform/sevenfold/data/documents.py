@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,10 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from sevenfold.data import shards
+from sevenfold.data import formats, shards
 from sevenfold.data.manifest import Manifest
 from sevenfold.errors import InputError
 from sevenfold.recipe import Data, Filter
+
+NAMED = 5  # bad documents that an error names
 
 
 @dataclass(frozen=True)
@@ -51,10 +54,13 @@ class Selection:
     split: Literal["train", "held_out"] = "train"
     on_bad: Literal["error", "skip"] = "error"
     max_bytes: int = 64_000_000
+    classes: tuple[str, ...] = ()  # labels that may occur; none given: any
 
     @staticmethod
     def of(data: Data, fields: tuple[str, ...], split: Literal["train", "held_out"] = "train") -> Selection:
-        return Selection(fields, data.held_out, split, data.on_bad_document, int(data.max_document_mb * 1e6))
+        return Selection(
+            fields, data.held_out, split, data.on_bad_document, int(data.max_document_mb * 1e6), tuple(data.classes)
+        )
 
     def read(self, manifest: Manifest, index: int) -> Documents:
         """The documents of a row group.
@@ -66,7 +72,7 @@ class Selection:
         group = manifest.group(index)
         shard = manifest.shards[group.shard]
         source = manifest.sources[shard.source]
-        texts = [getattr(source, f) for f in self.fields]
+        texts = formats.read_columns(source)
         others = sorted({f.column for f in source.filters} - set(texts))
         try:
             raw = shards.read(shard, source, group, texts, others, self.max_bytes)
@@ -74,20 +80,29 @@ class Selection:
             if self.on_bad == "error":
                 raise
             none = pa.array([], pa.large_string())
-            return Documents([none] * len(texts), np.zeros(0, np.int64), Skipped(max(1, group.documents), str(e)))
+            return Documents([none] * len(self.fields), np.zeros(0, np.int64), Skipped(max(1, group.documents), str(e)))
         columns = [_flat(raw.columns[t]) for t in texts]
         good = np.ones(len(columns[0]), bool)
         bad = list(raw.bad)
         for name, column in zip(texts, columns, strict=True):
-            for i, reason in _bad(column, self.max_bytes):
+            for i, reason in _bad(column, self.max_bytes, empty=source.shape is not None):
                 if good[i]:
                     bad.append((raw.where(i), f"{reason} in {name!r}"))
                 good[i] = False
+        if source.shape is not None:
+            columns = [c.take(pa.array(np.flatnonzero(good))) for c in columns]
+            made, wrong = formats.canonical(source, len(self.fields), columns, self.classes)
+            at = np.flatnonzero(good)
+            bad += [(raw.where(int(at[i])), reason) for i, reason in wrong]
+            columns = [_spread(c, at, len(good)) for c in made]
+            good[at[[i for i, _ in wrong]]] = False
         skipped = Skipped()
         if bad:
             skipped = Skipped(len(bad), f"{shard.path}: {bad[0][0]}: {bad[0][1]}")
             if self.on_bad == "error":
-                raise InputError(f"{skipped.first}: mend it, or leave such documents out (data.on_bad_document=skip)")
+                more = "".join(f"; {where}: {reason}" for where, reason in bad[1:NAMED])
+                more += f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+                raise InputError(f"{skipped.first}{more}: mend it, or leave such documents out (data.on_bad_document=skip)")
         keep = np.flatnonzero(good)
         for rule in source.filters:
             passed = _passes(raw.columns[rule.column].take(pa.array(keep)), rule, shard.path)
@@ -114,14 +129,26 @@ def buffers(strings: pa.Array) -> tuple[np.ndarray, memoryview]:
 
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
+    """As strings: what is nested as JSON."""
+    if pa.types.is_nested(column.type):
+        return pa.array(
+            [None if v is None else json.dumps(v, ensure_ascii=False) for v in column.to_pylist()], pa.large_string()
+        )
     flat = column.cast(pa.large_string()).combine_chunks()
     return pa.concat_arrays(flat.chunks) if isinstance(flat, pa.ChunkedArray) else flat
 
 
-def _bad(column: pa.Array, most: int) -> list[tuple[int, str]]:
-    """(index, what is wrong) of the strings that cannot be trained on."""
+def _spread(column: pa.Array, at: np.ndarray, length: int) -> pa.Array:
+    """The strings at these places of an array of this length, null elsewhere."""
+    where = np.full(length, -1, np.int64)
+    where[at] = np.arange(len(at))
+    return column.take(pa.array(where, mask=where < 0))
+
+
+def _bad(column: pa.Array, most: int, empty: bool) -> list[tuple[int, str]]:
+    """(index, what is wrong) of the strings that cannot be trained on. empty: those without text can."""
     sizes = pc.fill_null(pc.binary_length(column), 0).to_numpy()
-    out = [(int(i), "no text") for i in np.flatnonzero(sizes == 0)]
+    out = [] if empty else [(int(i), "no text") for i in np.flatnonzero(sizes == 0)]
     out += [(int(i), f"{sizes[i] / 1e6:.0f} MB, longer than {most / 1e6:g} MB (data.max_document_mb)")
             for i in np.flatnonzero(sizes > most)]  # fmt: skip
     try:

@@ -1,4 +1,4 @@
-"""Documents to token ids: the fast encoder and its fall-back, plain documents and prompt/completion pairs."""
+"""Documents to token ids: the fast encoder and its fall-back, and plain documents."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import tokenizers
 
-from sevenfold.data.documents import Documents, Skipped, buffers, texts
+from sevenfold.data.documents import Documents, Skipped, buffers
 from sevenfold.errors import InputError
 
 if TYPE_CHECKING:  # transformers brings torch: 250 MB and seconds for each data task, which needs only `tokenizers`
@@ -36,6 +36,7 @@ class Encoded:
         offsets: int64 [documents + 1].
         targets: bool [total], whether an id is to be predicted; None where all are.
         origin: int64 [documents], each one's number within the row group.
+        cut: documents that lost target tokens since they were too long.
     """
 
     ids: np.ndarray
@@ -43,6 +44,7 @@ class Encoded:
     targets: np.ndarray | None
     origin: np.ndarray
     skipped: Skipped
+    cut: int = 0
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -64,7 +66,9 @@ class TextEncoder:
 
     fields: tuple[str, ...] = ("text",)
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, backend: str = REFERENCE):
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, backend: str = REFERENCE, classes: Sequence[str] = ()
+    ):
         self._room = sequence_length
         end = end_of_text(tokenizer)
         begin = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
@@ -105,53 +109,6 @@ class TextEncoder:
             out.append(Encoded(ids[at[0] : at[-1]], at - at[0], None, d.origin, d.skipped))
             first += len(d.origin)
         return out
-
-
-class CompletionEncoder(TextEncoder):
-    """BOS prompt completion EOS, the completion and EOS alone targets. A prompt that leaves no room loses its middle,
-    so that what it asks (its end) and the whole completion stay; a completion longer than a row is cut."""
-
-    fields = ("prompt", "completion")
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, sequence_length: int, backend: str = REFERENCE):
-        super().__init__(tokenizer, sequence_length, backend)
-        self.head = self.tail = None
-
-    def prompt(self, text: str, room: int) -> list[int]:
-        """Ids of BOS and the prompt in at most `room` tokens."""
-        return self._shorten(self.ids([text])[0], room)
-
-    def _shorten(self, ids: list[int], room: int) -> list[int]:
-        ids = [*([] if self._bos is None else [self._bos]), *ids]
-        if len(ids) <= room:
-            return ids
-        tail = room // 2
-        return ids[: room - tail] + (ids[-tail:] if tail else [])
-
-    def encode(self, groups: Sequence[Documents]) -> list[Encoded]:
-        return [self._pairs(d) for d in groups]
-
-    def _pairs(self, documents: Documents) -> Encoded:
-        prompts, completions = (self.ids(t) for t in texts(documents))
-        rows: list[list[int]] = []
-        masks: list[list[bool]] = []
-        for asked, answer in zip(prompts, completions, strict=True):
-            learnt = [*answer, self._eos][: self._room - 1]
-            given = self._shorten(asked, self._room - len(learnt))
-            rows.append(given + learnt)
-            masks.append([False] * len(given) + [True] * len(learnt))
-        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
-        ids = np.fromiter((t for r in rows for t in r), np.uint32, int(offsets[-1]))
-        targets = np.fromiter((m for r in masks for m in r), bool, int(offsets[-1]))
-        return Encoded(ids, offsets, targets, documents.origin, documents.skipped)
-
-
-ENCODERS: dict[str, type[TextEncoder]] = {
-    "causal": TextEncoder,
-    "masked": TextEncoder,
-    "denoise": TextEncoder,
-    "sft": CompletionEncoder,
-}  # by objective
 
 
 def admit(tokenizer: PreTrainedTokenizerBase, sample: Sequence[str]) -> tuple[str, str]:

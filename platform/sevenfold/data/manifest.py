@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from sevenfold import storage
-from sevenfold.data import shards
+from sevenfold.data import formats, shards
 from sevenfold.data.shards import RowGroup, Shard
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
@@ -116,13 +116,13 @@ _MEND = "put it back as it was, or start a run of another name"
 
 
 def scan(
-    sources: Sequence[Source], texts: Sequence[str], windows: int = 1, on_bad: Literal["error", "skip"] = "error",
+    sources: Sequence[Source], objective: str, windows: int = 1, on_bad: Literal["error", "skip"] = "error",
     most: int = TARGET_BYTES,
 ) -> Manifest:  # fmt: skip
     """Looks at every shard: footers of parquet, sizes of text, compressed files as a whole; no document is kept.
 
     Args:
-        texts: which of a source's fields are read: ("text",) or ("prompt", "completion").
+        objective: what is learnt from them: decides which columns are read (data/formats.py).
         windows: into how many an epoch should at least be cut: row groups of a small corpus are made small for it.
         most: bytes of text that a row group should have at most.
 
@@ -142,13 +142,14 @@ def scan(
             else:
                 what = "is named twice" if twin == shard.path else f"is a copy of {twin}"
                 _refuse(f"{shard.path}: {what}: each document should be there once", on_bad, left_out)
+        sources = [_recognised(source, i, objective, found) for i, source in enumerate(sources)]
         total = sum(int(s.fingerprint.partition("-")[0]) for s in found)
         target = max(_LEAST_BYTES, min(most, TARGET_BYTES, 3 * total // max(1, 4 * windows)))
 
         def cut(item: tuple[int, Shard]) -> list[RowGroup] | str:
             number, shard = item
             source = sources[shard.source]
-            columns = [getattr(source, t) for t in texts]
+            columns = formats.read_columns(source)
             others = sorted({f.column for f in source.filters} - set(columns))
             try:
                 return shards.cut(number, shard, source, columns, others, target)
@@ -168,6 +169,13 @@ def scan(
             raise InputError(f"source {name!r}: expected documents in {sources[i].path}, found none{why}")
     table = np.array([list(vars(g).values()) for g in groups], np.int64).reshape(-1, len(_COLUMNS))
     return Manifest(tuple(sources), tuple(found), table, tuple(left_out))
+
+
+def _recognised(source: Source, number: int, objective: str, found: Sequence[Shard]) -> Source:
+    first = next((s for s in found if s.source == number), None)
+    if first is None or objective not in formats.SHAPES:
+        return source
+    return formats.recognise(source, objective, shards.columns(first), first.path)
 
 
 def _listed(sources: Sequence[Source]) -> list[tuple[int, str]]:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.json
 import pyarrow.parquet as pq
@@ -112,7 +111,7 @@ def cut(
         )
     try:
         if shard.format == "parquet":
-            groups = _cut_parquet(number, shard, texts, others, target)
+            groups = _cut_parquet(number, shard, settings, texts, others, target)
         else:
             groups = _cut_text(number, shard, settings, target)
     except (pa.ArrowException, OSError, EOFError) as e:
@@ -151,7 +150,31 @@ def _kind(shard: Shard) -> str:
     return {"gzip": "gzip", "zstd": "zstd", None: "a parquet file" if shard.format == "parquet" else "text"}[shard.compression]
 
 
-def _cut_parquet(number: int, shard: Shard, texts: Sequence[str], others: Sequence[str], target: int) -> list[RowGroup]:
+def columns(shard: Shard) -> list[str]:
+    """Of its rows; of JSON lines those of the first. Raises InputError where it is not what its name says."""
+    try:
+        with storage.open_read(shard.path) as f:
+            if shard.format == "parquet":
+                return list(pq.ParquetFile(f).schema_arrow.names)
+            first = next((t for t in b"".join(_until_line(f, shard.compression)).splitlines() if t.strip()), b"{}")
+            return list(json.loads(first)) if shard.format == "jsonl" else []
+    except (pa.ArrowException, OSError, EOFError, ValueError) as e:
+        raise InputError(f"{shard.path}: expected {_kind(shard)}, as its name says, found something else: {line(e)}") from None
+
+
+def _until_line(f: Any, compression: str | None) -> Iterator[bytes]:
+    """Blocks up to the one in which the first line with text ends."""
+    begun = False
+    for block in _blocks(f, compression):
+        yield block
+        begun = begun or bool(block.strip())
+        if begun and b"\n" in block.lstrip():
+            return
+
+
+def _cut_parquet(
+    number: int, shard: Shard, settings: Source, texts: Sequence[str], others: Sequence[str], target: int
+) -> list[RowGroup]:
     with storage.open_read(shard.path) as f:
         metadata = pq.ParquetFile(f).metadata
         schema = metadata.schema.to_arrow_schema()
@@ -161,13 +184,13 @@ def _cut_parquet(number: int, shard: Shard, texts: Sequence[str], others: Sequen
                 f"{shard.path}: expected a column {column!r}, found {', '.join(schema.names)}: name it in the source"
             )
         kind = schema.field(column).type
-        if column in texts and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        if column in texts and settings.shape is None and not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise InputError(f"{shard.path}: column {column!r}: expected strings, found {kind}")
-    at = {metadata.schema.column(j).path: j for j in range(metadata.num_columns)}
+    leaves = [j for j in range(metadata.num_columns) if metadata.schema.column(j).path.partition(".")[0] in texts]
     out = []
     for i in range(metadata.num_row_groups):
         group = metadata.row_group(i)
-        chunks = [group.column(at[c]) for c in texts]
+        chunks = [group.column(j) for j in leaves]
         size = sum(c.total_uncompressed_size for c in chunks)
         if size > MOST_BYTES and size > MAX_RATIO * sum(c.total_compressed_size for c in chunks):
             raise _bomb(shard, f"row group {i}", size)
@@ -266,7 +289,7 @@ def _read_text(shard: Shard, settings: Source, group: RowGroup, texts: Sequence[
         begin, data, too_long = _range(f, shard.compression, separator, group.start, group.end, most)
     bad = [] if too_long is None else [(f"byte {too_long}", _too_long(most))]
     if shard.format == "jsonl":
-        return _json_lines(data, begin, texts, others, bad)
+        return _json_lines(data, shard, begin, settings, texts, others, bad)
     return _plain(data, begin, settings, bad)
 
 
@@ -321,10 +344,28 @@ def _too_long(most: int) -> str:
     return f"longer than {most / 1e6:g} MB (data.max_document_mb)"
 
 
-def _json_lines(data: bytes, begin: int, texts: Sequence[str], others: Sequence[str], bad: list[tuple[str, str]]) -> Raw:
+def _lines_before(shard: Shard, byte: int) -> int:
+    """Lines that end before this byte; the file is read through to there."""
+    lines = passed = 0
+    with storage.open_read(shard.path) as f:
+        for block in _blocks(f, shard.compression):
+            lines += block[: byte - passed].count(b"\n")
+            passed += len(block)
+            if passed >= byte:
+                break
+    return lines
+
+
+def _json_lines(
+    data: bytes, shard: Shard, begin: int, settings: Source, texts: Sequence[str], others: Sequence[str],
+    bad: list[tuple[str, str]],
+) -> Raw:  # fmt: skip
+    first: list[int] = []  # counted once, where something is wrong
+
     def where(i: int) -> str:
-        ends = np.flatnonzero(np.frombuffer(data, np.uint8) == 10)
-        return f"byte {begin + (int(ends[i - 1]) + 1 if i else 0)}"
+        if not first:
+            first.append(_lines_before(shard, begin))
+        return f"line {first[0] + i + 1}"
 
     if data.strip():
         try:
@@ -351,7 +392,7 @@ def _json_lines(data: bytes, begin: int, texts: Sequence[str], others: Sequence[
         if not text.strip():
             continue
         try:
-            rows.append(_json_line(text, texts, others))
+            rows.append(_json_line(text, texts, others, settings.shape is not None))
             kept.append(i)
         except UnicodeError:
             bad.append((where(i), "not UTF-8"))
@@ -364,7 +405,8 @@ def _json_lines(data: bytes, begin: int, texts: Sequence[str], others: Sequence[
     return Raw(columns, lambda i: where(kept[i]), bad)
 
 
-def _json_line(text: bytes, texts: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
+def _json_line(text: bytes, texts: Sequence[str], others: Sequence[str], any_type: bool) -> dict[str, Any]:
+    """any_type: what is no string becomes one, as JSON, and may be missing."""
     try:
         row = json.loads(text.decode("utf-8"))
     except json.JSONDecodeError as e:
@@ -372,6 +414,8 @@ def _json_line(text: bytes, texts: Sequence[str], others: Sequence[str]) -> dict
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
     for key in texts:
+        if any_type and not isinstance(row.get(key), str):
+            row[key] = None if row.get(key) is None else json.dumps(row[key], ensure_ascii=False)
         if key not in row:
             raise ValueError(f"expected a key {key!r}, found {', '.join(map(str, row)) or 'none'}: name it in the source")
         if not isinstance(row[key], str | None):

@@ -13,6 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from sevenfold import storage
+from sevenfold.data import formats
 from sevenfold.data.documents import Selection, texts
 from sevenfold.data.encode import TextEncoder
 from sevenfold.data.manifest import Manifest
@@ -34,7 +35,8 @@ def sample(manifest: Manifest, selection: Selection, source: int, megabytes: flo
     for i in shuffled(len(span), seed, 0x746F6B):
         if left <= 0:
             return
-        for column in texts(selection.read(manifest, span[int(i)])):
+        documents = texts(selection.read(manifest, span[int(i)]))
+        for column in map(formats.plain, selection.fields, documents):
             left -= sum(map(len, column))
             yield column
 

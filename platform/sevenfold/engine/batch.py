@@ -27,13 +27,23 @@ class Batch:
     """A micro-batch; int64 [rows, sequence]. `labels` are what is to be predicted (the decoder's length where there is one),
     IGNORE where nothing is asked for; `position_ids` begin anew at each document, which is what keeps packed documents apart.
     `cu_seqlens`: int32 [documents + 1], where documents begin in the rows laid end to end, and the end of all (what varlen
-    kernels take)."""
+    kernels take). What only some objectives have:
+
+    Attributes:
+        decoder: of an encoder-decoder.
+        attention_mask: bool [rows, sequence], where rows are padded documents and not packed ones.
+        segments: int64 [rows, sequence], the number of the answer that a token belongs to, -1 where to none.
+        targets: what labels are elsewhere, where labels are those of pairs: int64 [rows, sequence].
+    """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
     cu_seqlens: torch.Tensor
     decoder: Decoder | None = None
+    attention_mask: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
 
     @property
     def documents(self) -> torch.Tensor:
@@ -43,7 +53,7 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         def moved(part: Batch | Decoder) -> dict[str, torch.Tensor]:
             tensors = {f.name: getattr(part, f.name) for f in fields(part) if f.name != "decoder"}
-            return {k: t.to(device, non_blocking=True) for k, t in tensors.items()}
+            return {k: t.to(device, non_blocking=True) for k, t in tensors.items() if t is not None}
 
         return Batch(**moved(self), decoder=Decoder(**moved(self.decoder)) if self.decoder else None)
 

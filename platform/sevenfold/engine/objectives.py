@@ -26,7 +26,6 @@ from sevenfold.data.tokens import SENTINELS
 from sevenfold.engine import corrupt
 from sevenfold.engine.batch import IGNORE, Batch, Decoder, to_batch
 from sevenfold.errors import InputError
-from sevenfold.recipe import Recipe
 
 CPU_LOGITS = 2**22  # on a CPU so many logits are made at once, kept for backward: they stay in its caches and its heap
 
@@ -58,8 +57,27 @@ class Words:
         return Words(len(tokenizer), special, tokenizer.mask_token_id, sentinels, pad, end, pad if start is None else start)
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How losses are made of a model's logits.
+
+    Attributes:
+        per_token: (model, batch, labels [rows, length]) -> -log p of each label, nats, 0 where there is none, of that shape.
+        cross_entropy: (logits [n, classes], labels [n]) -> the same of each, [n].
+    """
+
+    per_token: Callable[[Any, Batch, torch.Tensor], torch.Tensor]
+    cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
 class Causal:
-    """The next token. Also completions alone: which tokens are targets comes with the rows."""
+    """The next token. Also completions alone: which tokens are targets comes with the rows.
+
+    Attributes:
+        judges: there are classes, or pairs, to be right about: see `losses`.
+    """
+
+    judges = False
 
     def __init__(self, words: Words, seed: int, rate: float, mean_span: float):
         self.words, self.seed, self.rate, self.mean_span = words, seed, rate, mean_span
@@ -70,6 +88,11 @@ class Causal:
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         made: torch.Tensor = model.forward(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         return made
+
+    def losses(self, model: Any, batch: Batch, scoring: Scoring, told: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Of each label, of the labels' shape. told: an objective that judges puts in what the model takes for right, int64 of
+        that shape."""
+        return scoring.per_token(model, batch, batch.labels)
 
     def _draws(self, tokens: np.ndarray, step: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, step, xxh3_64_intdigest(tokens.data)])
@@ -106,16 +129,9 @@ class Denoise(Causal):
     """T5's span denoising: the encoder reads a document with spans taken out, the decoder says what they were."""
 
     def collate(self, rows: Rows, step: int) -> Batch:
-        read, wanted = [], []  # a list of documents a row
-        for i, tokens in enumerate(rows.tokens):
-            rng = self._draws(tokens, step)
-            begins = [*rows.starts[rows.bounds[i] : rows.bounds[i + 1]].tolist(), len(tokens)]
-            pairs = [
-                self._document(rng, tokens[a:b].astype(np.int64)) for a, b in itertools.pairwise(begins) if a < rows.used[i]
-            ]
-            read.append([r for r, _ in pairs])
-            wanted.append([t for _, t in pairs])
-        width = rows.tokens.shape[1]
+        pairs = self._sides(rows, step)
+        read, wanted = ([[p[side] for p in row] for row in pairs] for side in (0, 1))
+        width = rows.tokens.shape[1] if rows.targets is None else max(1, *(sum(map(len, row)) for row in read))
         ids, documents = _laid_out(read, width, self.words.pad)
         labels, owners = _laid_out(wanted, max(1, *(sum(map(len, row)) for row in wanted)), IGNORE)
         inputs = np.full_like(labels, self.words.pad)
@@ -130,6 +146,11 @@ class Denoise(Causal):
             torch.from_numpy(np.append(edges, ids.size).astype(np.int32)),
             Decoder(torch.from_numpy(inputs), torch.from_numpy(owners)),
         )  # fmt: skip
+
+    def _sides(self, rows: Rows, step: int) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """What the encoder reads and the decoder says of each document, a list a row."""
+        draws = [self._draws(tokens, step) for tokens in rows.tokens]
+        return [[self._document(rng, ids) for ids, _ in row] for rng, row in zip(draws, documents(rows), strict=True)]
 
     def _document(self, rng: np.random.Generator, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         body = np.flatnonzero(~np.isin(ids, self.words.special))
@@ -153,14 +174,16 @@ class Denoise(Causal):
         return made
 
 
-OBJECTIVES: dict[str, type[Causal]] = {"causal": Causal, "sft": Causal, "masked": Masked, "denoise": Denoise}
-
-
-def of(recipe: Recipe, tokenizer: Any, config: Any) -> Causal:
-    """The recipe's objective. config: the model's, which knows with what its decoder begins. Raises InputError as Words.of."""
-    words = Words.of(tokenizer, recipe.objective, getattr(config, "decoder_start_token_id", None))
-    settings = recipe.corruption
-    return OBJECTIVES[recipe.objective](words, recipe.seed, settings.rate, settings.mean_span)
+def documents(rows: Rows) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+    """(ids int64, which are targets) of each document, a list a row."""
+    out = []
+    for i, tokens in enumerate(rows.tokens):
+        targets = np.ones(len(tokens), bool) if rows.targets is None else rows.targets[i]
+        begins = [*rows.starts[rows.bounds[i] : rows.bounds[i + 1]].tolist(), len(tokens)]
+        ends = [min(int(e), int(rows.used[i])) for e in begins[1:]]
+        pairs = zip(begins, ends, strict=False)
+        out.append([(tokens[a:b].astype(np.int64), targets[a:b]) for a, b in pairs if a < rows.used[i]])
+    return out
 
 
 def _same(asking: torch.Tensor, asked: torch.Tensor) -> torch.Tensor:
@@ -179,8 +202,8 @@ def _laid_out(rows: list[list[np.ndarray]], width: int, fill: int) -> tuple[np.n
 
 
 def attach(model: Any, objective: Causal, chunk: int | None = None, z_loss: float = 0.0) -> Callable[[Batch], torch.Tensor]:
-    """Gives a model the method `token_losses(batch)`: -log p of each label, nats, 0 where there is none: float32
-    [rows, length]. A method, so that sharding can gather the root's parameters for it.
+    """Gives a model the method `token_losses(batch, told=None)`: see Causal.losses; -log p of each label, nats, 0 where there
+    is none, float32. A method, so that sharding can gather the root's parameters for it.
 
     Args:
         chunk: of so many tokens at a time the logits are made, and made again in backward; None: of all at once.
@@ -188,9 +211,9 @@ def attach(model: Any, objective: Causal, chunk: int | None = None, z_loss: floa
     """
     bent = getattr(model.config, "final_logit_softcapping", None)
 
-    def token_losses(self: Any, batch: Batch) -> torch.Tensor:
+    def per_token(self: Any, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
         head = self.get_output_embeddings()
-        wanted = batch.labels.flatten()
+        wanted = labels.flatten()
         size = chunk or (max(1, CPU_LOGITS // head.weight.shape[0]) if batch.labels.device.type == "cpu" and not bent else None)
         if size is None:
             losses = _cross_entropy(objective.logits(self, batch).flatten(0, 1), wanted, z_loss)
@@ -203,7 +226,12 @@ def attach(model: Any, objective: Causal, chunk: int | None = None, z_loss: floa
 
             made = functools.partial(checkpoint, part, use_reentrant=False) if chunk else part
             losses = torch.cat([made(h, w) for h, w in zip(hidden.split(size), wanted.split(size), strict=True)])
-        return losses.view_as(batch.labels).clone()  # FSDP warns of views
+        return losses.view_as(labels).clone()  # FSDP warns of views
+
+    scoring = Scoring(per_token, functools.partial(_cross_entropy, z_loss=z_loss))
+
+    def token_losses(self: Any, batch: Batch, told: list[torch.Tensor] | None = None) -> torch.Tensor:
+        return objective.losses(self, batch, scoring, told)
 
     bound: Callable[[Batch], torch.Tensor] = MethodType(token_losses, model)
     model.token_losses = bound

@@ -96,16 +96,26 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], most: float) -> torch.Ten
 
 
 @torch.no_grad()
-def evaluate(model: Any, batches: Sequence[Batch], token_bytes: torch.Tensor) -> tuple[float, int, int]:
+def evaluate(
+    model: Any, batches: Sequence[Batch], token_bytes: torch.Tensor, told: list[tuple[int, int]] | None = None
+) -> tuple[float, int, int]:
     """(sum of -log p in nats, target tokens, bytes of text that these stand for) of all ranks together.
 
-    Every rank must bring as many batches. `token_bytes`: int64 [vocabulary].
+    Every rank must bring as many batches.
+
+    Args:
+        token_bytes: int64 [vocabulary].
+        told: of an objective that judges, (label, what the model took for it) of this rank's batches are put in.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
         asked = batch.labels[batch.labels != IGNORE]
-        nats = float(model.token_losses(batch).sum())
+        judged: list[torch.Tensor] = []
+        nats = float(model.token_losses(batch, None if told is None else judged).sum())
+        if told is not None:
+            there = batch.labels != IGNORE
+            told += zip(asked.tolist(), judged[0][there].tolist(), strict=True)
         sums += torch.tensor([nats, len(asked), int(token_bytes[asked.cpu()].sum())], dtype=torch.float64)
     sums = sums.to(batches[0].labels.device)
     dist.all_reduce(sums)

@@ -13,7 +13,8 @@ def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int, *,
     temperature: float = 0.0, seed: int = 0, batch_size: int = 32, synced: bool = False,
 ) -> list[str]:  # fmt: skip
-    """Continues each prompt (token ids) until its end-of-text token or max_new_tokens.
+    """Continues each prompt (token ids) until its end-of-text token or max_new_tokens; of an encoder-decoder the prompt is what
+    the encoder reads.
 
     Args:
         temperature: 0 takes the likeliest token; above, draws from the 50 likeliest.
@@ -24,6 +25,9 @@ def complete(
         top_k=50 if temperature > 0 else None, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
     )  # fmt: skip
+    apart = model.config.is_encoder_decoder
+    if apart:
+        config.decoder_start_token_id = model.config.decoder_start_token_id
     torch.manual_seed(seed)
     device = next(model.parameters()).device
     training = model.training
@@ -35,11 +39,12 @@ def complete(
         ids = torch.full((len(batch), width), config.pad_token_id, dtype=torch.long)
         mask = torch.zeros_like(ids)
         for j, prompt in enumerate(batch):
-            ids[j, width - len(prompt) :] = torch.tensor(prompt)
-            mask[j, width - len(prompt) :] = 1
+            at = slice(0, len(prompt)) if apart else slice(width - len(prompt), width)  # a decoder goes on from the right
+            ids[j, at] = torch.tensor(prompt)
+            mask[j, at] = 1
         made = model.generate(  # type: ignore[operator]
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, synced_gpus=synced
         )
-        out += tokenizer.batch_decode(made[:, width:], skip_special_tokens=True)
+        out += tokenizer.batch_decode(made[:, 1 if apart else width :], skip_special_tokens=True)
     model.train(training)
     return out

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -11,27 +13,35 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.initialization import no_init_weights
+from transformers.utils import logging as transformers_logging
 
 from sevenfold import storage
 from sevenfold.engine.optim import embedding_parameters
 from sevenfold.errors import InputError
 from sevenfold.model import attention as in_chunks
 from sevenfold.model.parallel import tensor_plan
-from sevenfold.recipe import Adapter, Recipe
+from sevenfold.recipe import Recipe
 
 CLASSES: dict[str, Any] = {  # by objective; the family's name for errors
     "causal": (AutoModelForCausalLM, "decoder"),
     "sft": (AutoModelForCausalLM, "decoder"),
     "masked": (AutoModelForMaskedLM, "encoder"),
     "denoise": (AutoModelForSeq2SeqLM, "encoder-decoder"),
+    "dpo": (AutoModelForCausalLM, "decoder"),
+    "classify": (AutoModelForSequenceClassification, "classifier"),
+    "seq2seq": (AutoModelForSeq2SeqLM, "encoder-decoder"),
+    "embed": (AutoModel, "encoder"),
 }
+TASKS = {"classify": "SEQ_CLS", "seq2seq": "SEQ_2_SEQ_LM", "embed": "FEATURE_EXTRACTION"}  # peft's; else CAUSAL_LM
 
 
 def model_path(path: str) -> str:
@@ -61,6 +71,8 @@ def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrai
                 setattr(config, name, getattr(tokenizer, name))
             if tokenizer is not None and config.is_encoder_decoder:
                 config.decoder_start_token_id = config.pad_token_id
+        if recipe.objective == "classify":
+            _with_classes(config, recipe.data.classes, tokenizer)
     except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as e:
         if "trust_remote_code" in str(e):
             raise InputError(
@@ -73,6 +85,13 @@ def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrai
     if getattr(config, "max_position_embeddings", length) < length:
         raise InputError(f"data.sequence_length {length} is above the model's {config.max_position_embeddings} positions")
     return config
+
+
+def _with_classes(config: PreTrainedConfig, classes: list[str], tokenizer: Any) -> None:
+    config.num_labels = len(classes)
+    config.id2label, config.label2id = dict(enumerate(classes)), {c: i for i, c in enumerate(classes)}
+    if tokenizer is not None and config.pad_token_id is None:  # a decoder finds the last token of a text by it
+        config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _new(fields: dict[str, Any], vocab_size: int, length: int) -> PreTrainedConfig:
@@ -99,7 +118,7 @@ def check(recipe: Recipe, vocab_size: int) -> int:
             raise InputError(f"{recipe.model.path or 'model.config'}: no {family} can be made of it: {_line(e)}") from None
         count = sum(p.numel() for p in model.parameters())
         if recipe.adapter is not None:
-            with_adapter(model, recipe.adapter, recipe.seed)
+            with_adapter(model, recipe)
     if recipe.parallel.tensor > 1:
         tensor_plan(model, recipe.parallel.tensor)
     return count
@@ -116,6 +135,8 @@ def attention(recipe: Recipe, device: torch.device) -> str:
     if recipe.model.attention != "auto":
         return recipe.model.attention
     family = CLASSES[recipe.objective][1]
+    if recipe.objective in ("classify", "embed"):
+        return "sdpa"  # its rows are padded documents, not packed ones
     if device.type == "cuda":
         return "flex_attention" if family == "decoder" else "sdpa"
     return "sdpa" if family == "encoder-decoder" or recipe.train.compile else in_chunks.NAME
@@ -137,7 +158,11 @@ def build(recipe: Recipe, config: PreTrainedConfig, *, weights: bool, attention:
     }
     model: PreTrainedModel
     if weights and recipe.model.path is not None:
-        model = made.from_pretrained(storage.local(model_path(recipe.model.path)), local_files_only=True, **kwargs)
+        folder = storage.local(model_path(recipe.model.path))
+        with _quiet():  # a base has no head of these classes
+            model = made.from_pretrained(
+                folder, config=config, local_files_only=True, ignore_mismatched_sizes=recipe.objective == "classify", **kwargs
+            )
     else:
         with nullcontext() if weights else no_init_weights():
             model = made.from_config(config, **kwargs)
@@ -147,14 +172,26 @@ def build(recipe: Recipe, config: PreTrainedConfig, *, weights: bool, attention:
     return model
 
 
-def with_adapter(model: PreTrainedModel, adapter: Adapter, seed: int) -> Any:
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
+def with_adapter(model: PreTrainedModel, recipe: Recipe) -> Any:
     """Puts LoRA layers into the model itself and freezes the rest; returns peft's wrapper, which saves and merges."""
     from peft import LoraConfig, get_peft_model
 
-    torch.manual_seed(seed)  # the adapter's start does not hang on how the base came to be
+    adapter = recipe.adapter
+    assert adapter is not None
+    torch.manual_seed(recipe.seed)  # the adapter's start does not hang on how the base came to be
     settings = LoraConfig(
         r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout,
-        target_modules=adapter.target_modules, task_type="CAUSAL_LM",
+        target_modules=adapter.target_modules, task_type=TASKS.get(recipe.objective, "CAUSAL_LM"), use_dora=adapter.dora,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 for a field by its old name
@@ -179,6 +216,8 @@ def flops_per_token(model: PreTrainedModel, recipe: Recipe) -> float:
     if not config.is_encoder_decoder:
         return side(model, config.num_hidden_layers, 1.0) + 6.0 * tied
     rate, spans = recipe.corruption.rate, recipe.corruption.rate / recipe.corruption.mean_span
+    if recipe.objective == "seq2seq":
+        rate, spans = 0.5, 0.0  # as if sources and targets were of a length
     asked = rate + spans
     out = 6.0 * head.weight.numel() * asked
     layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers

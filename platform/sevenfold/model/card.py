@@ -14,7 +14,9 @@ from sevenfold.engine.checkpoint import Checkpoint
 from sevenfold.model.build import CLASSES
 from sevenfold.recipe import Recipe
 
-TAGS = {"causal": "text-generation", "sft": "text-generation", "masked": "fill-mask", "denoise": "text2text-generation"}
+TAGS = {"causal": "text-generation", "sft": "text-generation", "masked": "fill-mask", "denoise": "text2text-generation",
+        "dpo": "text-generation", "classify": "text-classification", "seq2seq": "text2text-generation",
+        "embed": "sentence-similarity"}  # fmt: skip
 
 
 def card(recipe: Recipe, checkpoint: Checkpoint, manifest: Manifest, metrics: Mapping[str, Any]) -> str:
@@ -44,8 +46,8 @@ def card(recipe: Recipe, checkpoint: Checkpoint, manifest: Manifest, metrics: Ma
 
 # {recipe.name}
 
-A language model ({family}), trained with sevenfold. Only what stands here was measured: no benchmark was run, and what the
-model says was not examined.
+A language model ({family}), trained with sevenfold. Only what stands here was measured, and what the model says was not
+examined.
 
 | | |
 |-|-|
@@ -64,6 +66,24 @@ model = {made.__name__}.from_pretrained("FOLDER")
 tokenizer = AutoTokenizer.from_pretrained("FOLDER")
 ```
 """
+
+
+FIGURES = "\n## Measured on held-out data\n"
+
+
+def with_figures(text: str, measured: Mapping[str, Any]) -> str:
+    """A card with the figures of an evaluation in a section at its end; in place of those of an earlier one."""
+    others = measured["baselines"]
+    names = [k for k, v in measured.items() if not isinstance(v, dict | str)]
+    head = " | ".join(["measure", "this model", *others])
+    rows = [
+        " | ".join([name, *(f"{v:.4g}" if isinstance(v, float) else str(v or "") for v in values)])
+        for name in names
+        for values in [[measured[name], *(other.get(name) for other in others.values())]]
+    ]
+    lines = [f"| {line} |" for line in (head, " | ".join(["-"] * (2 + len(others))), *rows)]
+    signatures = [f"{k}: `{v}`" for k, v in measured.items() if isinstance(v, str)]
+    return text.partition(FIGURES)[0] + "\n".join([FIGURES, *lines, "", *signatures, ""])
 
 
 def _sources(manifest: Manifest) -> list[str]:

@@ -64,7 +64,7 @@ def export(
                 model.generation_config = GenerationConfig.from_pretrained(base, local_files_only=True)
     else:
         model = build.build(recipe, config, weights=True)
-        adapted = build.with_adapter(model, recipe.adapter, recipe.seed)
+        adapted = build.with_adapter(model, recipe)
         weights = ckpt.Weights(checkpoint, model.state_dict())
         for name, p in model.named_parameters():
             if p.requires_grad:
@@ -75,7 +75,8 @@ def export(
         model = adapted.merge_and_unload()
     for told in (model.config, model.generation_config) if model.can_generate() else (model.config,):
         for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            setattr(told, field, getattr(words, field))
+            if getattr(words, field) is not None:
+                setattr(told, field, getattr(words, field))
     with _folder(to) as aside, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
         model.save_pretrained(aside, max_shard_size=shard)

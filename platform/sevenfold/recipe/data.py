@@ -35,9 +35,11 @@ class Source(Section):
     path: str = Field(description="File, folder or glob; relative paths: see storage.locate")
     name: str = Field("", description="What curriculum and ledger call it; default: the last part of path")
     format: Literal["parquet", "jsonl", "txt"] | None = Field(None, description="Default: by suffix; .gz and .zst are seen")
-    text: str = Field("text", description="Column or key that holds a document (objective causal)")
-    prompt: str = Field("prompt", description="Column or key that holds what is asked (objective sft)")
-    completion: str = Field("completion", description="Column or key that holds what is learnt (objective sft)")
+    text: str = Field("text", description="Column or key that holds a document (pretraining)")
+    shape: str | None = Field(None, description="Fine-tuning: form of its rows (data/formats.py); default: by its columns")
+    columns: dict[str, str] = Field(
+        {}, description="Fine-tuning: role -> column, for columns of other names: {source: en, target: de}"
+    )
     separator: str = Field("\n", description="txt: what parts documents; '' makes each file one document")
     weight: float | None = Field(None, gt=0, description="Share of the tokens; give all sources one, or none: by size")
     filters: list[Filter] = []
@@ -58,10 +60,12 @@ class Stage(Section):
 
 
 class Data(Section):
+    path: str | None = Field(None, description="Folder, file or URL that the paths of sources and validation are under")
     corpus: Literal["python"] | None = Field(None, description="Corpus to make first where it is not there yet")
     sources: list[Source] = Field(min_length=1)
     curriculum: list[Stage] = Field([], description="Changes of the sources' weights, in the order of their tokens")
     validation: list[Source] = Field([], description="Held-out documents, never trained on")
+    classes: list[str] = Field([], description="classify: the labels; default: those of the sources, sorted")
     held_out: float = Field(0, ge=0, le=0.5, description="Or: this part of the sources' documents, chosen by their hash")
     epochs: int | None = Field(None, gt=0, description="No document is read more often; the data then ends. Default: endless")
     sequence_length: int = Field(gt=1, description="Tokens a row, and the model's context in training")
@@ -78,6 +82,22 @@ class Data(Section):
     executor: Literal["ray", "inline"] = Field(
         "ray", description="Who makes the rows: Ray Data tasks beside the workers, or each worker itself"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _under(cls, tree: Any) -> Any:
+        """Once put together, the paths say it all."""
+        if not isinstance(tree, dict) or not isinstance(tree.get("path"), str):
+            return tree
+        root = tree["path"].rstrip("/")
+
+        def under(source: Any) -> Any:
+            return (
+                source | {"path": "/".join(p for p in (root, source.get("path")) if p)} if isinstance(source, dict) else source
+            )
+
+        lists = {k: [under(s) for s in tree[k]] for k in ("sources", "validation") if isinstance(tree.get(k), list)}
+        return tree | lists | {"path": None}
 
     @model_validator(mode="after")
     def _mixes(self) -> Data:
@@ -113,4 +133,5 @@ class Data(Section):
 class Tokenizer(Section):
     path: str | None = Field(None, description="Folder of a Hugging Face tokenizer; default: the one beside model.path")
     vocab_size: int | None = Field(None, ge=300, description="Train a byte-level BPE of this size on the sources")
+    chat_template: str | None = Field(None, description="plain, or a file (Jinja): for conversations, where there is none")
     train_mb: float = Field(16, gt=0, description="Text that it is trained on, MB")

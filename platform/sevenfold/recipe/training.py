@@ -27,12 +27,13 @@ class Model(Section):
 
 
 class Adapter(Section):
-    """LoRA (arXiv 2106.09685), by peft: the base is frozen."""
+    """LoRA (arXiv 2106.09685), by peft: the base is frozen; a classifier's head is trained whole."""
 
     rank: int = Field(8, gt=0)
     alpha: int = Field(16, gt=0, description="Scale: the update counts alpha / rank")
     dropout: float = Field(0.0, ge=0, lt=1, description="Its masks are drawn a worker: they change with num_workers")
     target_modules: str | list[str] = Field("all-linear", description="As in peft's LoraConfig")
+    dora: bool = Field(False, description="Magnitudes apart from directions (arXiv 2402.09353)")
 
 
 class Corruption(Section):
@@ -40,6 +41,18 @@ class Corruption(Section):
 
     rate: float = Field(0.15, gt=0, lt=1, description="Part of the tokens")
     mean_span: float = Field(3.0, ge=1, description="denoise: mean length of a span, tokens")
+
+
+class Preference(Section):
+    """dpo (arXiv 2305.18290)."""
+
+    beta: float = Field(0.1, gt=0, description="How dear it is to leave the model that was begun from; the paper's default")
+
+
+class Contrastive(Section):
+    """embed."""
+
+    temperature: float = Field(0.05, gt=0, description="That cosines are divided by (arXiv 2104.08821)")
 
 
 class Train(Section):
@@ -101,8 +114,9 @@ class Guard(Section):
 class Validation(Section):
     every: int | None = Field(None, gt=0, description="Steps; default: only at the end")
     rows: int = Field(64, gt=0, description="Held-out rows a validation reads")
-    generate: int = Field(0, ge=0, description="sft: held-out prompts completed and scored by ROUGE-L")
+    generate: int = Field(0, ge=0, description="sft, seq2seq: held-out prompts completed and scored (ROUGE, BLEU, chrF)")
     max_new_tokens: int = Field(24, gt=0)
+    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = Field("13a", description="As sacrebleu's; zh for Chinese")
 
 
 class Checkpoint(Section):

@@ -18,30 +18,38 @@ from sevenfold.recipe.training import (
     Adapter,
     Checkpoint,
     Cluster,
+    Contrastive,
     Corruption,
     Guard,
     Model,
     Optimizer,
     Parallel,
+    Preference,
     Schedule,
     Search,
     Train,
     Validation,
 )
 
+PRETRAINING = ("causal", "masked", "denoise")  # objectives of text as it is; the others are fine-tuning
+
 
 class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Names the run and its folder")
     storage: str = Field("runs", description="Folder or URL that runs are kept under")
     seed: int = Field(0, ge=0, lt=2**32)
-    objective: Literal["causal", "masked", "denoise", "sft"] = Field(
-        "causal", description="Next token (decoder), hidden tokens (encoder), spans (encoder-decoder), completions (decoder)"
+    objective: Literal["causal", "masked", "denoise", "sft", "dpo", "classify", "seq2seq", "embed"] = Field(
+        "causal",
+        description="Pretraining: next token (decoder), hidden tokens (encoder), spans (encoder-decoder). Fine-tuning: replies "
+        "(decoder), preferred replies (decoder), classes (any), source to target (encoder-decoder), search (encoder)",
     )
     data: Data
     tokenizer: Tokenizer = Tokenizer()
     model: Model
     adapter: Adapter | None = None
     corruption: Corruption = Corruption()
+    preference: Preference = Preference()
+    contrastive: Contrastive = Contrastive()
     train: Train
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
@@ -79,6 +87,10 @@ class Recipe(Section):
             raise ValueError("tokenizer: give either path or vocab_size")
         if not (tokenizer.path or tokenizer.vocab_size or self.model.path):
             raise ValueError("tokenizer: give path (an existing one) or vocab_size (to train one)")
+        if self.objective not in PRETRAINING and self.data.packing != "best_fit":
+            raise ValueError(f"data.packing: objective {self.objective} needs best_fit, which cuts no example in two")
+        if self.objective == "dpo" and self.model.path is None:
+            raise ValueError("objective dpo needs model.path: it is measured from the model that it begins with")
         if self.objective == "denoise" and tokenizer.vocab_size and tokenizer.vocab_size < 512:
             raise ValueError("tokenizer.vocab_size: denoise needs at least 512: 100 of them stand for spans")
         if tokenizer.vocab_size and self.model.path:

@@ -20,9 +20,9 @@ from sevenfold import storage
 from sevenfold.data.ledger import Ledger
 from sevenfold.engine import checkpoint as ckpt
 from sevenfold.errors import InputError, RunError
-from sevenfold.recipe import Recipe
+from sevenfold.recipe import PRETRAINING, Recipe
 from sevenfold.report.console import say, table
-from sevenfold.runs import cluster, finetune
+from sevenfold.runs import cluster
 from sevenfold.runs.faults import FAULTS, Fault, Run, Scene
 from sevenfold.runs.nodes import LocalNodes, Nodes
 from sevenfold.storage import RunFolder
@@ -133,7 +133,7 @@ class Drill:
         self._aside = tempfile.TemporaryDirectory(prefix="drill-")
         self._file = Path(self._aside.name, "recipe.yaml")
         self._file.write_text(self.recipe.to_yaml())
-        self._job = "finetune" if recipe.objective in finetune.OBJECTIVES else "pretrain"
+        self._job = "pretrain" if recipe.objective in PRETRAINING else "finetune"
 
     def folder(self, name: str, place: str | None = None) -> RunFolder:
         return RunFolder(storage.join(place or self.recipe.storage, f"{self.recipe.name}-{name}"))

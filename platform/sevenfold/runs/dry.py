@@ -10,11 +10,13 @@ from sevenfold.runs import prepare
 
 def describe(recipe: Recipe) -> str:
     """The resolved recipe in YAML, and the figures derived from it as comments. Raises InputError as a run."""
-    _, count = prepare.check(recipe)
+    found = None if prepare.corpus_to_make(recipe) else prepare.inputs(recipe)
+    _, count = prepare.check(recipe if found is None else prepare.with_classes(recipe, found.train))
     if root := prepare.corpus_to_make(recipe):
         data = [f"corpus: {root} is not there yet; the run makes it first"]
     else:
-        data = _data(recipe)
+        assert found is not None
+        data = _data(recipe, found)
     rows = most_rows(recipe.train.global_batch, recipe.readers, recipe.lanes)
     figures = [
         f"parameters: {count:,}",
@@ -30,9 +32,8 @@ def describe(recipe: Recipe) -> str:
     return recipe.to_yaml() + "".join(f"# {line}\n" for line in figures)
 
 
-def _data(recipe: Recipe) -> list[str]:
+def _data(recipe: Recipe, found: prepare.Inputs) -> list[str]:
     """What the sources hold and how they will be read. Tokens are guessed, 4 bytes each: there is no tokenizer yet."""
-    found = prepare.inputs(recipe)
     plan = Plan.of(found.train, recipe.data, recipe.seed, recipe.lanes)
     documents, held = found.train.documents, found.validation
     aside = f"; held out {recipe.data.held_out:.2%}" if recipe.data.held_out else ""

@@ -8,9 +8,9 @@ from sevenfold.engine import checkpoint as ckpt
 from sevenfold.engine.checkpoint import Checkpoint, DamagedError
 from sevenfold.errors import InputError
 from sevenfold.model.export import export
-from sevenfold.recipe import loads
 from sevenfold.report.console import say
 from sevenfold.report.metrics import logged
+from sevenfold.runs import prepare
 from sevenfold.storage import RunFolder
 
 
@@ -26,7 +26,7 @@ def run(path: str, step: int | None = None, out: str | None = None) -> None:
     to = storage.place(out) if out else folder.model
     if to != folder.model and storage.listdir(to):
         raise InputError(f"--out {to}: expected a new or empty folder, found one with files in it: choose another")
-    recipe = loads(storage.read_text(folder.recipe), folder.recipe)
+    recipe = prepare.recipe_of(folder)
     found = _chosen(folder.checkpoints, step)
     manifest = Manifest.from_json(storage.read_json(folder.manifest)["train"])
     adapter = folder.adapter if to == folder.model else None

@@ -9,14 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import save_file
 
-from sevenfold import storage
 from sevenfold.data.ledger import Ledger, Replay
 from sevenfold.data.stream import Draw
 from sevenfold.data.tokens import load_tokenizer
-from sevenfold.engine import objectives
+from sevenfold.engine import tuning
 from sevenfold.errors import InputError
 from sevenfold.model import build
-from sevenfold.recipe import Recipe, loads
+from sevenfold.recipe import Recipe
 from sevenfold.report.console import say, table
 from sevenfold.runs import prepare
 from sevenfold.storage import RunFolder
@@ -59,12 +58,12 @@ def replay(path: str, step: int, out: str | None = None) -> None:
     rows = again.rows(draws)
     tokenizer = load_tokenizer(RunFolder.of(path).tokenizer)
     config = build.config_of(recipe, len(tokenizer), tokenizer)
-    batch = objectives.of(recipe, tokenizer, config).collate(rows, step - 1)
+    batch = tuning.of(recipe, tokenizer, config).collate(rows, step - 1)
     say(f"step {step}: {len(rows)} rows of {rows.tokens.shape[1]} tokens, {len(draws)} draws: every hash is the ledger's")
     say(f"hash of the whole step: {rows.hash():016x}")
     say(f"row 0 begins: {tokenizer.decode(batch.input_ids[0, :SHOWN_TOKENS])!r}")
     if out:
-        tensors = {k: v for k, v in vars(batch).items() if k != "decoder"}
+        tensors = {k: v for k, v in vars(batch).items() if k != "decoder" and v is not None}
         tensors |= {f"decoder_{k}": v for k, v in vars(batch.decoder).items()} if batch.decoder else {}
         save_file({k: v.contiguous() for k, v in tensors.items()}, out)
         say(f"{', '.join(tensors)}: {out}")
@@ -75,6 +74,6 @@ def _open(path: str, step: int, out: str | None, suffix: str) -> tuple[Replay, l
         raise InputError(f"--out {out}: expected a file {suffix} in a folder that exists")
     folder = RunFolder.of(path)
     draws = Ledger(folder.ledger).step(step)
-    recipe = loads(storage.read_text(folder.recipe), folder.recipe)
+    recipe = prepare.recipe_of(folder)
     stream, _ = prepare.reopen(folder, recipe)
     return Replay(stream), draws, recipe

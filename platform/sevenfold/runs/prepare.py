@@ -15,16 +15,19 @@ from sevenfold import storage
 from sevenfold.data import cache, corpus, tokens
 from sevenfold.data.cache import TokenCache
 from sevenfold.data.documents import Selection
-from sevenfold.data.encode import ENCODERS, TextEncoder, admit
+from sevenfold.data.encode import TextEncoder, admit
+from sevenfold.data.examples import ENCODERS, PLAIN_TEMPLATE
 from sevenfold.data.manifest import Manifest, scan
 from sevenfold.data.order import WINDOWS_PER_LANE, Plan
 from sevenfold.data.stream import TASK_CPUS, Stream
 from sevenfold.errors import InputError
-from sevenfold.recipe import Recipe, loads
+from sevenfold.recipe import PRETRAINING, Recipe, loads
 from sevenfold.report.console import say
 from sevenfold.runs import cluster
 from sevenfold.storage import RunFolder
 
+SURVEY_MB = 64.0  # of fine-tuning data that is looked through before training
+MOST_CLASSES = 10_000
 SAMPLE_MB = 1.0  # of text of each source, on which encoders are compared and tokens a byte are measured
 
 
@@ -60,6 +63,7 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
     """
     if storage.exists(folder.recipe):
         claim(folder, recipe)
+    identity = recipe.hash()
     found = None if corpus_to_make(recipe) else kept(folder) or inputs(recipe)
     if folder.finished():
         say(f"{folder.root}: finished before; nothing to do")
@@ -68,7 +72,7 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
     threading.Thread(target=importlib.import_module, args=("sevenfold.model.build",), daemon=True).start()
     cluster.connect(verbose, dashboard=recipe.search is not None)
     try:
-        here, _ = check(recipe)
+        here, _ = check(recipe if found is None else with_classes(recipe, found.train))
     except InputError:
         ray.shutdown()
         raise
@@ -82,15 +86,21 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
     if recipe.data.cache:
         selection = Selection.of(recipe.data, ENCODERS[recipe.objective].fields)
         cache.check(storage.locate(recipe.data.cache), found.train, selection)
+    new = not storage.exists(folder.recipe)
     claim(folder, recipe)
-    found = settle(here, found, folder.tokenizer)
+    try:
+        found = settle(here, found, folder.tokenizer)
+    except InputError:
+        if new:
+            storage.remove(folder.root)
+        raise
     if not storage.exists(folder.manifest):
         storage.write(folder.manifest, json.dumps({k: m.to_json() for k, m in vars(found).items() if m}))
     train, held = streams(here, found, folder.tokenizer)
     if not here.steps:
         here = here.override({"train.steps": train.plan.estimated_steps(here.tokens_per_step)})
         say(f"{recipe.data.epochs} epochs: about {here.steps:,} steps")
-    return Job(here, recipe.hash(), folder.root, folder.tokenizer, train, held, verbose=verbose)
+    return Job(here, identity, folder.root, folder.tokenizer, train, held, verbose=verbose)
 
 
 def check(recipe: Recipe) -> tuple[Recipe, int]:
@@ -107,13 +117,44 @@ def check(recipe: Recipe) -> tuple[Recipe, int]:
     if recipe.tokenizer.path:
         changes["tokenizer.path"] = storage.locate(recipe.tokenizer.path)
     here = recipe.override(changes)
+    if here.tokenizer.chat_template:
+        _template(here.tokenizer.chat_template)
     size = here.tokenizer.vocab_size
     if size is None:
         tokenizer = tokens.load_tokenizer(here.tokenizer.path or str(here.model.path))
-        ENCODERS[here.objective](tokenizer, here.data.sequence_length)
+        ENCODERS[here.objective](tokenizer, here.data.sequence_length, classes=here.data.classes)
         Words.of(tokenizer, here.objective)
         size = len(tokenizer)
     return here, build.check(here, size)
+
+
+def _template(given: str) -> str:
+    """The text of tokenizer.chat_template."""
+    if given == "plain":
+        return PLAIN_TEMPLATE
+    try:
+        return storage.read_text(storage.locate(given))
+    except (InputError, OSError) as e:
+        raise InputError(
+            f"tokenizer.chat_template: expected plain, or a file with a Jinja template, found {given}: {e}"
+        ) from None
+
+
+def with_classes(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """The recipe with the labels of its sources put in, where it is about classes and names none. Raises InputError where they
+    are fewer than two, or no classes at all."""
+    if recipe.objective != "classify" or recipe.data.classes:
+        return recipe
+    chosen = Selection.of(recipe.data, ENCODERS["classify"].fields)
+    found: set[str] = set()
+    for group in range(len(manifest)):
+        found |= set(chosen.read(manifest, group).fields[1].to_pylist())
+    if not 2 <= len(found) <= MOST_CLASSES:
+        raise InputError(
+            f"{recipe.name}: expected 2 to {MOST_CLASSES:,} classes in the sources, found {len(found):,}"
+            f"{': ' + ', '.join(sorted(found)) if len(found) == 1 else ''}: name their column (columns: {{label: COLUMN}})"
+        )
+    return recipe.override({"data.classes": sorted(found)})
 
 
 def corpus_to_make(recipe: Recipe) -> str | None:
@@ -124,12 +165,12 @@ def corpus_to_make(recipe: Recipe) -> str | None:
 
 def inputs(recipe: Recipe) -> Inputs:
     """Looks at the sources. Raises InputError where they are not there or not what they should be."""
-    data, fields = recipe.data, ENCODERS[recipe.objective].fields
-    validation = scan(data.validation, fields, on_bad=data.on_bad_document) if data.validation else None
+    data, kind = recipe.data, recipe.objective
+    validation = scan(data.validation, kind, on_bad=data.on_bad_document) if data.validation else None
     windows = recipe.lanes * WINDOWS_PER_LANE
     begins = [0, *(stage.at_tokens for stage in data.curriculum)]
     shortest = min((b - a for a, b in itertools.pairwise(begins)), default=2**62)
-    found = Inputs(scan(data.sources, fields, windows, data.on_bad_document, 2 * shortest // windows), validation)
+    found = Inputs(scan(data.sources, kind, windows, data.on_bad_document, 2 * shortest // windows), validation)
     Plan.of(found.train, data, recipe.seed, recipe.lanes).segments  # noqa: B018 (a curriculum that cannot be kept raises)
     left_out = [*found.train.left_out, *(validation.left_out if validation else ())]
     if left_out:
@@ -162,6 +203,14 @@ def reopen(folder: RunFolder, recipe: Recipe) -> tuple[Stream, Stream | None]:
     return streams(recipe, _kept(folder), folder.tokenizer)
 
 
+def recipe_of(folder: RunFolder) -> Recipe:
+    """The recipe of a run that has begun, with the classes that were found."""
+    recipe = loads(storage.read_text(folder.recipe), folder.recipe)
+    if recipe.objective != "classify" or recipe.data.classes:
+        return recipe
+    return recipe.override({"data.classes": storage.read_json(_encoder_file(folder.tokenizer))["classes"]})
+
+
 def settle(recipe: Recipe, found: Inputs, tokenizer: str) -> Inputs:
     """Makes or copies the tokenizer, chooses the encoder and measures tokens a byte: here, where all that it takes has been
     imported already, since a task would spend longer on that than on the work.
@@ -172,6 +221,8 @@ def settle(recipe: Recipe, found: Inputs, tokenizer: str) -> Inputs:
     if not (storage.exists(_encoder_file(tokenizer)) and found.train.tokens_per_byte):
         made = _settle(recipe, found.train, tokenizer)
         say(made["why"])
+        if recipe.objective not in PRETRAINING:
+            made |= {"classes": recipe.data.classes, "examples": _survey(recipe, found, tokenizer, made["backend"])}
         storage.write(_encoder_file(tokenizer), json.dumps(made, indent=1))
         found = Inputs(found.train.measured(made["tokens_per_byte"]), found.validation)
     return found
@@ -197,7 +248,12 @@ def streams(recipe: Recipe, found: Inputs, tokenizer: str) -> tuple[Stream, Stre
 def encoder_of(recipe: Recipe, tokenizer: str) -> TextEncoder:
     """Of a tokenizer's folder that was settled."""
     backend = storage.read_json(_encoder_file(tokenizer))["backend"]
-    return ENCODERS[recipe.objective](tokens.load_tokenizer(tokenizer), recipe.data.sequence_length, backend)
+    return _encoder(recipe, tokenizer, backend)
+
+
+def _encoder(recipe: Recipe, tokenizer: str, backend: str) -> TextEncoder:
+    data = recipe.data
+    return ENCODERS[recipe.objective](tokens.load_tokenizer(tokenizer), data.sequence_length, backend, data.classes)
 
 
 def needs(recipe: Recipe) -> dict[str, float]:
@@ -250,12 +306,45 @@ def _settle(recipe: Recipe, manifest: Manifest, to: str) -> dict[str, Any]:
             )
         else:
             made = tokens.load_tokenizer(wanted.path or str(recipe.model.path))
+        if wanted.chat_template:
+            made.chat_template = _template(wanted.chat_template)
         tokens.save_tokenizer(made, to)
     tokenizer = tokens.load_tokenizer(to)
     sample = [
         t for s in range(len(manifest.sources)) for c in tokens.sample(manifest, chosen, s, SAMPLE_MB, recipe.seed) for t in c
     ]
     backend, why = admit(tokenizer, sample)
-    encoder = ENCODERS[recipe.objective](tokenizer, recipe.data.sequence_length, backend)
+    encoder = _encoder(recipe, to, backend)
     density = [tokens.per_byte(manifest, chosen, encoder, s, SAMPLE_MB, recipe.seed) for s in range(len(manifest.sources))]
     return {"backend": backend, "why": why, "identity": encoder.identity(), "tokens_per_byte": density}
+
+
+def _survey(recipe: Recipe, found: Inputs, tokenizer: str, backend: str) -> dict[str, dict[str, int]]:
+    """Looks through the examples, and says what part of them is learnt. Raises InputError where a row is bad (see Selection),
+    or nothing is learnt from any."""
+    encoder = _encoder(recipe, tokenizer, backend)
+    out = {}
+    for what, manifest in (("training", found.train), ("validation", found.validation)):
+        if manifest is None:
+            continue
+        chosen = replace(Selection.of(recipe.data, encoder.fields), held_out=0.0)
+        count = {"examples": 0, "tokens": 0, "targets": 0, "cut": 0, "left_out": 0}
+        size = 0
+        for group in range(len(manifest)):
+            (made,) = encoder.encode([chosen.read(manifest, group)])
+            learnt = int(made.targets.sum()) if made.targets is not None else len(made.ids)
+            size += manifest.group(group).bytes
+            more = (len(made.origin), len(made.ids), learnt, made.cut, made.skipped.count)
+            count = {k: v + m for (k, v), m in zip(count.items(), more, strict=True)}
+            if size > SURVEY_MB * 1e6:
+                break
+        if not count["targets"]:
+            raise InputError(f"{what} data: {count['examples']} examples, and every label is masked: nothing would be learnt")
+        masked = 1 - count["targets"] / count["tokens"]
+        left_out = f", {count['left_out']:,} bad rows left out" if count["left_out"] else ""
+        say(
+            f"{what} data: {count['examples']:,} examples of {count['tokens'] / count['examples']:.0f} tokens, {masked:.1%} of "
+            f"them masked; {count['cut']:,} examples lose targets, longer than data.sequence_length{left_out}"
+        )
+        out[what] = count
+    return out

@@ -97,9 +97,15 @@ def metrics_of(recipe: Recipe) -> list[str]:
     """What a run of this recipe reports at each validation."""
     out = ["train/loss"]
     if recipe.data.validation or recipe.data.held_out:
-        out += ["validation/loss", "validation/bits_per_byte"]
-        if recipe.objective == "sft" and recipe.validation.generate:
-            out += ["validation/rouge1", "validation/rouge2", "validation/rougeL"]
+        out += ["validation/loss"]
+        if recipe.objective in ("causal", "sft"):
+            out += ["validation/bits_per_byte"]
+        if recipe.objective in ("dpo", "classify", "embed"):
+            out += ["validation/accuracy"]
+        if recipe.objective == "classify":
+            out += ["validation/f1_macro"]
+        if recipe.objective in ("sft", "seq2seq") and recipe.validation.generate:
+            out += [f"validation/{m}" for m in ("rouge1", "rouge2", "rougeL", "bleu", "chrf")]
     return out
 
 

@@ -22,14 +22,14 @@ from ray.util import get_node_ip_address
 
 import sevenfold
 from sevenfold import storage
-from sevenfold.data.encode import CompletionEncoder
+from sevenfold.data.examples import ConversationEncoder, PairEncoder
 from sevenfold.data.ledger import Ledger
 from sevenfold.data.order import most_rows
 from sevenfold.data.rows import Rows
 from sevenfold.data.stream import Draw, LaneReader, ReaderState, Stream
 from sevenfold.data.tokens import load_tokenizer, token_bytes
 from sevenfold.engine import checkpoint as ckpt
-from sevenfold.engine import cpu, loop, objectives, optim
+from sevenfold.engine import cpu, loop, objectives, optim, tuning
 from sevenfold.engine.batch import Batch, micro_batches
 from sevenfold.engine.guard import Guard
 from sevenfold.engine.interval import Interval
@@ -38,7 +38,7 @@ from sevenfold.engine.objectives import Causal
 from sevenfold.engine.step import evaluate
 from sevenfold.errors import RunError
 from sevenfold.evaluate.generate import complete
-from sevenfold.evaluate.metrics import bits_per_byte, rouge
+from sevenfold.evaluate.metrics import bits_per_byte, bleu, classification, rouge
 from sevenfold.model import build, parallel
 from sevenfold.report.metrics import RunLog
 from sevenfold.runs import cluster
@@ -126,11 +126,21 @@ class Worker:
         config = build.config_of(recipe, len(self.tokenizer), self.tokenizer)
         model = build.build(recipe, config, weights=self.rank == 0, attention=build.attention(recipe, self.device))
         if recipe.adapter is not None:
-            build.with_adapter(model, recipe.adapter, recipe.seed)
-        objective = objectives.of(recipe, self.tokenizer, config)
+            build.with_adapter(model, recipe)
+        objective = tuning.of(recipe, self.tokenizer, config)
+        if isinstance(objective, tuning.Preference) and recipe.adapter is None:
+            objective.reference = self._reference(config, objective)
         objectives.attach(model, objective, recipe.train.loss_chunk, recipe.train.z_loss)
         flops = build.flops_per_token(model, recipe)
         return objective, parallel.shard(model, self.device, recipe.train, recipe.parallel), flops
+
+    def _reference(self, config: Any, objective: Causal) -> Any:
+        """The model that the run began from, frozen, laid over the ranks."""
+        recipe = self.recipe
+        model = build.build(recipe, config, weights=self.rank == 0, attention=build.attention(recipe, self.device))
+        objectives.attach(model, objectives.Causal(objective.words, 0, 0.5, 1), recipe.train.loss_chunk)
+        settings = recipe.train.model_copy(update={"activation_checkpointing": "none"})
+        return parallel.shard(model.requires_grad_(False), self.device, settings, recipe.parallel).eval()
 
     def _tell_where(self) -> None:
         """Which process on which node each rank is, for whoever has to look at one. The start that wrote it last owns the
@@ -269,11 +279,14 @@ class Worker:
     def _validate(self, step: int) -> dict[str, float]:
         out: dict[str, float] = {}
         if self.held_out:
-            nats, targets, size = evaluate(self.model, self.held_out, self.token_bytes)
+            told: list[tuple[int, int]] | None = [] if self.objective.judges else None
+            nats, targets, size = evaluate(self.model, self.held_out, self.token_bytes, told)
             out = {"validation/loss": nats / max(1, targets)}
             if self.recipe.objective in ("causal", "sft"):
                 out["validation/bits_per_byte"] = bits_per_byte(nats, max(1, size))
-        if self.recipe.objective == "sft" and self.job.validation and self.recipe.validation.generate:
+            if told is not None:
+                out |= self._judged(told)
+        if self.recipe.objective in ("sft", "seq2seq") and self.job.validation and self.recipe.validation.generate:
             out |= self._generate(step)
         if out:
             self._log(step, out)
@@ -281,27 +294,41 @@ class Worker:
                 self.run_log.flush()  # its step's save may be committed before
         return out
 
+    def _judged(self, told: list[tuple[int, int]]) -> dict[str, float]:
+        """How often the model was right; of classes macro F1, too."""
+        parts: list[list[tuple[int, int]]] = [[]] * self.world
+        torch.distributed.all_gather_object(parts, told)
+        pairs = [p for part in parts[:: self.recipe.parallel.tensor] for p in part]
+        out = {"validation/accuracy": sum(a == b for a, b in pairs) / max(1, len(pairs))}
+        if self.recipe.objective == "classify" and pairs:
+            names = self.recipe.data.classes
+            true, taken = ([names[i] for i in column] for column in zip(*pairs, strict=True))
+            out["validation/f1_macro"] = classification(taken, true, names)["f1_macro"]
+        return out
+
     def _generate(self, step: int) -> dict[str, float]:
-        """ROUGE of greedy completions of the first held-out prompts, each rank doing its part."""
+        """ROUGE, BLEU and chrF of greedy completions of the first held-out prompts, each rank doing its part."""
         assert self.job.validation is not None
         settings, stream = self.recipe.validation, self.job.validation
         encoder = stream.encoder
-        assert isinstance(encoder, CompletionEncoder)
+        assert isinstance(encoder, ConversationEncoder | PairEncoder)
         pairs = first_pairs(stream, settings.generate)
         share = -(-len(pairs) // self.world)
         mine = (pairs[self.rank :: self.world] + pairs[:1] * share)[:share]  # as many on every rank
         room = stream.sequence_length - settings.max_new_tokens
         made = complete(
-            self.model, self.tokenizer, [encoder.prompt(p, room) for p, _ in mine], settings.max_new_tokens,
+            self.model, self.tokenizer, [encoder.prompt(p, room) for p, _, _ in mine], settings.max_new_tokens,
             synced=self.world > 1,
         )  # fmt: skip
         parts: list[list[str]] = [[]] * self.world
         torch.distributed.all_gather_object(parts, made)
         predictions = [parts[i % self.world][i // self.world] for i in range(len(pairs))]
         if self.run_log:
-            shown = "\n\n".join(f"**{r}**  \n{p}" for p, (_, r) in list(zip(predictions, pairs, strict=True))[:5])
+            shown = "\n\n".join(f"**{r}**  \n{p}" for p, (_, _, r) in list(zip(predictions, pairs, strict=True))[:5])
             self.run_log.text("validation/samples", shown, step)
-        return {f"validation/{k}": v for k, v in rouge(predictions, [r for _, r in pairs]).items()}
+        references = [r for _, _, r in pairs]
+        scores = rouge(predictions, references) | bleu(predictions, references, settings.bleu_tokenize)
+        return {f"validation/{k}": v for k, v in scores.items() if not isinstance(v, str)}
 
     def _log(self, step: int, metrics: dict[str, float]) -> None:
         while self.reader.complaints:
@@ -328,7 +355,9 @@ class Worker:
         ray.train.report(self.reported)
 
 
-def first_pairs(stream: Stream, limit: int | None = None) -> list[tuple[str, str]]:
-    """The first prompts and completions of a held-out stream; all without a limit."""
-    pairs = (pair for prompts, completions in stream.documents() for pair in zip(prompts, completions, strict=True))
+def first_pairs(stream: Stream, limit: int | None = None) -> list[tuple[str, str, str]]:
+    """Of the first held-out documents, all without a limit: as ConversationEncoder.asked."""
+    encoder = stream.encoder
+    assert isinstance(encoder, ConversationEncoder | PairEncoder)
+    pairs = (pair for columns in stream.documents() for pair in encoder.asked(columns))
     return list(itertools.islice(pairs, limit))

@@ -1,0 +1,248 @@
+"""The forms in which fine-tuning data lies about, recognised by their columns, and what a row of each comes to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from sevenfold.errors import InputError
+from sevenfold.recipe import Source
+
+Turns = list[tuple[str, str]]  # (role, text); the role is "" where a text is meant as it stands, without a chat template
+
+_ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"} | {
+    r: r for r in ("system", "user", "assistant")
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One form.
+
+    Attributes:
+        roles: what its columns are for -> what they are called; those called `optional` may be missing.
+        read: the columns of a row, in the order of the roles -> the texts that an encoder takes. Raises ValueError.
+    """
+
+    name: str
+    roles: dict[str, tuple[str, ...]]
+    read: Callable[..., tuple[str, ...]]
+    optional: tuple[str, ...] = ()
+
+
+def conversation(turns: Turns) -> str:
+    return json.dumps(turns, ensure_ascii=False)
+
+
+def turns(text: str) -> Turns:
+    """What `conversation` made a text of."""
+    return [(role, content) for role, content in json.loads(text)]
+
+
+def plain(field: str, column: list[str]) -> list[str]:
+    """What is text in a field of canonical rows: of conversations what is said in them, of labels nothing."""
+    if field == "label":
+        return []
+    if field not in ("conversation", "prompt"):
+        return column
+    return ["\n".join(said for _, said in turns(text)) for text in column]
+
+
+def checked(messages: Any) -> Turns:
+    """A conversation that can be learnt from: system first if at all, then user and assistant in turns; what comes after the
+    last reply is left out. Raises ValueError, which says what is wrong."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+        raise ValueError("expected a list of messages")
+    out: Turns = []
+    for number, message in enumerate(messages, 1):
+        said, text = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        role = _ROLES.get(str(said))
+        if role is None:
+            raise ValueError(f"message {number}: expected a role (system, user, assistant), found {said!r}")
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"message {number}: expected text, found {'none' if not text else type(text).__name__}")
+        before = out[-1][0] if out else None
+        if role == "system" and before is not None:
+            raise ValueError(f"roles out of order: message {number} is system, which can only be the first")
+        if role == before or (role == "assistant" and before in (None, "system")):
+            raise ValueError(f"roles out of order: message {number} is {role} after {before or 'nothing'}")
+        out.append((role, text))
+    while out and out[-1][0] != "assistant":
+        out.pop()
+    if not out:
+        raise ValueError("a conversation without a reply: expected a message of the assistant")
+    return out
+
+
+def _listed(text: str) -> list[Any] | None:
+    """Messages, where the text is a JSON list of objects."""
+    if not text.lstrip().startswith("[{"):
+        return None
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, list) and found and isinstance(found[0], dict) else None
+
+
+def _messages(text: str) -> tuple[str, ...]:
+    found = _listed(text)
+    if found is None:
+        raise ValueError(f"expected a list of messages, found {text[:40]!r}")
+    return (conversation(checked(found)),)
+
+
+def _pair(prompt: str, completion: str) -> tuple[str, ...]:
+    asked, answer = _listed(prompt), _listed(completion)
+    if asked is not None:
+        return (conversation(checked([*asked, *(answer or [{"role": "assistant", "content": completion}])])),)
+    return (conversation([("", _there(prompt, "prompt")), ("", _there(completion, "completion"))]),)
+
+
+def _alpaca(instruction: str, output: str, more: str = "") -> tuple[str, ...]:
+    asked = _there(instruction, "instruction") + (f"\n\n{more}" if more else "")
+    return (conversation([("user", asked), ("assistant", _there(output, "output"))]),)
+
+
+def _preference(prompt: str, chosen: str, rejected: str) -> tuple[str, ...]:
+    asked = _listed(prompt)
+    good, bad = (_answer(t) for t in (chosen, rejected))
+    if _apart(good, bad, "chosen and rejected") and asked is not None:
+        checked([*asked, {"role": "assistant", "content": good}])
+        return conversation([(_ROLES[m["role"]], m["content"]) for m in asked]), good, bad
+    return conversation([("", _there(prompt, "prompt"))]), good, bad
+
+
+def _answer(text: str) -> str:
+    found = _listed(text)
+    return _there(text if found is None else str(found[-1].get("content", "")), "an answer")
+
+
+def _implicit(chosen: str, rejected: str) -> tuple[str, ...]:
+    good, bad = (checked(_listed(t)) for t in (chosen, rejected))
+    if good[:-1] != bad[:-1]:
+        raise ValueError("expected chosen and rejected to differ in their last message alone")
+    _apart(good[-1][1], bad[-1][1], "chosen and rejected")
+    return conversation(good[:-1]), good[-1][1], bad[-1][1]
+
+
+def _label(text: str, label: str) -> tuple[str, ...]:
+    return _there(text, "text"), _there(label, "label")
+
+
+def _translation(source: str, target: str) -> tuple[str, ...]:
+    return _there(source, "source"), _there(target, "target")
+
+
+def _retrieval(query: str, document: str) -> tuple[str, ...]:
+    _apart(query, document, "query and document")
+    return _there(query, "query"), _there(document, "document")
+
+
+def _there(text: str, what: str) -> str:
+    if not text.strip():
+        raise ValueError(f"no text in {what!r}")
+    return text
+
+
+def _apart(a: str, b: str, what: str) -> bool:
+    if a == b:
+        raise ValueError(f"a pair with equal texts: {what} are the same")
+    return True
+
+
+_PAIRS = {"source": ("source", "src", "prompt", "document", "article", "text"),
+          "target": ("target", "tgt", "completion", "summary", "highlights")}  # fmt: skip
+SHAPES: dict[str, tuple[Shape, ...]] = {  # by objective
+    "sft": (
+        Shape("messages", {"messages": ("messages",)}, _messages),
+        Shape("sharegpt", {"conversations": ("conversations",)}, _messages),
+        Shape("alpaca", {"instruction": ("instruction",), "output": ("output", "response"), "input": ("input", "context")},
+              _alpaca, ("input",)),
+        Shape("pair", {"prompt": ("prompt", "question"), "completion": ("completion", "response", "answer")}, _pair),
+    ),
+    "dpo": (
+        Shape("preference", {"prompt": ("prompt", "question"), "chosen": ("chosen",), "rejected": ("rejected",)}, _preference),
+        Shape("preference-messages", {"chosen": ("chosen",), "rejected": ("rejected",)}, _implicit),
+    ),
+    "classify": (Shape("label", {"text": ("text", "sentence"), "label": ("label", "class")}, _label),),
+    "seq2seq": (Shape("source-target", _PAIRS, _translation),),
+    "embed": (
+        Shape(
+            "query-document",
+            {"query": ("query", "question", "anchor", "summary"), "document": ("document", "positive", "text")},
+            _retrieval,
+        ),
+    ),
+}  # fmt: skip
+
+
+def recognise(source: Source, objective: str, columns: Sequence[str], path: str) -> Source:
+    """The source with its shape, and the column of each role, put in; as it is where the objective reads plain text.
+
+    Args:
+        columns: of its first shard, which lies at `path`.
+
+    Raises:
+        InputError: no form of this objective has these columns.
+    """
+    shapes = SHAPES.get(objective)
+    if shapes is None:
+        return source
+    if source.shape is not None:
+        shapes = tuple(s for s in shapes if s.name == source.shape)
+    for shape in shapes:
+        found = {}
+        for role, names in shape.roles.items():
+            name = source.columns.get(role) or next((n for n in names if n in columns), None)
+            if name in columns:
+                found[role] = name
+            elif role not in shape.optional:
+                break
+        else:
+            if not source.columns.keys() - found.keys():
+                return source.model_copy(update={"shape": shape.name, "columns": found})
+    forms = "; ".join(f"{', '.join(s.roles)} ({s.name})" for s in SHAPES[objective])
+    raise InputError(
+        f"{path}: expected the columns of objective {objective}, one of: {forms}; found {', '.join(columns)}: say which column "
+        "is which in the source (columns: {ROLE: COLUMN})"
+    )
+
+
+def read_columns(source: Source) -> list[str]:
+    """The columns that make a document."""
+    return list(source.columns.values()) if source.shape else [source.text]
+
+
+def canonical(
+    source: Source, objective_fields: int, columns: Sequence[pa.Array], classes: Sequence[str]
+) -> tuple[list[pa.Array], list[tuple[int, str]]]:
+    """The texts that an encoder takes, from the columns of a source's shape.
+
+    Args:
+        objective_fields: how many those are.
+        classes: the labels that are known; none: all are.
+
+    Returns:
+        (one array a field; (index, what is wrong) of the rows that cannot be learnt from, which are empty).
+    """
+    shape = next(s for kinds in SHAPES.values() for s in kinds if s.name == source.shape)
+    out: list[list[str]] = [[] for _ in range(objective_fields)]
+    bad = []
+    for i, row in enumerate(zip(*(c.to_pylist() for c in columns), strict=True)):
+        given = dict(zip(source.columns, row, strict=True))
+        try:
+            made = shape.read(*(given.get(role) or "" for role in shape.roles))
+            if classes and made[1] not in classes:
+                known = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
+                raise ValueError(f"unknown class {made[1]!r}: the training data has {known}")
+        except ValueError as e:
+            made = ("",) * objective_fields
+            bad.append((i, str(e)))
+        for column, text in zip(out, made, strict=True):
+            column.append(text)
+    return [pa.array(c, pa.large_string()) for c in out], bad
