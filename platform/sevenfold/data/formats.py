@@ -24,12 +24,14 @@ class Shape:
     """One form.
 
     Attributes:
-        roles: what its columns are for -> what they are called; those called `optional` may be missing.
+        roles: what its columns are for.
+        names: what they are called, all ways that are known; those of `optional` may be missing.
         read: the columns of a row, in the order of the roles -> the texts that an encoder takes. Raises ValueError.
     """
 
     name: str
-    roles: dict[str, tuple[str, ...]]
+    roles: tuple[str, ...]
+    names: tuple[tuple[str, ...], ...]
     read: Callable[..., tuple[str, ...]]
     optional: tuple[str, ...] = ()
 
@@ -155,27 +157,33 @@ def _apart(a: str, b: str, what: str) -> bool:
     return True
 
 
-_PAIRS = {"source": ("source", "src", "prompt", "document", "article", "text"),
-          "target": ("target", "tgt", "completion", "summary", "highlights")}  # fmt: skip
 SHAPES: dict[str, tuple[Shape, ...]] = {  # by objective
     "sft": (
-        Shape("messages", {"messages": ("messages",)}, _messages),
-        Shape("sharegpt", {"conversations": ("conversations",)}, _messages),
-        Shape("alpaca", {"instruction": ("instruction",), "output": ("output", "response"), "input": ("input", "context")},
-              _alpaca, ("input",)),
-        Shape("pair", {"prompt": ("prompt", "question"), "completion": ("completion", "response", "answer")}, _pair),
+        Shape("messages", ("messages",), (("messages",),), _messages),
+        Shape("sharegpt", ("conversations",), (("conversations",),), _messages),
+        Shape(
+            "alpaca", ("instruction", "output", "input"),
+            (("instruction", "output", "input"), ("instruction", "response", "context")), _alpaca, ("input",),
+        ),
+        Shape("pair", ("prompt", "completion"), (("prompt", "completion"), ("prompt", "response")), _pair),
     ),
     "dpo": (
-        Shape("preference", {"prompt": ("prompt", "question"), "chosen": ("chosen",), "rejected": ("rejected",)}, _preference),
-        Shape("preference-messages", {"chosen": ("chosen",), "rejected": ("rejected",)}, _implicit),
+        Shape("preference", ("prompt", "chosen", "rejected"), (("prompt", "chosen", "rejected"),), _preference),
+        Shape("preference-messages", ("chosen", "rejected"), (("chosen", "rejected"),), _implicit),
     ),
-    "classify": (Shape("label", {"text": ("text", "sentence"), "label": ("label", "class")}, _label),),
-    "seq2seq": (Shape("source-target", _PAIRS, _translation),),
+    "classify": (Shape("label", ("text", "label"), (("text", "label"), ("sentence", "label")), _label),),
+    "seq2seq": (
+        Shape(
+            "source-target", ("source", "target"),
+            (("source", "target"), ("src", "tgt"), ("document", "summary"), ("article", "highlights"),
+             ("prompt", "completion")),
+            _translation,
+        ),
+    ),
     "embed": (
         Shape(
-            "query-document",
-            {"query": ("query", "question", "anchor", "summary"), "document": ("document", "positive", "text")},
-            _retrieval,
+            "query-document", ("query", "document"),
+            (("query", "document"), ("anchor", "positive"), ("query", "positive"), ("question", "context")), _retrieval,
         ),
     ),
 }  # fmt: skip
@@ -190,25 +198,17 @@ def recognise(source: Source, objective: str, columns: Sequence[str], path: str)
     Raises:
         InputError: no form of this objective has these columns.
     """
-    shapes = SHAPES.get(objective)
-    if shapes is None:
-        return source
-    if source.shape is not None:
-        shapes = tuple(s for s in shapes if s.name == source.shape)
-    for shape in shapes:
-        found = {}
-        for role, names in shape.roles.items():
-            name = source.columns.get(role) or next((n for n in names if n in columns), None)
-            if name in columns:
-                found[role] = name
-            elif role not in shape.optional:
-                break
-        else:
-            if not source.columns.keys() - found.keys():
+    for shape in SHAPES.get(objective, ()):
+        for names in shape.names if source.shape in (None, shape.name) else ():
+            named = {role: source.columns.get(role, name) for role, name in zip(shape.roles, names, strict=True)}
+            found = {role: name for role, name in named.items() if name in columns}
+            if not (set(named) - set(found) - set(shape.optional) or source.columns.keys() - found.keys()):
                 return source.model_copy(update={"shape": shape.name, "columns": found})
+    if objective not in SHAPES:
+        return source
     forms = "; ".join(f"{', '.join(s.roles)} ({s.name})" for s in SHAPES[objective])
     raise InputError(
-        f"{path}: expected the columns of objective {objective}, one of: {forms}; found {', '.join(columns)}: say which column "
+        f"{path}: expected the columns of objective {objective}, one of: {forms}; found {', '.join(columns)}: say which "
         "is which in the source (columns: {ROLE: COLUMN})"
     )
 

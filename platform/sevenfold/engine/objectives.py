@@ -74,7 +74,7 @@ class Causal:
     """The next token. Also completions alone: which tokens are targets comes with the rows.
 
     Attributes:
-        judges: there are classes, or pairs, to be right about: see `losses`.
+        judges: there is something to be right about: see `losses`.
     """
 
     judges = False
@@ -89,10 +89,9 @@ class Causal:
         made: torch.Tensor = model.forward(input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False).logits
         return made
 
-    def losses(self, model: Any, batch: Batch, scoring: Scoring, told: list[torch.Tensor] | None = None) -> torch.Tensor:
-        """Of each label, of the labels' shape. told: an objective that judges puts in what the model takes for right, int64 of
-        that shape."""
-        return scoring.per_token(model, batch, batch.labels)
+    def losses(self, model: Any, batch: Batch, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of each label, and, where the objective judges, what the model takes for right (int64): both of the labels' shape."""
+        return scoring.per_token(model, batch, batch.labels), None
 
     def _draws(self, tokens: np.ndarray, step: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, step, xxh3_64_intdigest(tokens.data)])
@@ -201,9 +200,9 @@ def _laid_out(rows: list[list[np.ndarray]], width: int, fill: int) -> tuple[np.n
     return ids, owners
 
 
-def attach(model: Any, objective: Causal, chunk: int | None = None, z_loss: float = 0.0) -> Callable[[Batch], torch.Tensor]:
-    """Gives a model the method `token_losses(batch, told=None)`: see Causal.losses; -log p of each label, nats, 0 where there
-    is none, float32. A method, so that sharding can gather the root's parameters for it.
+def attach(model: Any, objective: Causal, chunk: int | None = None, z_loss: float = 0.0) -> Callable[..., Any]:
+    """Gives a model the method `token_losses(batch)`: -log p of each label, nats, 0 where there is none, float32; with
+    `judged=True` all that Causal.losses gives. A method, so that sharding can gather the root's parameters for it.
 
     Args:
         chunk: of so many tokens at a time the logits are made, and made again in backward; None: of all at once.
@@ -230,10 +229,11 @@ def attach(model: Any, objective: Causal, chunk: int | None = None, z_loss: floa
 
     scoring = Scoring(per_token, functools.partial(_cross_entropy, z_loss=z_loss))
 
-    def token_losses(self: Any, batch: Batch, told: list[torch.Tensor] | None = None) -> torch.Tensor:
-        return objective.losses(self, batch, scoring, told)
+    def token_losses(self: Any, batch: Batch, judged: bool = False) -> Any:
+        losses, taken = objective.losses(self, batch, scoring)
+        return (losses, taken) if judged else losses
 
-    bound: Callable[[Batch], torch.Tensor] = MethodType(token_losses, model)
+    bound: Callable[..., Any] = MethodType(token_losses, model)
     model.token_losses = bound
     return bound
 

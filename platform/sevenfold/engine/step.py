@@ -111,11 +111,10 @@ def evaluate(
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
         asked = batch.labels[batch.labels != IGNORE]
-        judged: list[torch.Tensor] = []
-        nats = float(model.token_losses(batch, None if told is None else judged).sum())
+        losses, taken = model.token_losses(batch, judged=True)
+        nats = float(losses.sum())
         if told is not None:
-            there = batch.labels != IGNORE
-            told += zip(asked.tolist(), judged[0][there].tolist(), strict=True)
+            told += zip(asked.tolist(), taken[batch.labels != IGNORE].tolist(), strict=True)
         sums += torch.tensor([nats, len(asked), int(token_bytes[asked.cpu()].sum())], dtype=torch.float64)
     sums = sums.to(batches[0].labels.device)
     dist.all_reduce(sums)

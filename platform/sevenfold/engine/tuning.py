@@ -56,7 +56,7 @@ class Preference(Causal):
         pairs = torch.full((max(1, count),), 0 if count else IGNORE)
         return replace(plain, labels=pairs, segments=torch.from_numpy(segments), targets=plain.labels)
 
-    def losses(self, model: Any, batch: Batch, scoring: Scoring, told: list[torch.Tensor] | None = None) -> torch.Tensor:
+    def losses(self, model: Any, batch: Batch, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert batch.targets is not None
         policy = self._likelihoods(scoring.per_token(model, batch, batch.targets), batch)
         with torch.no_grad():
@@ -66,9 +66,7 @@ class Preference(Causal):
                 with _as_it_began(model):
                     before = scoring.per_token(model, batch, batch.targets)
         margins = preference_margins(policy, self._likelihoods(before, batch), self.beta)
-        if told is not None:
-            told.append((margins <= 0).long())
-        return -F.logsigmoid(margins) * (batch.labels != IGNORE)
+        return -F.logsigmoid(margins) * (batch.labels != IGNORE), (margins <= 0).long()
 
     def _likelihoods(self, losses: torch.Tensor, batch: Batch) -> torch.Tensor:
         """log p of the answers: [pairs, 2], chosen and rejected."""
@@ -121,11 +119,9 @@ class Classify(Causal):
         made: torch.Tensor = model.forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
         return made
 
-    def losses(self, model: Any, batch: Batch, scoring: Scoring, told: list[torch.Tensor] | None = None) -> torch.Tensor:
+    def losses(self, model: Any, batch: Batch, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor | None]:
         logits = self.logits(model, batch)
-        if told is not None:
-            told.append(logits.argmax(-1))
-        return scoring.cross_entropy(logits, batch.labels)
+        return scoring.cross_entropy(logits, batch.labels), logits.argmax(-1)
 
 
 class Embed(Causal):
@@ -155,11 +151,9 @@ class Embed(Causal):
         same = (texts[:, None] == texts[None]).all(-1) & ~torch.eye(len(texts), dtype=torch.bool, device=texts.device)
         return (queries @ found.T / self.temperature).masked_fill(same, float("-inf"))
 
-    def losses(self, model: Any, batch: Batch, scoring: Scoring, told: list[torch.Tensor] | None = None) -> torch.Tensor:
+    def losses(self, model: Any, batch: Batch, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor | None]:
         logits = self.logits(model, batch)
-        if told is not None:
-            told.append(logits.argmax(-1))
-        return F.cross_entropy(logits, batch.labels, ignore_index=IGNORE, reduction="none")
+        return F.cross_entropy(logits, batch.labels, ignore_index=IGNORE, reduction="none"), logits.argmax(-1)
 
 
 def padded(texts: list[np.ndarray], pad: int) -> Batch:

@@ -87,7 +87,12 @@ class Data(Section):
     @classmethod
     def _under(cls, tree: Any) -> Any:
         """Once put together, the paths say it all."""
-        if not isinstance(tree, dict) or not isinstance(tree.get("path"), str):
+        if not isinstance(tree, dict):
+            return tree
+        if not isinstance(tree.get("path"), str):
+            named = [s for k in ("sources", "validation") for s in tree.get(k) or () if isinstance(s, dict)]
+            if any("path" not in s for s in named):
+                raise ValueError("a recipe that leaves open what it reads: give data.path=FILE_OR_FOLDER")
             return tree
         root = tree["path"].rstrip("/")
 

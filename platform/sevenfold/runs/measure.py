@@ -207,10 +207,9 @@ class _Scorer:
         targets = np.stack(list(batch["targets"])) if "targets" in batch else None
         rows = Rows(np.stack(list(batch["tokens"])), np.concatenate(list(batch["starts"])), batch["used"], targets)
         made = self.objective.collate(rows, 0).to(self.model.device)
-        told: list[torch.Tensor] = []
-        there = made.labels != IGNORE
-        nats = float(self.losses(made, told).double().sum())
-        right = int((told[0] == made.labels)[there].sum()) if told else 0
+        losses, taken = self.losses(made, judged=True)
+        there, nats = made.labels != IGNORE, float(losses.double().sum())
+        right = 0 if taken is None else int((taken == made.labels)[there].sum())
         return {"nats": np.array([nats]), "targets": np.array([int(there.sum())]), "right": np.array([right])}
 
 
