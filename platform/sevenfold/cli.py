@@ -29,12 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     _evaluate(commands)
     _export(commands)
     _ledger(commands)
+    for command in (_generate, _chat, _search, _inspect):
+        command(commands)
     args, rest = parser.parse_known_args(argv)  # argparse takes no second run of key.path=value after an option
     if unknown := [r for r in rest if r.startswith("-") or "=" not in r or not hasattr(args, "overrides")]:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if rest:
         args.overrides += rest
-    return _guarded(lambda: args.run(args))
+    return _guarded(lambda: args.run(args), goes_on=hasattr(args, "overrides"))
 
 
 def job(name: str) -> None:
@@ -47,13 +49,14 @@ class _Parser(argparse.ArgumentParser):
         raise SystemExit(_fail(f"{self.prog}: {message}; see {self.prog} --help", InputError.exit_code))
 
 
-def _guarded(work: Callable[[], None]) -> int:
+def _guarded(work: Callable[[], None], goes_on: bool) -> int:
     try:
         work()
     except (InputError, RunError) as e:
         return _fail(str(e), e.exit_code)
     except KeyboardInterrupt:
-        return _fail("stopped; run the same command again to go on from the last checkpoint", RunError.exit_code)
+        again = "; run the same command again to go on from the last checkpoint" if goes_on else ""
+        return _fail(f"stopped{again}", RunError.exit_code)
     return 0
 
 
@@ -158,6 +161,113 @@ def _ledger(commands: Any) -> None:
         from sevenfold.runs import ledger
 
         getattr(ledger, args.what)(args.folder, args.step, args.out)
+
+    parser.set_defaults(run=run)
+
+
+def _generate(commands: Any) -> None:
+    parser = commands.add_parser("generate", help="let a model go on from a prompt")
+    parser.add_argument("model", metavar="RUN", help="folder of a run, or a Hugging Face directory")
+    prompt = parser.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", metavar="TEXT", help="what it goes on from; an encoder-decoder: what it reads")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="a file with it")
+    _sampling(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        from sevenfold.runs import use
+
+        use.generate(args.model, _given(args.prompt, args.prompt_file), _chosen(args))
+
+    parser.set_defaults(run=run)
+
+
+def _chat(commands: Any) -> None:
+    parser = commands.add_parser("chat", help="talk with a model")
+    parser.add_argument("model", metavar="RUN", help="folder of a run, or a Hugging Face directory")
+    parser.add_argument("--system", metavar="TEXT", help="message that the conversation begins with")
+    parser.add_argument("--prompt", metavar="TEXT", action="append", help="answer this and end; may be given several times")
+    _sampling(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        from sevenfold.runs import use
+
+        use.chat(args.model, args.system, args.prompt, _chosen(args))
+
+    parser.set_defaults(run=run)
+
+
+def _sampling(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="most tokens made (default: %(default)s)")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0: the likeliest (default: 0.8; with beams 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="likeliest of this probability (default: all)")
+    parser.add_argument("--top-k", type=int, default=50, metavar="K", help="so many likeliest; 0: all (default: %(default)s)")
+    parser.add_argument("--beams", type=int, default=1, metavar="B", help="of beam search (default: none)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="same seed, same text (default: %(default)s)")
+
+
+def _chosen(args: argparse.Namespace) -> Any:
+    from sevenfold.evaluate.stream import Sampling
+
+    return Sampling(args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.beams, args.seed)
+
+
+def _given(text: str | None, file: str | None) -> str:
+    """A text, or the one in a file."""
+    from sevenfold import storage
+
+    if text is not None:
+        return text
+    path = storage.locate(file or "")
+    try:
+        return storage.read_text(path)
+    except UnicodeDecodeError as e:
+        raise InputError(f"{path}: expected text, found no UTF-8 at byte {e.start}") from None
+
+
+def _search(commands: Any) -> None:
+    parser = commands.add_parser("search", help="find the texts of a corpus that are nearest to a query, by an encoder")
+    parser.add_argument("model", metavar="RUN", help="folder of a run, or a Hugging Face directory")
+    parser.add_argument("--corpus", required=True, metavar="FILE", help="parquet, JSON lines or text, a line each; or a folder")
+    parser.add_argument("--text", metavar="COLUMN", help="of the text (default: text, document or content)")
+    parser.add_argument("--id", metavar="COLUMN", help="of what a text is called (default: its file and row)")
+    parser.add_argument("--query", required=True, action="append", metavar="TEXT", help="may be given several times")
+    parser.add_argument("--top", type=int, default=10, metavar="K", help="texts shown of each (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+    def run(args: argparse.Namespace) -> None:
+        from sevenfold.runs import search
+
+        search.run(args.model, args.corpus, args.query, args.top, args.text, args.id, args.json)
+
+    parser.set_defaults(run=run)
+
+
+def _inspect(commands: Any) -> None:
+    parser = commands.add_parser("inspect", help="what a text costs a model, token by token; or what is in training data")
+    parser.add_argument("model", nargs="?", metavar="RUN", help="folder of a run, or a Hugging Face directory")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", metavar="TEXT", help="for the model")
+    what.add_argument("--text-file", metavar="FILE", help="a file with it")
+    what.add_argument("--data", metavar="PATH", help="file, folder or glob of data to report on; no model is needed")
+    parser.add_argument("--target", metavar="TEXT", help="what follows the text: an encoder-decoder's answer")
+    parser.add_argument("--saliency", action="store_true", help="what the next token (or the target's first) hangs on")
+    parser.add_argument("--attention", action="store_true", help="where the last layer looks for the next token")
+    parser.add_argument("--text-column", metavar="C", help="of the data (default: text, document, content; else all strings)")
+    about = "texts looked at for near duplicates (default: %(default)s; 0: none)"
+    parser.add_argument("--near", type=int, default=10_000, metavar="N", help=about)
+    parser.add_argument("--json", metavar="FILE", help="write all figures there")
+
+    def run(args: argparse.Namespace) -> None:
+        if (args.model is None) != (args.data is not None):
+            raise InputError("inspect: expected either RUN with --text or --text-file, or --data alone")
+        if args.data is not None:
+            from sevenfold.runs import survey
+
+            survey.run(args.data, args.text_column, args.near, args.json)
+        else:
+            from sevenfold.runs import inspect
+
+            inspect.run(args.model, _given(args.text, args.text_file), args.target, args.saliency, args.attention, args.json)
 
     parser.set_defaults(run=run)
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.progress import MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
 from rich.table import Table
 from rich.text import Text
 
@@ -59,6 +62,16 @@ _SHOWN = (
     ("train/mfu", "MFU", "{:.1%}"),
     ("train/data_wait", "data wait", "{:.1%}"),
 )
+
+
+@contextmanager
+def counting(what: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """A live line on standard error, where that is a terminal; what is yielded takes the count so far."""
+    told = Console(stderr=True)
+    columns = (TextColumn(what), MofNCompleteColumn(), TextColumn(unit), TimeElapsedColumn())
+    with Bar(*columns, console=told, transient=True, disable=not told.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda count: bar.update(task, completed=count)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
