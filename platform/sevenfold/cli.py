@@ -141,11 +141,12 @@ def _export(commands: Any) -> None:
     parser.add_argument("folder", help="folder of a run")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint's step (default: the newest that is whole)")
     parser.add_argument("--out", metavar="FOLDER", help="new or empty folder for it (default: the run's own model/)")
+    parser.add_argument("--merge", action="store_true", help="with --out: an adapter merged into its base, not by itself")
 
     def run(args: argparse.Namespace) -> None:
         from sevenfold.runs import export
 
-        export.run(args.folder, args.step, args.out)
+        export.run(args.folder, args.step, args.out, args.merge)
 
     parser.set_defaults(run=run)
 

@@ -77,9 +77,11 @@ def train_tokenizer(
         show_progress=False,
     )
     bpe.train_from_iterator(drawn(), trainer)
+    end = f" {EOS}" if objective in ("classify", "seq2seq", "embed") else ""  # as their texts are framed in training
     bpe.post_processor = processors.TemplateProcessing(
-        single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, bpe.token_to_id(BOS))]
-    )
+        single=f"{BOS} $A{end}", pair=f"{BOS} $A{end} {BOS}:1 $B:1{end and end + ':1'}",
+        special_tokens=[(t, bpe.token_to_id(t)) for t in (BOS, EOS)],
+    )  # fmt: skip
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, bos_token=BOS, eos_token=EOS, pad_token=PAD, padding_side="left",
         clean_up_tokenization_spaces=False,

@@ -14,13 +14,14 @@ from sevenfold.runs import prepare
 from sevenfold.storage import RunFolder
 
 
-def run(path: str, step: int | None = None, out: str | None = None) -> None:
+def run(path: str, step: int | None = None, out: str | None = None, merge: bool = False) -> None:
     """Exports the checkpoint of a step (default: the newest that is whole) to a new or empty folder (default: the run's model/,
-    which is replaced, and its adapter/ where it has one).
+    which is replaced, and its adapter/ where it has one). Of a run with an adapter a folder gets the adapter, or, to merge,
+    the base with the adapter in it, whose output is checked against the adapter's.
 
     Raises:
-        InputError: no run, no such checkpoint or a damaged one, a folder that is not empty.
-        RunError: it could not be written.
+        InputError: no run, no such checkpoint or a damaged one, a folder that is not empty, nothing to merge.
+        RunError: it could not be written, or the merged model is not the adapted one.
     """
     folder = RunFolder.of(path)
     to = storage.place(out) if out else folder.model
@@ -29,9 +30,15 @@ def run(path: str, step: int | None = None, out: str | None = None) -> None:
     recipe = prepare.recipe_of(folder)
     found = _chosen(folder.checkpoints, step)
     manifest = Manifest.from_json(storage.read_json(folder.manifest)["train"])
-    adapter = folder.adapter if to == folder.model else None
-    export(recipe, found, folder.tokenizer, manifest, logged(folder.log, found.step), to, adapter)
-    say(f"{folder.name}, step {found.step}: {to}")
+    adapted = recipe.adapter is not None
+    if merge and not adapted:
+        raise InputError(f"--merge: {folder.root} has no adapter: its model is whole as it is")
+    alone = adapted and to != folder.model and not merge
+    adapter = to if alone else folder.adapter if to == folder.model else None
+    metrics = logged(folder.log, found.step)
+    export(recipe, found, folder.tokenizer, manifest, metrics, None if alone else to, adapter)
+    what = "its adapter alone" if alone else "its adapter merged, the output as the adapter's" if adapted else "the whole model"
+    say(f"{folder.name}, step {found.step}, {what}: {to}")
 
 
 def _chosen(folder: str, step: int | None) -> Checkpoint:
