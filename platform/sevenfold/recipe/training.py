@@ -103,6 +103,26 @@ class Validation(Section):
     rows: int = Field(64, gt=0, description="Held-out rows a validation reads")
     generate: int = Field(0, ge=0, description="sft: held-out prompts completed and scored by ROUGE-L")
     max_new_tokens: int = Field(24, gt=0)
+    metric: str = Field("validation/loss", description="By which validations are compared")
+    mode: Literal["min", "max"] | None = Field(
+        None, description="Whether less of the metric is better; default: where its name has loss, perplexity or bits"
+    )
+    keep_best: bool = Field(
+        False,
+        description="Keep the best validation's checkpoint, whatever checkpoint.keep says: it is the run's model in the end",
+    )
+    patience: int | None = Field(
+        None, gt=0, description="End the run after so many validations in a row without a better one; implies keep_best"
+    )
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.keep_best or self.patience is not None
+
+    @property
+    def least(self) -> bool:
+        """Whether the least of the metric is the best."""
+        return self.mode == "min" if self.mode else any(part in self.metric for part in ("loss", "perplexity", "bits"))
 
 
 class Checkpoint(Section):

@@ -15,7 +15,8 @@ from sevenfold.storage import RunFolder
 
 
 def run(path: str, step: int | None = None, out: str | None = None) -> None:
-    """Exports the checkpoint of a step (default: the newest that is whole) to a new or empty folder (default: the run's model/,
+    """Exports the checkpoint of a step (default: the newest that is whole, or the best validated one where the
+    run keeps it) to a new or empty folder (default: the run's model/,
     which is replaced, and its adapter/ where it has one).
 
     Raises:
@@ -27,20 +28,21 @@ def run(path: str, step: int | None = None, out: str | None = None) -> None:
     if to != folder.model and storage.listdir(to):
         raise InputError(f"--out {to}: expected a new or empty folder, found one with files in it: choose another")
     recipe = loads(storage.read_text(folder.recipe), folder.recipe)
-    found = _chosen(folder.checkpoints, step)
+    found = _chosen(folder.checkpoints, step, recipe.validation.keeps_best)
     manifest = Manifest.from_json(storage.read_json(folder.manifest)["train"])
     adapter = folder.adapter if to == folder.model else None
     export(recipe, found, folder.tokenizer, manifest, logged(folder.log, found.step), to, adapter)
     say(f"{folder.name}, step {found.step}: {to}")
 
 
-def _chosen(folder: str, step: int | None) -> Checkpoint:
+def _chosen(folder: str, step: int | None, best: bool) -> Checkpoint:
     """A verified checkpoint. Raises InputError where there is none."""
     steps = ckpt.steps(folder)
     there = ", ".join(map(str, steps)) or "none (the run has saved none yet; those of a sweep are its trials')"
     if step is None:
         if found := ckpt.latest(folder, say):
-            return found
+            mark = found.extra["best"]["mark"] if best else None
+            return _chosen(folder, mark["step"], False) if mark else found
         raise InputError(f"{folder}: expected a whole checkpoint, found {f'only damaged ones: {there}' if steps else there}")
     if step not in steps:
         raise InputError(f"{folder}: expected a checkpoint of step {step}, found {there}")
