@@ -19,7 +19,7 @@ from sevenfold.engine.guard import Guard
 from sevenfold.engine.interval import Interval, due
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import Causal
-from sevenfold.engine.optim import learning_rate
+from sevenfold.engine.optim import learning_rate, sparsity
 from sevenfold.engine.step import NoTargets, Step, train_step
 from sevenfold.recipe import Recipe
 
@@ -128,6 +128,8 @@ def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> int:
         if at % recipe.train.log_every == 0 or last or at == 1 or not done.applied:
             rate = learning_rate(step, steps, recipe.optimizer.learning_rate, recipe.schedule)
             scalars = {"loss": done.loss, "grad_norm": done.grad_norm, "learning_rate": rate, "targets": done.targets}
+            if recipe.optimizer.l1:
+                scalars["sparsity"] = sparsity(trainer.optimizers)
             hooks.log(at, {f"train/{k}": v for k, v in (scalars | trainer.meter.read()).items()})
         save = last or trainer.interval.due(at)
         if done.noticed:

@@ -14,7 +14,9 @@ class Model(Section):
     path: str | None = Field(None, description="Folder of a model to start from: a run of ours or any Hugging Face directory")
     trust_remote_code: bool = Field(False, description="Run Python code that lies in the model's folder")
     attention: Literal["auto", "sdpa", "flex_attention", "eager"] = Field(
-        "auto", description="Kernel; auto: flex_attention for decoders on CUDA (packed documents as a block mask), else sdpa"
+        "auto",
+        description="Kernel; auto: flex_attention for decoders on CUDA without attention dropout (packed documents as a block "
+        "mask), else sdpa",
     )
 
     @model_validator(mode="after")
@@ -53,6 +55,15 @@ class Train(Section):
         ge=0,
         description="Weight of log(Z)^2 of each token's logits, against their drift; not in the loss shown (PaLM: 1e-4)",
     )
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Of all the dropouts that the model's family has; default: as its config says. Masks are drawn a worker",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Part of each target spread over all tokens (arXiv 1512.00567); not in the loss shown"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of parameters in forward and backward; shards and sums stay float32"
     )
@@ -77,7 +88,8 @@ class Optimizer(Section):
     learning_rate: float = Field(3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0, description="L2; not on norms, biases and embeddings")
+    weight_decay: float = Field(0.1, ge=0, description="L2, decoupled (arXiv 1711.05101); not on norms, biases and embeddings")
+    l1: float = Field(0.0, ge=0, description="L1, decoupled, on the same: each step draws them to 0 by learning_rate * l1")
     momentum: float = Field(0.95, ge=0, lt=1, description="muon")
 
 

@@ -126,11 +126,13 @@ class Worker:
         """The objective, the model laid over the ranks, and the FLOPs of a token."""
         recipe = self.recipe
         config = build.config_of(recipe, len(self.tokenizer), self.tokenizer)
-        model = build.build(recipe, config, weights=self.rank == 0, attention=build.attention(recipe, self.device))
+        kernel = build.attention(recipe, self.device, config)
+        model = build.build(recipe, config, weights=self.rank == 0, attention=kernel)
         if recipe.adapter is not None:
             build.with_adapter(model, recipe.adapter, recipe.seed)
         objective = objectives.of(recipe, self.tokenizer, config)
-        objectives.attach(model, objective, recipe.train.loss_chunk, recipe.train.z_loss)
+        train = recipe.train
+        objectives.attach(model, objective, train.loss_chunk, train.z_loss, train.label_smoothing)
         flops = build.flops_per_token(model, recipe)
         return objective, parallel.shard(model, self.device, recipe.train, recipe.parallel), flops
 
