@@ -53,7 +53,7 @@ def test_equals_sdpa(
     tree["objective"], tree["model"] = objective, {"config": config}
     recipe = Recipe.model_validate(tree)
     made, found = batch(lengths), []
-    assert build.attention(recipe, torch.device("cpu")) == attention.NAME
+    assert build.attention(recipe, torch.device("cpu"), build.config_of(recipe, 512)) == attention.NAME
     for name in ("sdpa", attention.NAME):
         model = build.build(recipe, build.config_of(recipe, 512), weights=True, attention=name)
         assert model.config._attn_implementation == name

@@ -148,8 +148,8 @@ class ConversationEncoder(ExampleEncoder):
 
         messages = [{"role": role, "content": content} for role, content in turns]
         special: dict[str, Any] = self._special
-        rendered, _ = render_jinja_template([messages], chat_template=self._template, add_generation_prompt=asks, **special)
-        return str(next(iter(rendered)))
+        made: Any = render_jinja_template([messages], chat_template=self._template, add_generation_prompt=asks, **special)
+        return str(made[0][0])
 
     def _ids(self, text: str) -> list[int]:
         """The spelling of a special token is that token here, since a template writes them so."""

@@ -59,6 +59,7 @@ class Saver:
     it and removes what is no longer kept. One that fails is tried again, then told and given up: the last good one stays.
 
     Attributes:
+        spared: steps whose checkpoints the next save leaves there, however old.
         seconds: what the last save that was committed took, from the call to the end of its thread's work.
     """
 
@@ -82,6 +83,7 @@ class Saver:
         self._thread = ThreadPoolExecutor(1, "sevenfold-checkpoint")
         self._under_way: Future[Checkpoint] | None = None
         self._failed, self._begin, self.seconds = 0, 0.0, 0.0
+        self.spared: Collection[int] = ()
 
     def begin_from(self, last: Checkpoint | None) -> None:
         """Goes on from a checkpoint, or from none: those after it were passed over, and are not counted as good ones."""
@@ -130,6 +132,11 @@ class Saver:
                 self._under_way = None
         return self.last
 
+    def committed(self) -> dict[int, str]:
+        """Where the checkpoints lie, by step, once none is under way; the same on every rank. Raises as save."""
+        self.wait()
+        return self._each(lambda: steps(self._folder) if dist.get_rank() == 0 else {})[0]
+
     def close(self) -> None:
         """Leaves what is under way to its end."""
         self._thread.shutdown(wait=True)
@@ -145,9 +152,7 @@ class Saver:
                 time.sleep(wait)
         return self._written(*save)
 
-    def _written(
-        self, state: dict[str, Any], step: int, extra: dict[str, Any], before_commit: Callable[[], None]
-    ) -> Checkpoint:
+    def _written(self, state: dict[str, Any], step: int, extra: dict[str, Any], before: Callable[[], None]) -> Checkpoint:
         rank, world = dist.get_rank(), dist.get_world_size()
         path = self._each(lambda: storage.join(self._folder, _fresh(self._folder, step)) if rank == 0 else "")[0]
         try:
@@ -158,7 +163,7 @@ class Saver:
             files = {name: s for part in self._each(lambda: sums) for name, s in part.items()}
             found = Checkpoint(path, step, world, files, extra)
             self._each(lambda: verify(found, list(sums)))
-            self._each(lambda: before_commit() if rank == 0 else None)
+            self._each(lambda: before() if rank == 0 else None)
             self._each(lambda: _commit(found) if rank == 0 else None)
         except RunError as e:
             with contextlib.suppress(Exception):
@@ -168,7 +173,7 @@ class Saver:
             raise RunError(f"{path}: could not be written ({e})") from None
         if rank == 0:
             try:
-                prune(found, self._keep, self._every, self._passed_over)
+                prune(found, self._keep, self._every, self._passed_over, self.spared)
             except (InputError, RunError) as e:  # it is committed all the same, and the next save removes it
                 log.warning("%s", e)
         self.seconds = time.perf_counter() - self._begin
@@ -198,9 +203,8 @@ def _each(work: Callable[[], T], group: Any = None) -> list[T]:
 
 def _first_line(error: BaseException) -> str:
     """Of what began it: torch wraps a rank's error in one of all ranks."""
-    for inner in getattr(error, "failures", {}).values():
-        error = inner[0] if isinstance(inner, tuple) else inner
-        break
+    inner = next(iter(getattr(error, "failures", {}).values()), error)
+    error = inner[0] if isinstance(inner, tuple) else inner
     return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
@@ -296,15 +300,17 @@ def verify(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> None:
             raise DamagedError(f"{file}: damaged: its checksum is not the manifest's")
 
 
-def prune(newest: Checkpoint, keep: int, keep_every: int | None = None, damaged: Collection[str] = ()) -> None:
+def prune(
+    newest: Checkpoint, keep: int, keep_every: int | None = None, damaged: Collection[str] = (), spared: Collection[int] = ()
+) -> None:
     """Removes what is older than the `keep` committed checkpoints up to `newest`, which was just written, and what was
-    never committed before it; those of a multiple of `keep_every` steps stay. What lies after it (damaged, and passed over)
-    is left for whoever wants to look. damaged: names that do not count."""
+    never committed before it; those of a multiple of `keep_every` steps stay, and of the `spared`. What lies after it (damaged,
+    and passed over) is left for whoever wants to look. damaged: names that do not count."""
     folder, last = newest.path.replace("\\", "/").rsplit("/", 1)
     whole = _committed(folder)
     older = [n for n in whole if n < last and n not in damaged]
     kept = set(older[-(keep - 1) :] if keep > 1 else ())
-    kept |= {n for n in older if keep_every and _step(n) % keep_every == 0}
+    kept |= {n for n in older if _step(n) in spared or (keep_every and _step(n) % keep_every == 0)}
     for name in storage.listdir(folder):
         if name < last and name not in kept:
             if name in whole:  # first what makes it one: a removal that is interrupted leaves no half of a checkpoint
@@ -388,9 +394,6 @@ def _reader(path: str) -> Any:
 
 
 def _sum(path: str) -> dict[str, Any]:
-    digest, size = hashlib.sha256(), 0
     with storage.open_read(path) as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-            size += len(chunk)
-    return {"bytes": size, "sha256": digest.hexdigest()}
+        digest = hashlib.file_digest(f, "sha256").hexdigest()
+        return {"bytes": f.tell(), "sha256": digest}

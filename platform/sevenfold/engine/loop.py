@@ -14,11 +14,12 @@ import torch.distributed as dist
 
 from sevenfold.data.rows import Rows
 from sevenfold.engine.batch import micro_batches
+from sevenfold.engine.best import Best
 from sevenfold.engine.guard import Guard
 from sevenfold.engine.interval import Interval, due
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import Causal
-from sevenfold.engine.optim import learning_rate
+from sevenfold.engine.optim import learning_rate, sparsity
 from sevenfold.engine.step import NoTargets, Step, train_step
 from sevenfold.recipe import Recipe
 
@@ -65,6 +66,7 @@ class Trainer:
     meter: Meter
     guard: Guard
     interval: Interval
+    best: Best
 
     def step(self, step: int, notice: bool = False) -> Step | None:
         """Step `step` (from 0). None where the rows of all ranks have ended. Raises NoTargets. notice: as train_step."""
@@ -100,21 +102,21 @@ class Trainer:
 
 
 def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> int:
-    """Runs steps start .. recipe.steps - 1, or fewer where the rows of all ranks end before (rows of padding alone).
-    Returns the steps done in all.
+    """Runs steps start .. recipe.steps - 1, or fewer where the rows of all ranks end before (rows of padding alone) or
+    validations get no better any more. Returns the steps done in all.
 
     Raises:
-        RunError: as Guard.judge and Hooks.go_back.
+        RunError: as Guard.judge, Best.judge and Hooks.go_back.
     """
-    recipe, steps, step = trainer.recipe, trainer.recipe.steps, start
-    if step >= steps:  # ended between the last save and the last report
-        hooks.report(steps, hooks.validate(steps))
+    recipe, steps, step, best = trainer.recipe, trainer.recipe.steps, start, trainer.best
+    if step >= steps or best.over or best.missed(step):  # ended between a save and its report
+        _validate(step, trainer, hooks)
     trainer.model.train()
-    while step < steps:
+    while step < steps and not best.over:
         done = trainer.step(step, hooks.noticed())
         if done is None:
-            _finish(step, hooks)
-            return step
+            _validate(step, trainer, hooks, save=True)
+            break
         at, last = step + 1, step + 1 == steps
         back = trainer.guard.judge(at, done.applied, done.grad_norm)
         if not done.applied:
@@ -126,23 +128,33 @@ def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> int:
         if at % recipe.train.log_every == 0 or last or at == 1 or not done.applied:
             rate = learning_rate(step, steps, recipe.optimizer.learning_rate, recipe.schedule)
             scalars = {"loss": done.loss, "grad_norm": done.grad_norm, "learning_rate": rate, "targets": done.targets}
+            if recipe.optimizer.l1:
+                scalars["sparsity"] = sparsity(trainer.optimizers)
             hooks.log(at, {f"train/{k}": v for k, v in (scalars | trainer.meter.read()).items()})
-        validating = last or due(at, recipe.validation.every)
+        save = last or trainer.interval.due(at)
         if done.noticed:
             hooks.tell(f"a machine of this run will be taken away: saving step {at} at once")
             hooks.save(at)
             hooks.settle()
-        elif last or trainer.interval.due(at):
-            hooks.save(at)  # first: it goes on beside the validation, and what is reported can be found again
-        metrics = hooks.validate(at) if validating else {}
-        if validating:
-            hooks.report(at, metrics | {"train/loss": done.loss if math.isfinite(done.loss) else float("inf")})
-            trainer.meter.reset()
+            save = False
+        if last or due(at, recipe.validation.every):
+            _validate(at, trainer, hooks, save, done.loss if math.isfinite(done.loss) else float("inf"))
+        elif save:
+            hooks.save(at)
         step += 1
+    if best.mark is not None:
+        hooks.tell(best.why())
     return step
 
 
-def _finish(at: int, hooks: Hooks) -> None:
-    """The data ended: what happens after the last step."""
-    hooks.save(at)
-    hooks.report(at, hooks.validate(at))
+def _validate(at: int, trainer: Trainer, hooks: Hooks, save: bool = False, loss: float | None = None) -> None:
+    """What happens after a step that is validated. save: also where it is not the best; loss: the step's."""
+    best = trainer.best
+    if save and not best.kept:
+        hooks.save(at)  # first: it goes on beside the validation, and what is reported can be found again
+    metrics = hooks.validate(at) | ({} if loss is None else {"train/loss": loss})
+    better = best.judge(at, metrics)
+    if better or (save and best.kept):
+        hooks.save(at)  # after it: the checkpoint tells which is the best
+    hooks.report(at, metrics)
+    trainer.meter.reset()

@@ -200,13 +200,16 @@ def _laid_out(rows: list[list[np.ndarray]], width: int, fill: int) -> tuple[np.n
     return ids, owners
 
 
-def attach(model: Any, objective: Causal, chunk: int | None = None, z_loss: float = 0.0) -> Callable[..., Any]:
+def attach(
+    model: Any, objective: Causal, chunk: int | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0
+) -> Callable[..., Any]:
     """Gives a model the method `token_losses(batch)`: -log p of each label, nats, 0 where there is none, float32; with
     `judged=True` all that Causal.losses gives. A method, so that sharding can gather the root's parameters for it.
 
     Args:
         chunk: of so many tokens at a time the logits are made, and made again in backward; None: of all at once.
         z_loss: this part of the square of log(sum(exp(logits))) joins the gradient of each token, not the loss returned.
+        label_smoothing: this part of each target is spread over all tokens, in the gradient alone as well.
     """
     bent = getattr(model.config, "final_logit_softcapping", None)
 
@@ -215,19 +218,19 @@ def attach(model: Any, objective: Causal, chunk: int | None = None, z_loss: floa
         wanted = labels.flatten()
         size = chunk or (max(1, CPU_LOGITS // head.weight.shape[0]) if batch.labels.device.type == "cpu" and not bent else None)
         if size is None:
-            losses = _cross_entropy(objective.logits(self, batch).flatten(0, 1), wanted, z_loss)
+            losses = _cross_entropy(objective.logits(self, batch).flatten(0, 1), wanted, z_loss, label_smoothing)
         else:
             with _passing(head):
                 hidden = objective.logits(self, batch).flatten(0, 1)
 
             def part(hidden: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
-                return _cross_entropy(F.linear(hidden, head.weight, head.bias), wanted, z_loss)
+                return _cross_entropy(F.linear(hidden, head.weight, head.bias), wanted, z_loss, label_smoothing)
 
             made = functools.partial(checkpoint, part, use_reentrant=False) if chunk else part
             losses = torch.cat([made(h, w) for h, w in zip(hidden.split(size), wanted.split(size), strict=True)])
         return losses.view_as(labels).clone()  # FSDP warns of views
 
-    scoring = Scoring(per_token, functools.partial(_cross_entropy, z_loss=z_loss))
+    scoring = Scoring(per_token, functools.partial(_cross_entropy, z_loss=z_loss, label_smoothing=label_smoothing))
 
     def token_losses(self: Any, batch: Batch, judged: bool = False) -> Any:
         losses, taken = objective.losses(self, batch, scoring)
@@ -238,9 +241,12 @@ def attach(model: Any, objective: Causal, chunk: int | None = None, z_loss: floa
     return bound
 
 
-def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor, z_loss: float) -> torch.Tensor:
+def _cross_entropy(logits: torch.Tensor, wanted: torch.Tensor, z_loss: float, label_smoothing: float) -> torch.Tensor:
     logits = logits.float()
     losses = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none")
+    if label_smoothing and torch.is_grad_enabled():
+        smooth = F.cross_entropy(logits, wanted, ignore_index=IGNORE, reduction="none", label_smoothing=label_smoothing)
+        losses = losses.detach() + (smooth - smooth.detach())  # its gradient alone
     if z_loss:
         z = z_loss * logits.logsumexp(-1).square() * (wanted != IGNORE)
         losses = losses + (z - z.detach())  # 0, but for its gradient

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
@@ -14,7 +16,7 @@ from sevenfold import recipe as r
 
 
 def build(model: nn.Module, settings: r.Optimizer) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the matrices, and AdamW for all else. Weight decay on matrices that are no embeddings."""
+    """AdamW; or Muon for the matrices, and AdamW for all else. Weight decay and L1 on matrices that are no embeddings."""
     embeddings = {id(p) for p in embedding_parameters(model)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     matrices: list[nn.Parameter] = []
@@ -26,14 +28,51 @@ def build(model: nn.Module, settings: r.Optimizer) -> list[torch.optim.Optimizer
             (heads if matrix and head is not None and p is head.weight else matrices if matrix else plain).append(p)
     muon = settings.name == "muon"
     decayed = heads if muon else matrices + heads
-    groups = [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    groups = [
+        {"params": decayed, "weight_decay": settings.weight_decay, "l1": settings.l1},
+        {"params": plain, "weight_decay": 0.0, "l1": 0.0},
+    ]
     out: list[torch.optim.Optimizer] = []
     if groups := [g for g in groups if g["params"]]:
         rest = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
         out.append(torch.optim.AdamW(groups, **rest, fused=True))  # type: ignore[arg-type]
     if muon and matrices:
-        out.append(Muon(matrices, settings.learning_rate, settings.weight_decay, settings.momentum))
+        out.append(Muon(matrices, settings.learning_rate, settings.weight_decay, settings.momentum, settings.l1))
+    for optimizer in out if settings.l1 else ():
+        optimizer.register_step_post_hook(_shrink)
     return out
+
+
+@torch.no_grad()
+def _shrink(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """The proximal step of L1, after the gradient's: p <- sign(p) max(|p| - rate * l1, 0) (ISTA: Beck and Teboulle, SIAM J.
+    Imaging Sciences 2(1), 2009, eq. 1.4). Decoupled, as the weight decay is: the gradient's scale does not show in it."""
+    for group in optimizer.param_groups:
+        for p in group["params"] if group["l1"] else ():
+            shard = _shard(p)
+            shard.copy_(F.softshrink(shard, float(group["lr"]) * group["l1"]))
+
+
+@torch.no_grad()
+def sparsity(optimizers: Sequence[torch.optim.Optimizer]) -> float:
+    """The part of the parameters that L1 draws to 0 and that are exactly that, over all ranks, each of which calls it."""
+    found = [p for o in optimizers for group in o.param_groups if group["l1"] for p in group["params"]]
+    zeros = torch.stack([(_shard(p) == 0).sum() / _copies(p) for p in found]).double().sum()
+    dist.all_reduce(zeros)
+    return float(zeros) / sum(p.numel() for p in found)
+
+
+def _shard(p: torch.Tensor) -> torch.Tensor:
+    """This rank's part, which p shares its memory with."""
+    return p.to_local() if isinstance(p, DTensor) else p
+
+
+def _copies(p: torch.Tensor) -> int:
+    """How many ranks hold the same part of it."""
+    world = dist.get_world_size()
+    if not isinstance(p, DTensor):
+        return world
+    return world // math.prod(n for n, placed in zip(p.device_mesh.shape, p.placements, strict=True) if placed.is_shard())
 
 
 class Muon(torch.optim.Optimizer):
@@ -44,8 +83,8 @@ class Muon(torch.optim.Optimizer):
     each matrix is put together, made orthogonal by one rank, and handed out: the same on any number of ranks.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float, l1: float = 0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "l1": l1})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -79,6 +80,12 @@ def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrai
                 f"{recipe.model.path}: the model brings Python code of its own: read it, then set model.trust_remote_code=true"
             ) from None
         raise InputError(f"{recipe.model.path or 'model.config'}: {_line(e)}") from None
+    if recipe.train.dropout is not None:
+        names = dropouts(config)
+        if not names:
+            raise InputError(f"train.dropout: {config.model_type} has no dropout: leave it out, or choose another family")
+        for name in names:
+            setattr(config, name, recipe.train.dropout)
     if config.vocab_size < vocab_size:
         raise InputError(f"model: vocab_size {config.vocab_size} is below the tokenizer's {vocab_size}")
     length = recipe.data.sequence_length
@@ -92,6 +99,12 @@ def _with_classes(config: PreTrainedConfig, classes: list[str], tokenizer: Any) 
     config.id2label, config.label2id = dict(enumerate(classes)), {c: i for i, c in enumerate(classes)}
     if tokenizer is not None and config.pad_token_id is None:  # a decoder finds the last token of a text by it
         config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def dropouts(config: PreTrainedConfig) -> list[str]:
+    """The config's fields that are the probability of a dropout (None: as another field says). Layerdrop is none."""
+    named = {k: v for k, v in config.to_dict().items() if re.search("dropout|pdrop", k)}
+    return [k for k, v in named.items() if v is None or (type(v) in (int, float) and 0 <= v < 1)]
 
 
 def _new(fields: dict[str, Any], vocab_size: int, length: int) -> PreTrainedConfig:
@@ -111,6 +124,8 @@ def check(recipe: Recipe, vocab_size: int) -> int:
     made, family = CLASSES[recipe.objective]
     if recipe.train.loss_chunk and getattr(config, "final_logit_softcapping", None):
         raise InputError("train.loss_chunk: this model bends its logits (final_logit_softcapping): leave loss_chunk out")
+    if recipe.model.attention == "flex_attention" and _drops_attention(config):
+        raise InputError("model.attention flex_attention: it has no dropout, and this model asks for it: choose auto")
     with torch.device("meta"):
         try:
             model = made.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
@@ -129,16 +144,20 @@ def _line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
 
 
-def attention(recipe: Recipe, device: torch.device) -> str:
-    """The kernel that keeps packed documents apart at the least cost. In chunks is neither for compiled blocks (its slices
-    hang on the mask) nor for T5 (whose masks are biases)."""
+def _drops_attention(config: PreTrainedConfig) -> bool:
+    return any(getattr(config, name) for name in dropouts(config) if "att" in name)
+
+
+def attention(recipe: Recipe, device: torch.device, config: PreTrainedConfig) -> str:
+    """The kernel that keeps packed documents apart at the least cost. FlexAttention is not for attention with dropout (it has
+    none), in chunks neither for compiled blocks (its slices hang on the mask) nor for T5 (whose masks are biases)."""
     if recipe.model.attention != "auto":
         return recipe.model.attention
     family = CLASSES[recipe.objective][1]
     if recipe.objective in ("classify", "embed"):
         return "sdpa"  # its rows are padded documents, not packed ones
     if device.type == "cuda":
-        return "flex_attention" if family == "decoder" else "sdpa"
+        return "flex_attention" if family == "decoder" and not _drops_attention(config) else "sdpa"
     return "sdpa" if family == "encoder-decoder" or recipe.train.compile else in_chunks.NAME
 
 

@@ -14,7 +14,9 @@ class Model(Section):
     path: str | None = Field(None, description="Folder of a model to start from: a run of ours or any Hugging Face directory")
     trust_remote_code: bool = Field(False, description="Run Python code that lies in the model's folder")
     attention: Literal["auto", "sdpa", "flex_attention", "eager"] = Field(
-        "auto", description="Kernel; auto: flex_attention for decoders on CUDA (packed documents as a block mask), else sdpa"
+        "auto",
+        description="Kernel; auto: flex_attention for decoders on CUDA without attention dropout (packed documents as a block "
+        "mask), else sdpa",
     )
 
     @model_validator(mode="after")
@@ -66,6 +68,15 @@ class Train(Section):
         ge=0,
         description="Weight of log(Z)^2 of each token's logits, against their drift; not in the loss shown (PaLM: 1e-4)",
     )
+    dropout: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Of all the dropouts that the model's family has; default: as its config says. Masks are drawn a worker",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=1, description="Part of each target spread over all tokens (arXiv 1512.00567); not in the loss shown"
+    )
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Of parameters in forward and backward; shards and sums stay float32"
     )
@@ -90,7 +101,8 @@ class Optimizer(Section):
     learning_rate: float = Field(3e-4, gt=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0, description="L2; not on norms, biases and embeddings")
+    weight_decay: float = Field(0.1, ge=0, description="L2, decoupled (arXiv 1711.05101); not on norms, biases and embeddings")
+    l1: float = Field(0.0, ge=0, description="L1, decoupled, on the same: each step draws them to 0 by learning_rate * l1")
     momentum: float = Field(0.95, ge=0, lt=1, description="muon")
 
 
@@ -117,6 +129,26 @@ class Validation(Section):
     generate: int = Field(0, ge=0, description="sft, seq2seq: held-out prompts completed and scored (ROUGE, BLEU, chrF)")
     max_new_tokens: int = Field(24, gt=0)
     bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = Field("13a", description="As sacrebleu's; zh for Chinese")
+    metric: str = Field("validation/loss", description="By which validations are compared")
+    mode: Literal["min", "max"] | None = Field(
+        None, description="Whether less of the metric is better; default: where its name has loss, perplexity or bits"
+    )
+    keep_best: bool = Field(
+        False,
+        description="Keep the best validation's checkpoint, whatever checkpoint.keep says: it is the run's model in the end",
+    )
+    patience: int | None = Field(
+        None, gt=0, description="End the run after so many validations in a row without a better one; implies keep_best"
+    )
+
+    @property
+    def keeps_best(self) -> bool:
+        return self.keep_best or self.patience is not None
+
+    @property
+    def least(self) -> bool:
+        """Whether the least of the metric is the best."""
+        return self.mode == "min" if self.mode else any(part in self.metric for part in ("loss", "perplexity", "bits"))
 
 
 class Checkpoint(Section):

@@ -80,6 +80,11 @@ class Recipe(Section):
             raise ValueError("train: give either steps or tokens, or data.epochs for as many steps as the data lasts")
         if self.validation.max_new_tokens >= self.data.sequence_length:
             raise ValueError("validation.max_new_tokens must be below data.sequence_length: there is no room for a prompt")
+        if self.validation.keeps_best and not (self.validation.every and (self.data.validation or self.data.held_out)):
+            raise ValueError(
+                "validation: keep_best and patience need validation.every, and held-out documents: data.validation "
+                "or data.held_out"
+            )
         if self.adapter is not None and self.model.path is None:
             raise ValueError("adapter needs model.path: it freezes the base, which would never learn anything")
         tokenizer = self.tokenizer

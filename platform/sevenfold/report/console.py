@@ -58,6 +58,7 @@ _SHOWN = (
     ("validation/bits_per_byte", "bits/byte", "{:.3f}"),
     ("validation/rougeL", "ROUGE-L", "{:.3f}"),
     ("train/grad_norm", "grad norm", "{:.2f}"),
+    ("train/sparsity", "zeros", "{:.1%}"),
     ("train/tokens_per_second", "tok/s", "{:,.0f}"),
     ("train/mfu", "MFU", "{:.1%}"),
     ("train/data_wait", "data wait", "{:.1%}"),

@@ -125,7 +125,7 @@ class Drill:
         changes = {
             "train.steps": steps, "train.log_every": 1, "checkpoint.every": every, "cluster.num_workers": recipe.workers[1],
             "storage": storage.place(recipe.storage), "cluster.resize_seconds": 2,
-            "checkpoint.keep": max(2, recipe.checkpoint.keep),
+            "checkpoint.keep": max(2, recipe.checkpoint.keep), "validation.patience": None,
         }  # fmt: skip
         if isinstance(nodes, LocalNodes):
             changes |= nodes.worker

@@ -66,7 +66,7 @@ def _compare(references: list[str], systems: dict[str, list[str]], tokenize: str
     table(
         f"Against {next(iter(systems))}, by paired bootstrap",
         ["run", "measure", "score", "mean", "95% interval", "p"],
-        [[r["system"], r["measure"], r["score"], r["mean"], f"{r['low']:.1f} to {r['high']:.1f}", r["p_value"]] for r in rows],
+        [[r["system"], r["measure"], r["score"], r["mean"], f"{r['low']:.1f} to {r['high']:.1f}", r["p"]] for r in rows],
     )
 
 

@@ -15,9 +15,10 @@ from sevenfold.storage import RunFolder
 
 
 def run(path: str, step: int | None = None, out: str | None = None, merge: bool = False) -> None:
-    """Exports the checkpoint of a step (default: the newest that is whole) to a new or empty folder (default: the run's model/,
-    which is replaced, and its adapter/ where it has one). Of a run with an adapter a folder gets the adapter, or, to merge,
-    the base with the adapter in it, whose output is checked against the adapter's.
+    """Exports the checkpoint of a step (default: the newest that is whole, or the best validated one where the run keeps it) to
+    a new or empty folder (default: the run's model/, which is replaced, and its adapter/ where it has one). Of a run with an
+    adapter a folder gets the adapter, or, to merge, the base with the adapter in it, whose output is checked against the
+    adapter's.
 
     Raises:
         InputError: no run, no such checkpoint or a damaged one, a folder that is not empty, nothing to merge.
@@ -28,7 +29,7 @@ def run(path: str, step: int | None = None, out: str | None = None, merge: bool 
     if to != folder.model and storage.listdir(to):
         raise InputError(f"--out {to}: expected a new or empty folder, found one with files in it: choose another")
     recipe = prepare.recipe_of(folder)
-    found = _chosen(folder.checkpoints, step)
+    found = _chosen(folder.checkpoints, step, recipe.validation.keeps_best)
     manifest = Manifest.from_json(storage.read_json(folder.manifest)["train"])
     adapted = recipe.adapter is not None
     if merge and not adapted:
@@ -41,13 +42,14 @@ def run(path: str, step: int | None = None, out: str | None = None, merge: bool 
     say(f"{folder.name}, step {found.step}, {what}: {to}")
 
 
-def _chosen(folder: str, step: int | None) -> Checkpoint:
+def _chosen(folder: str, step: int | None, best: bool) -> Checkpoint:
     """A verified checkpoint. Raises InputError where there is none."""
     steps = ckpt.steps(folder)
     there = ", ".join(map(str, steps)) or "none (the run has saved none yet; those of a sweep are its trials')"
     if step is None:
         if found := ckpt.latest(folder, say):
-            return found
+            mark = found.extra["best"]["mark"] if best else None
+            return _chosen(folder, mark["step"], False) if mark else found
         raise InputError(f"{folder}: expected a whole checkpoint, found {f'only damaged ones: {there}' if steps else there}")
     if step not in steps:
         raise InputError(f"{folder}: expected a checkpoint of step {step}, found {there}")

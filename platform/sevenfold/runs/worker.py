@@ -31,6 +31,7 @@ from sevenfold.data.tokens import load_tokenizer, token_bytes
 from sevenfold.engine import checkpoint as ckpt
 from sevenfold.engine import cpu, loop, objectives, optim, tuning
 from sevenfold.engine.batch import Batch, micro_batches
+from sevenfold.engine.best import Best, UnknownMetricError
 from sevenfold.engine.guard import Guard
 from sevenfold.engine.interval import Interval
 from sevenfold.engine.meter import Meter
@@ -65,6 +66,7 @@ class Worker:
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.ledger = Ledger(self.folder.ledger)
         self.guard = Guard(self.recipe.guard)
+        self.best = Best(self.recipe.validation, lambda: self.saver.committed())
         self.passed: list[tuple[int, int]] = []  # data steps that the guard has had passed over
         self.reported: dict[str, Any] = {}
         self.ranks: list[dict[str, Any]] = []  # what this start wrote to workers.json
@@ -80,7 +82,7 @@ class Worker:
         self.reader = self._read(start, self.before)  # Ray Data begins while the model is built
         try:
             self._train(start, last)
-        except ckpt.TakenOverError as e:
+        except (ckpt.TakenOverError, UnknownMetricError) as e:
             self.reported, self.run_log = {"ended": str(e)}, None  # not raised: Ray would start it anew
         finally:
             self.reader.close()
@@ -104,7 +106,7 @@ class Worker:
         trainer = loop.Trainer(
             recipe, self.model, self.optimizers, self.objective, iter(lambda: next(self.reader), None),
             most_rows(recipe.train.global_batch, self.place.world_size, recipe.lanes), self.device,
-            Meter(flops, peak, self.world, self.device), self.guard, self.interval,
+            Meter(flops, peak, self.world, self.device), self.guard, self.interval, self.best,
         )  # fmt: skip
         hooks = loop.Hooks(
             self._log, self._validate, self._save, self._noticed, self._settle, self._report, self._say, self._go_back
@@ -112,11 +114,11 @@ class Worker:
         try:
             at = loop.fit(trainer, hooks, start)
             saved = self.saver.wait()
-            if saved is None or saved.step < at:
+            if not self.best.over and (saved is None or saved.step < at):
                 raise RunError(
                     f"the checkpoint of the last step, {at}, could not be written: make room, then start the run again"
                 )
-            self.reported["checkpoint"] = saved.path
+            self.reported |= self._best() or {"checkpoint": saved.path if saved else None}
         finally:
             self.saver.close()
 
@@ -124,20 +126,21 @@ class Worker:
         """The objective, the model laid over the ranks, and the FLOPs of a token."""
         recipe = self.recipe
         config = build.config_of(recipe, len(self.tokenizer), self.tokenizer)
-        model = build.build(recipe, config, weights=self.rank == 0, attention=build.attention(recipe, self.device))
+        kernel = build.attention(recipe, self.device, config)
+        model = build.build(recipe, config, weights=self.rank == 0, attention=kernel)
         if recipe.adapter is not None:
             build.with_adapter(model, recipe)
-        objective = tuning.of(recipe, self.tokenizer, config)
+        objective, train = tuning.of(recipe, self.tokenizer, config), recipe.train
         if isinstance(objective, tuning.Preference) and recipe.adapter is None:
             objective.reference = self._reference(config, objective)
-        objectives.attach(model, objective, recipe.train.loss_chunk, recipe.train.z_loss)
+        objectives.attach(model, objective, train.loss_chunk, train.z_loss, train.label_smoothing)
         flops = build.flops_per_token(model, recipe)
         return objective, parallel.shard(model, self.device, recipe.train, recipe.parallel), flops
 
     def _reference(self, config: Any, objective: Causal) -> Any:
         """The model that the run began from, frozen, laid over the ranks."""
         recipe = self.recipe
-        model = build.build(recipe, config, weights=self.rank == 0, attention=build.attention(recipe, self.device))
+        model = build.build(recipe, config, weights=self.rank == 0, attention=build.attention(recipe, self.device, config))
         objectives.attach(model, objectives.Causal(objective.words, 0, 0.5, 1), recipe.train.loss_chunk)
         settings = recipe.train.model_copy(update={"activation_checkpointing": "none"})
         return parallel.shard(model.requires_grad_(False), self.device, settings, recipe.parallel).eval()
@@ -184,6 +187,7 @@ class Worker:
         if last is None:
             return 0, ReaderState()
         self.guard.load(last.extra["guard"], self.guard.rollbacks)
+        self.best.load(last.extra["best"])
         self.passed += [(a, b) for a, b in last.extra["passed"] if (a, b) not in self.passed]
         if self.rank == 0:
             self._tell(f"going on from step {last.step} ({last.path})")
@@ -244,9 +248,11 @@ class Worker:
         libraries = (sevenfold, torch, transformers, ray)
         extra = {
             "recipe": self.job.identity, "settings": self.recipe.model_dump(mode="json"), "reader": state.to_json(),
-            "encoder": encoder, "guard": self.guard.state(), "passed": list(self.passed),
+            "encoder": encoder, "guard": self.guard.state(), "passed": list(self.passed), "best": self.best.state(),
             "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in libraries}},
         }  # fmt: skip
+        marks = (self.best.mark, self.best.before if self.job.awaits_saves else None)  # the one before may have been reported
+        self.saver.spared = [m.step for m in marks if m]
         self.saver.save(step, self.model, self.optimizers, extra, functools.partial(self._before_commit, self.draws))
 
     def _before_commit(self, draws: list[Draw]) -> None:
@@ -352,7 +358,18 @@ class Worker:
     def _report(self, step: int, metrics: dict[str, float]) -> None:
         saved = self.saver.wait() if self.job.awaits_saves else self.saver.last
         self.reported = {"step": step, "checkpoint": saved.path if saved else None, **metrics}
+        if self.job.awaits_saves:
+            self.reported |= self._best()
         ray.train.report(self.reported)
+
+    def _best(self) -> dict[str, Any]:
+        """Of the best validation that was saved: its metrics, step and checkpoint; empty where none is kept."""
+        if not self.best.kept:
+            return {}
+        committed = self.saver.committed()
+        self.best.settle(committed)
+        mark = self.best.mark
+        return {**mark.metrics, "best_step": mark.step, "checkpoint": committed[mark.step]} if mark else {}
 
 
 def first_pairs(stream: Stream, limit: int | None = None) -> list[tuple[str, str, str]]:
