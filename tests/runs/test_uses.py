@@ -1,0 +1,153 @@
+"""Fine-tuning end to end: rows in, a directory out that transformers and peft go on with, measured beside baselines."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import RECIPE, run_job
+from test_objectives import BERT, T5
+
+WORDS = [("dog", "Hund"), ("cat", "Katze"), ("house", "Haus"), ("tree", "Baum"), ("red", "rot"), ("big", "gross")]
+
+
+def rows(objective: str) -> list[dict[str, Any]]:
+    pairs = [(f"the {a} and the {b} {i}", f"{c} und {d} {i}") for i in range(9) for a, c in WORDS for b, d in WORDS if a != b]
+    if objective == "sft":
+        return [{"messages": [{"role": "user", "content": a}, {"role": "assistant", "content": b}]} for a, b in pairs]
+    if objective == "classify":
+        return [{"text": a, "label": "animal" if "dog" in a or "cat" in a else "thing"} for a, _ in pairs]
+    if objective == "dpo":
+        return [{"prompt": a, "chosen": b, "rejected": b[::-1]} for a, b in pairs]
+    names = {"seq2seq": ("src", "tgt"), "embed": ("query", "document")}[objective]
+    return [dict(zip(names, pair, strict=True)) for pair in pairs]
+
+
+def recipe(home: Path, objective: str, **more: Any) -> None:
+    (home / f"{objective}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows(objective)))
+    tree: dict[str, Any] = json.loads(json.dumps(RECIPE))
+    tree["data"] |= {"sources": [{}], "held_out": 0.1, "executor": "inline"}
+    tree |= {"name": objective, "objective": objective}
+    tree["train"] |= {"steps": 25, "log_every": 5}
+    tree |= {"validation": {"every": 5, "rows": 16, "max_new_tokens": 12}} | more
+    (home / f"{objective}.yaml").write_text(yaml.safe_dump(tree))
+
+
+def trained(home: Path, objective: str, *words: str) -> tuple[Path, dict[str, Any], str]:
+    said = run_job("finetune", f"{objective}.yaml", f"data.path={home / objective}.jsonl", *words, home=home)
+    run = home / "runs" / objective
+    said += run_job("evaluate", f"runs/{objective}", home=home)
+    return run, json.loads((run / "metrics.json").read_text()), said
+
+
+def test_classes(tmp_path: Path) -> None:
+    recipe(
+        tmp_path,
+        "classify",
+        model={"config": BERT},
+        validation={"every": 5, "rows": 16, "metric": "validation/f1_macro", "patience": 3},
+    )
+    run, measured, said = trained(tmp_path, "classify")
+    assert "270 examples of" in said and "0 examples lose targets" in said
+    assert measured["accuracy"] > 0.6 and set(measured["per_class"]) == {"animal", "thing"}
+    assert list(measured["baselines"]) == ["the commonest class", "TF-IDF and logistic regression"]
+    assert "f1_macro" in (run / "model/README.md").read_text()
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model = AutoModelForSequenceClassification.from_pretrained(run / "model").eval()
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    predictions = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
+    for p in predictions[:5]:  # plain transformers says the same
+        with torch.no_grad():
+            found = model(input_ids=tokenizer(p["text"], return_tensors="pt").input_ids).logits.argmax(-1)
+        assert model.config.id2label[int(found)] == p["predicted"]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["metrics"]["best_step"] <= summary["steps"]
+
+
+@pytest.mark.slow
+def test_source_to_target_by_an_adapter(tmp_path: Path) -> None:
+    recipe(tmp_path, "seq2seq", model={"config": T5}, validation={"every": 10, "rows": 16, "generate": 8, "max_new_tokens": 12})
+    run, measured, said = trained(tmp_path, "seq2seq")
+    assert "BLEU|nrefs:1" in said and measured["prompts"] > 10 and "chrf" in measured
+    assert (
+        "dictionary, word for word (IBM 1)" in measured["baselines"]
+        and measured["baselines"]["copy of the prompt"]["bleu"] < 90
+    )
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert any("validation/chrf" in m for m in logged)
+    words = ("name=more", f"model={{path: {run}}}", "tokenizer={}", "adapter={rank: 4, dora: true}", "train.steps=4")
+    run_job("finetune", "seq2seq.yaml", f"data.path={tmp_path / 'seq2seq'}.jsonl", *words, home=tmp_path)
+    run_job("export", "runs/more", "--out", str(tmp_path / "alone"), home=tmp_path)
+    assert "merged" in run_job("export", "runs/more", "--out", str(tmp_path / "merged"), "--merge", home=tmp_path)
+    assert "has no adapter" in run_job(
+        "export", "runs/seq2seq", "--out", str(tmp_path / "no"), "--merge", home=tmp_path, code=2
+    )
+    from peft import PeftModel
+    from transformers import AutoModelForSeq2SeqLM
+
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad():
+        base = AutoModelForSeq2SeqLM.from_pretrained(run / "model").eval()
+        merged = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "merged").eval()(input_ids=ids, decoder_input_ids=ids).logits
+        plain = base(input_ids=ids, decoder_input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "alone").eval()(input_ids=ids, decoder_input_ids=ids).logits
+    assert torch.allclose(merged, adapted, atol=1e-4) and not torch.allclose(plain, adapted, atol=1e-4)
+    said = run_job("evaluate", "runs/seq2seq", "runs/more", home=tmp_path)
+    assert "Against seq2seq, by paired bootstrap" in said
+
+
+@pytest.mark.slow
+def test_search(tmp_path: Path) -> None:
+    recipe(tmp_path, "embed", model={"config": BERT})
+    run, measured, _ = trained(tmp_path, "embed", "cluster.num_workers=2")
+    assert measured["corpus"] == 270 and 0 <= measured["mrr@10"] <= 1 and "ndcg@10" in measured["baselines"]["BM25"]
+    assert json.loads((run / "model/1_Pooling/config.json").read_text())["pooling_mode_mean_tokens"]
+
+
+@pytest.mark.slow
+def test_conversations_then_preferences(tmp_path: Path) -> None:
+    recipe(tmp_path, "sft", tokenizer={"vocab_size": 512, "chat_template": "plain"})
+    run, measured, said = trained(tmp_path, "sft")
+    assert "reply to the nearest training prompt" in measured["baselines"] and "masked" in said
+    assert (
+        "user: " in (run / "model/chat_template.jinja").read_text()
+        or "message['role']" in (run / "model/chat_template.jinja").read_text()
+    )
+    for name, adapter in (("dpo", None), ("lora", {"rank": 4})):
+        more = {"optimizer": {"learning_rate": 3e-3}, "model": {"path": str(run)}, "tokenizer": {}, "adapter": adapter}
+        recipe(tmp_path, "dpo", **more)
+        said = run_job(
+            "finetune",
+            "dpo.yaml",
+            f"data.path={tmp_path / 'dpo'}.jsonl",
+            f"name={name}",
+            "cluster.num_workers=2",
+            home=tmp_path,
+        )
+        said += run_job("evaluate", f"runs/{name}", home=tmp_path)
+        measured = json.loads((tmp_path / "runs" / name / "metrics.json").read_text())
+        assert measured["accuracy"] > 0.7 and measured["loss"] < 0.6 and measured["pairs"] > 10
+
+
+def test_bad_input_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    def refused(objective: str, lines: list[dict[str, Any]], *words: str) -> str:
+        (tmp_path / "bad.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
+        said = run_job("finetune", f"{objective}.yaml", f"data.path={tmp_path / 'bad.jsonl'}", *words, home=tmp_path, code=2)
+        assert said.count("error: ") == 1 and not (tmp_path / "runs").exists()
+        return said
+
+    recipe(tmp_path, "classify", model={"config": BERT})
+    assert "found 1: only: name their column" in refused("classify", [{"text": "a", "label": "only"}] * 3)
+    assert "found en, de: say which is which" in refused("classify", [{"en": "a", "de": "b"}])
+    said = run_job("finetune", "classify.yaml", home=tmp_path, code=2)
+    assert "give data.path=FILE_OR_FOLDER" in said
+    recipe(tmp_path, "sft")
+    good = rows("sft")[:40]
+    assert "bad.jsonl: line 41: a conversation without a reply" in refused(
+        "sft", [*good, {"messages": good[0]["messages"][:1]}]
+    )
+    assert "the tokenizer has none: give one (tokenizer.chat_template=plain" in refused("sft", good)
+    assert "above the model's 16 positions" in refused("sft", good, "model.config.max_position_embeddings=16")
