@@ -78,10 +78,11 @@ def saliency(loaded: Loaded, ids: list[int], token: int | None = None) -> Salien
     since its sign tells whether a token speaks for the next one or against it: to first order it is what log p would lose if
     the token's embedding were 0. Of log p, not of the logit: a logit that rises with all others makes nothing likelier.
     """
-    inputs = loaded.model.get_input_embeddings()(_row(loaded, ids)).detach().requires_grad_()
+    read = _row(loaded, ids)
+    inputs = loaded.model.get_input_embeddings()(read).detach().requires_grad_()
     more = {"decoder_input_ids": _row(loaded, [loaded.start])} if loaded.family == "encoder-decoder" else {}
-    logits = loaded.model(inputs_embeds=inputs, attention_mask=torch.ones(1, len(ids), device=loaded.device), use_cache=False,
-                          **more).logits[0, -1]  # fmt: skip
+    out = loaded.model(inputs_embeds=inputs, attention_mask=torch.ones_like(read), use_cache=False, **more)
+    logits = out.logits[0, -1]
     logp = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
     chosen = int(logp.argmax()) if token is None else token
     (gradient,) = torch.autograd.grad(logp[chosen], inputs)

@@ -94,8 +94,8 @@ def load(path: str, *, head: bool = True, attention: str | None = None) -> Loade
     except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as e:
         raise InputError(f"{at}: expected a language model in transformers' form: {' '.join(str(e).split())[:300]}") from None
     if missing := sorted(k for k in info["missing_keys"] if "pooler" not in k):
-        what = "an output layer and all else of a language model" if head else "all weights"
-        raise InputError(f"{at}: expected {what}, found none of {missing[0]}: it was trained for something else")
+        what = "the weights of a language model" if head else "all weights"
+        raise InputError(f"{at}: expected {what}, found none for {missing[0]}: it was trained for something else")
     tokenizer = load_tokenizer(at)
     model.eval().requires_grad_(False).to("cuda" if cuda else "cpu")
     return Loaded(at, model, tokenizer, kind, TextEncoder(tokenizer, 1), positions(config, tokenizer))

@@ -75,10 +75,11 @@ def counting(what: str, unit: str) -> Iterator[Callable[[int], None]]:
         yield lambda count: bar.update(task, completed=count)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[str] = ()) -> None:
+    """left: columns that begin at the left, as the first one does; figures do not."""
     out = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
-        out.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        out.add_column(column, justify="left" if i == 0 or column in left else "right", overflow="fold")
     for row in rows:
         out.add_row(*[Text("-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v)) for v in row])
     (console if console.width >= 100 else Console(width=120, highlight=False)).print(out)

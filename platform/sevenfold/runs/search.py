@@ -88,5 +88,5 @@ def _show(queries: Sequence[str], best: list[list[Found]], count: int, as_json: 
         return
     for query, found in zip(queries, best, strict=True):
         rows = [(i, f"{f.score:.4f}", f.id, " ".join(f.text.split())[:SHOWN]) for i, f in enumerate(found, 1)]
-        table(query, ["rank", "score", "id", "text"], rows)
+        table(query, ["rank", "score", "id", "text"], rows, left=["id", "text"])
     say(f"{count:,} texts; they are embedded anew at each call")
