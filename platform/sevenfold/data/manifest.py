@@ -20,7 +20,7 @@ from sevenfold.errors import InputError
 from sevenfold.recipe import Source
 
 TARGET_BYTES = 2 * 2**20  # of text in a row group
-_LEAST_BYTES = 8 * 2**10
+_LEAST_BYTES, _LEAST_EXAMPLES = 8 * 2**10, 2**10
 _AT_ONCE = 16  # shards looked at: their storage may be far
 _COLUMNS = tuple(f.name for f in fields(RowGroup))
 
@@ -144,7 +144,8 @@ def scan(
                 _refuse(f"{shard.path}: {what}: each document should be there once", on_bad, left_out)
         sources = [_recognised(source, i, objective, found) for i, source in enumerate(sources)]
         total = sum(int(s.fingerprint.partition("-")[0]) for s in found)
-        target = max(_LEAST_BYTES, min(most, TARGET_BYTES, 3 * total // max(1, 4 * windows)))
+        least = _LEAST_EXAMPLES if objective in formats.SHAPES else _LEAST_BYTES
+        target = max(least, min(most, TARGET_BYTES, 3 * total // max(1, 4 * windows)))
 
         def cut(item: tuple[int, Shard]) -> list[RowGroup] | str:
             number, shard = item

@@ -28,6 +28,7 @@ SUFFIXES: dict[Format, tuple[str, ...]] = {
 }
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 MOST_PARTS = 8  # of what must be decoded from its beginning for each part: a parquet row group, a compressed file
+SMALL_BYTES, SMALL_PARTS = 8 * 2**20, 512  # of fine-tuning data, often sorted, small row groups are cut into as many
 MOST_BYTES = 64 * 2**20  # of text in a row group
 MAX_RATIO, MAX_SHARD_BYTES = 200, 64 * 2**30  # beyond, a compressed shard is a bomb; text shrinks 3 to 10 times
 _TAIL = 64 * 2**10
@@ -194,7 +195,8 @@ def _cut_parquet(
         size = sum(c.total_uncompressed_size for c in chunks)
         if size > MOST_BYTES and size > MAX_RATIO * sum(c.total_compressed_size for c in chunks):
             raise _bomb(shard, f"row group {i}", size)
-        parts = _parts(size, target)
+        many = settings.shape is not None and size <= SMALL_BYTES
+        parts = _parts(size, target, SMALL_PARTS if many else MOST_PARTS)
         rows = -(-group.num_rows // max(1, parts))
         for start in range(0, group.num_rows, max(1, rows)):
             end = min(start + rows, group.num_rows)
@@ -202,9 +204,9 @@ def _cut_parquet(
     return out
 
 
-def _parts(size: int, target: int) -> int:
+def _parts(size: int, target: int, most: int = MOST_PARTS) -> int:
     """Few, since what lies before a part is decoded with it; many only where memory asks for it."""
-    return max(1, min(MOST_PARTS, round(size / (2 * target))), -(-size // MOST_BYTES))
+    return max(1, min(most, round(size / (2 * target))), -(-size // MOST_BYTES))
 
 
 def _read_parquet(shard: Shard, group: RowGroup, columns: Sequence[str]) -> Raw:

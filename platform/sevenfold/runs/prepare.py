@@ -18,7 +18,7 @@ from sevenfold.data.documents import Selection
 from sevenfold.data.encode import TextEncoder, admit
 from sevenfold.data.examples import ENCODERS, PLAIN_TEMPLATE
 from sevenfold.data.manifest import Manifest, scan
-from sevenfold.data.order import WINDOWS_PER_LANE, Plan
+from sevenfold.data.order import MAX_GROUPS, WINDOWS_PER_LANE, Plan
 from sevenfold.data.stream import TASK_CPUS, Stream
 from sevenfold.errors import InputError
 from sevenfold.recipe import PRETRAINING, Recipe, loads
@@ -168,6 +168,8 @@ def inputs(recipe: Recipe) -> Inputs:
     data, kind = recipe.data, recipe.objective
     validation = scan(data.validation, kind, on_bad=data.on_bad_document) if data.validation else None
     windows = recipe.lanes * WINDOWS_PER_LANE
+    if kind not in PRETRAINING:
+        windows *= MAX_GROUPS  # rows are few, and often sorted: a window is put together from many places
     begins = [0, *(stage.at_tokens for stage in data.curriculum)]
     shortest = min((b - a for a, b in itertools.pairwise(begins)), default=2**62)
     found = Inputs(scan(data.sources, kind, windows, data.on_bad_document, 2 * shortest // windows), validation)
