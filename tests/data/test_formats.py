@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from sevenfold.data import examples, formats, tokens
 from sevenfold.data.documents import Documents, Selection
 from sevenfold.data.manifest import scan
+from sevenfold.data.order import MAX_GROUPS, WINDOWS_PER_LANE, Plan
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
 
@@ -163,3 +164,14 @@ def test_examples_fit_into_a_row(tokenizer: PreTrainedTokenizerFast, tmp_path: P
     assert len(edges) == (3 if objective == "dpo" else 1)
     if objective == "classify":
         assert made.ids[-1] == 1 and made.ids[-2] == tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_sorted_rows_are_mixed(tmp_path: Path, kind: str) -> None:
+    labels = [f"class {i // 2000}" for i in range(8000)]
+    path = written(tmp_path, [{"text": f"a text with the number {i} in it", "label": c} for i, c in enumerate(labels)], kind)
+    found = scan([Source(path=str(path))], "classify", 2 * WINDOWS_PER_LANE * MAX_GROUPS)
+    plan, chosen = Plan(found, seed=0, lanes=2), Selection(examples.ENCODERS["classify"].fields)
+    for window in range(plan.windows_per_epoch - 1):  # the last goes on into the next epoch
+        made = [chosen.read(found, g).fields[1].to_pylist() for g in plan.window(window)]
+        assert len({label for part in made for label in part}) >= 3
