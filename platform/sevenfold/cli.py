@@ -126,12 +126,13 @@ def _evaluate(commands: Any) -> None:
     parser.add_argument("runs", nargs="+", help="folders of runs")
     about = "processes that hold the model (default: 2, or what the cluster has CPUs for)"
     parser.add_argument("--workers", type=int, choices=range(1, 1025), metavar="N", help=about)
+    parser.add_argument("--harness", metavar="TASK.yaml", help="also a task of lm-eval (pip install 'sevenfold[harness]')")
     parser.add_argument("-v", "--verbose", action="store_true", help="let Ray speak")
 
     def run(args: argparse.Namespace) -> None:
         from sevenfold.runs import evaluate
 
-        evaluate.run(args.runs, args.verbose, args.workers)
+        evaluate.run(args.runs, args.verbose, args.workers, args.harness)
 
     parser.set_defaults(run=run)
 

@@ -11,6 +11,7 @@ import ray
 from sevenfold import storage
 from sevenfold.errors import InputError
 from sevenfold.evaluate.compare import paired_bootstrap
+from sevenfold.evaluate.harness import harness
 from sevenfold.model.card import with_figures
 from sevenfold.report import trials
 from sevenfold.report.console import say, table
@@ -19,14 +20,17 @@ from sevenfold.runs.measure import SAMPLE_CHARACTERS, SAMPLES, measure
 from sevenfold.storage import RunFolder
 
 
-def run(paths: Sequence[str], verbose: bool = False, workers: int | None = None) -> None:
+def run(paths: Sequence[str], verbose: bool = False, workers: int | None = None, task: str | None = None) -> None:
     """Measures finished runs on all their held-out documents; writes `metrics.json` and `predictions.jsonl` of each and its
     figures into its model card. Runs that completed the same prompts are compared, by paired bootstrap, with the first of them.
 
+    Args:
+        task: file of a task of lm-eval (YAML) that the models are measured on as well.
+
     Raises:
-        InputError: no finished run at a path, or one without held-out documents.
+        InputError: no finished run at a path, or one without held-out documents; as harness.
     """
-    found = [_one(path, verbose, workers) for path in paths]
+    found = [_one(path, verbose, workers, task) for path in paths]
     alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
     tokenize = "13a"
     for folder, predictions in found:
@@ -39,7 +43,7 @@ def run(paths: Sequence[str], verbose: bool = False, workers: int | None = None)
             _compare(list(references), systems, tokenize)
 
 
-def _one(path: str, verbose: bool, workers: int | None) -> tuple[RunFolder, list[dict[str, Any]]]:
+def _one(path: str, verbose: bool, workers: int | None, task: str | None) -> tuple[RunFolder, list[dict[str, Any]]]:
     folder = RunFolder.of(path)
     if not folder.finished():
         raise InputError(f"{folder.root}: expected a finished run, found one under way: resubmit its job first")
@@ -52,6 +56,8 @@ def _one(path: str, verbose: bool, workers: int | None) -> tuple[RunFolder, list
     workers = workers or max(1, min(2, int(ray.cluster_resources().get("CPU", 0)) - 1))  # a CPU is left to the reading
     cluster.require({"CPU": workers + 1}, f"evaluating {folder.name}", recipe.cluster.wait_seconds)
     measured, predictions = measure(folder, recipe, train, held, workers)
+    if task is not None:
+        measured["harness"] = harness(storage.local(folder.model), task)
     storage.write(folder.metrics, json.dumps(measured, indent=1, ensure_ascii=False))
     storage.write(folder.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
     card = storage.join(folder.model, "README.md")
@@ -78,6 +84,8 @@ def show(folder: RunFolder, measured: dict[str, Any], predictions: list[dict[str
     table(f"{folder.name}: held-out", ["measure", folder.name, *others], rows)
     for name, one in measured.get("per_class", {}).items():
         say(f"{name}: F1 {one['f1']:.3f}, precision {one['precision']:.3f}, recall {one['recall']:.3f}, of {one['support']}")
+    for name, figures in measured.get("harness", {}).get("results", {}).items():
+        say(f"{name} (lm-eval): {figures}")
     for name in ("bleu_signature", "chrf_signature"):
         if name in measured:
             say(f"{name}: {measured[name]}")
