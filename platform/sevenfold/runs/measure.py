@@ -45,8 +45,8 @@ def measure(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, work
 
 
 def _perplexity(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, workers: int) -> Measured:
-    """Bits per byte of every held-out document, in rows as in training, beside a unigram and xz on the same text."""
-    rows = held.epoch()
+    """Bits per byte of every held-out document, in windows that overlap, beside a unigram and xz on the same text."""
+    rows = _overlapping(held)
     size = token_bytes(load_tokenizer(folder.tokenizer))
     wanted = labels(rows)
     asked = wanted[wanted != IGNORE]
@@ -71,6 +71,25 @@ def _perplexity(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, 
     given = pa.table({"given": prompts, "prompt": prompts})
     made = _mapped(given, _Completer, {"folder": folder, "recipe": recipe, "settings": settings}, 1)
     return measured, [{"prompt": r["prompt"], "completion": r["completion"]} for r in made]
+
+
+def _overlapping(held: Stream) -> Rows:
+    """Each document in rows of its own: every token but its first is scored once, with a quarter of a row before it where there
+    is as much."""
+    length, head, tail = held.sequence_length, held.encoder.head, held.encoder.tail
+    tokens, targets, used = [], [], []
+    for group in range(len(held.plan.manifest)):
+        (made,) = held.encoded([group])
+        for a, b in itertools.pairwise(made.offsets.tolist()):
+            ids = np.concatenate([[t for t in (head,) if t is not None], made.ids[a:b], [t for t in (tail,) if t is not None]])
+            for begin, end, first in metrics.windows(len(ids), length, 3 * length // 4):
+                row, wanted = np.zeros(length, held.encoder.dtype), np.zeros(length, bool)
+                row[: end - begin], wanted[first - begin : end - begin] = ids[begin:end], True
+                tokens.append(row)
+                targets.append(wanted)
+                used.append(end - begin)
+    starts = [s for n in used for s in ((0, n) if n < length else (0,))]
+    return Rows(np.stack(tokens), np.array(starts, np.int32), np.array(used, np.int32), np.stack(targets))
 
 
 def _loss(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, workers: int) -> Measured:
