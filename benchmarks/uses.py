@@ -32,8 +32,8 @@ USES: dict[str, tuple[str, str, list[str], str]] = {
     "summarization": ("summarize", "summarization_en.parquet", [], "rougeL"),
     "classification": ("classify", "classification_en.parquet", [], "f1_macro"),
     "search": ("search", "summarization_en.parquet", PAIRS, "ndcg@10"),
-    "classification, pretrained": ("classify", "classification_en.parquet", BEGUN, "f1_macro"),
-    "search, pretrained": ("search", "summarization_en.parquet", [*PAIRS, *BEGUN], "ndcg@10"),
+    "classification-pretrained": ("classify", "classification_en.parquet", BEGUN, "f1_macro"),
+    "search-pretrained": ("search", "summarization_en.parquet", [*PAIRS, *BEGUN], "ndcg@10"),
 }
 
 
@@ -57,7 +57,7 @@ def pretrained(folder: Path) -> Path | None:
 def one(home: Path, name: str, data: Path, base: Path | None, quick: bool) -> tuple[dict[str, Any], float]:
     """Trains and evaluates a use. Returns its metrics and the seconds that both took."""
     recipe, file, words, _ = USES[name]
-    run = name.replace(", ", "-")
+    run = name
     words = [f"name={run}", f"data.path={data / file}", *words]
     if base is not None:
         words.append(f"model.path={base}")
