@@ -57,19 +57,18 @@ def pretrained(folder: Path) -> Path | None:
 def one(home: Path, name: str, data: Path, base: Path | None, quick: bool) -> tuple[dict[str, Any], float]:
     """Trains and evaluates a use. Returns its metrics and the seconds that both took."""
     recipe, file, words, _ = USES[name]
-    run = name
-    words = [f"name={run}", f"data.path={data / file}", *words]
+    words = [f"name={name}", f"data.path={data / file}", *words]
     if base is not None:
         words.append(f"model.path={base}")
     if quick:
         words += ["train.steps=10", "schedule.warmup_steps=2"]
     begin = time.monotonic()
-    for job, more in (("finetune", [str(ROOT / f"jobs/recipes/{recipe}.yaml"), *words]), ("evaluate", [f"runs/{run}"])):
+    for job, more in (("finetune", [str(ROOT / f"jobs/recipes/{recipe}.yaml"), *words]), ("evaluate", [f"runs/{name}"])):
         command = [sys.executable, str(ROOT / f"jobs/{job}.py"), *more]
         done = subprocess.run(command, env={**os.environ, "SEVENFOLD_HOME": str(home)}, cwd=home)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: exit {done.returncode}")
-    return json.loads((home / f"runs/{run}/metrics.json").read_text()), time.monotonic() - begin
+    return json.loads((home / f"runs/{name}/metrics.json").read_text()), time.monotonic() - begin
 
 
 def whole(metrics: dict[str, Any], key: str) -> bool:
