@@ -39,7 +39,7 @@ def run(path: str, step: int | None = None, out: str | None = None, merge: bool 
     metrics = logged(folder.log, found.step)
     export(recipe, found, folder.tokenizer, manifest, metrics, None if alone else to, adapter)
     what = "its adapter alone" if alone else "its adapter merged, the output as the adapter's" if adapted else "the whole model"
-    say(f"{folder.name}, step {found.step}, {what}: {to}")
+    say(f"{folder.name}, step {found.step}: {to} ({what})")
 
 
 def _chosen(folder: str, step: int | None, best: bool) -> Checkpoint:
