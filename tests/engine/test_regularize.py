@@ -10,7 +10,7 @@ from conftest import run_ranks
 from test_objectives import BERT, ROWS, T5, VOCAB, WORDS
 from torch import nn
 
-from sevenfold.engine import objectives, optim
+from sevenfold.engine import objectives, optim, tuning
 from sevenfold.engine.batch import IGNORE, micro_batches, to_batch
 from sevenfold.engine.objectives import Causal, attach
 from sevenfold.engine.step import evaluate, train_step
@@ -143,7 +143,7 @@ def _acting(recipe: Recipe, queries: int) -> tuple[bool, bool, bool]:
     config = build.config_of(recipe, VOCAB)
     model: Any = build.build(recipe, config, weights=True, attention=build.attention(recipe, CPU, config))
     assert (model.config._attn_implementation == attention.NAME) == (recipe.objective != "denoise")
-    objective = objectives.OBJECTIVES[recipe.objective](WORDS, 0, 0.3, 3.0)
+    objective = tuning.OBJECTIVES[recipe.objective](WORDS, 0, 0.3, 3.0)
     losses, batch = attach(model, objective), objective.collate(ROWS, 0)
 
     def loss(seed: int) -> float:
