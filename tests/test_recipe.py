@@ -21,7 +21,7 @@ def test_shipped_recipes_are_valid(name: str) -> None:
     path = str(ROOT / "jobs/recipes" / name)
     opens = "data.path=FILE" in Path(path).read_text()  # it leaves open what it reads
     if opens:
-        with pytest.raises(InputError, match="give data.path=FILE_OR_FOLDER"):
+        with pytest.raises(InputError, match=r"give data\.path=FILE_OR_FOLDER"):
             parse(path)
     recipe = parse(path, ["data.path=/data/rows.parquet"] if opens else [])
     assert not opens or {s.path for s in [*recipe.data.sources, *recipe.data.validation]} == {"/data/rows.parquet"}

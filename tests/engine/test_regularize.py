@@ -10,7 +10,7 @@ from conftest import run_ranks
 from test_objectives import BERT, ROWS, T5, VOCAB, WORDS
 from torch import nn
 
-from sevenfold.engine import objectives, optim, tuning
+from sevenfold.engine import optim, tuning
 from sevenfold.engine.batch import IGNORE, micro_batches, to_batch
 from sevenfold.engine.objectives import Causal, attach
 from sevenfold.engine.step import evaluate, train_step
