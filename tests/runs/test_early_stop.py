@@ -13,6 +13,9 @@ from sevenfold.engine import checkpoint as ckpt
 from sevenfold.runs.faults import Run
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a recipe of little text, and the run `whole`."""

@@ -47,6 +47,7 @@ def trained(home: Path, objective: str, *words: str) -> tuple[Path, dict[str, An
     return run, json.loads((run / "metrics.json").read_text()), said
 
 
+@pytest.mark.slow
 def test_classes(tmp_path: Path) -> None:
     recipe(
         tmp_path,
