@@ -4,7 +4,8 @@
 
 Each side is a run of its own through `jobs/pretrain.py`, the same but for one setting. Nothing holds the first one back: it
 learns its text by heart, and the validation loss turns up. The figures are read from metrics.jsonl and from the checkpoints;
-the picture (default: beside the JSON) shows both losses over the steps.
+the picture (default: beside the JSON) shows both losses over the steps. The remedies' strengths were chosen on other modules
+and another seed than those that are measured here.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ REMEDIES = {  # what is set against overfitting, beside the run where nothing is
     "L2": {"optimizer.weight_decay": 3.0},
     "L1": {"optimizer.l1": 0.2},
     "dropout": {"train.dropout": 0.3},
-    "label smoothing": {"train.label_smoothing": 0.3},
+    "label smoothing": {"train.label_smoothing": 0.4},
 }
 TURNED = 1.02  # the validation loss of a run that overfits ends so far above its least
 
@@ -56,7 +57,7 @@ class Curve(NamedTuple):
 
 def recipe_of(steps: int) -> dict[str, Any]:
     return {
-        "name": PLAIN, "seed": 1,
+        "name": PLAIN, "seed": 2,
         "data": {"sources": [{"path": "train.jsonl"}], "validation": [{"path": "held.jsonl"}], "sequence_length": 128,
                  "lanes": 2, "executor": "inline"},
         "tokenizer": {"vocab_size": 1024},
@@ -73,7 +74,7 @@ def write_texts(folder: Path) -> None:
     stdlib = Path(sysconfig.get_paths()["stdlib"])
     texts = [p.read_text(encoding="utf-8")[:2500] for p in sorted(stdlib.glob("*.py"))]
     texts = [t for t in texts if len(t) == 2500]
-    random.Random(0).shuffle(texts)  # noqa: S311 (an order, no secret)
+    random.Random(1).shuffle(texts)  # noqa: S311 (an order, no secret)
     for name, part in (("train", texts[:16]), ("held", texts[16:56])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
 
@@ -117,12 +118,12 @@ def draw(curves: dict[str, Curve], to: Path) -> None:
 def show(curves: dict[str, Curve]) -> None:
     rows = []
     for name, c in curves.items():
-        setting = ", ".join(f"{k}={v}" for k, v in REMEDIES.get(name, {}).items())
+        label = " ".join([name, *(f"({value:g})" for value in REMEDIES.get(name, {}).values())])
         seen = c.train[max(s for s in c.train if s <= c.chosen)]
-        rows.append((name, setting, f"{c.best:.3f}", f"{c.last:.3f}", f"{seen:.3f}", f"{c.last - seen:.3f}",
-                     f"{c.chosen} of {max(c.held)}", f"{c.sparsity:.1%}" if c.sparsity else "-"))  # fmt: skip
-    columns = ("against overfitting", "setting", "best validation loss", "last", "train loss", "gap", "model's step", "zeros")
-    measure.show("the same small text, learnt with and without remedies (last, train loss: of the run's model)", columns, rows)
+        losses = [f"{loss:.3f}" for loss in (c.best, c.last, seen, c.last - seen)]
+        rows.append((label, *losses, f"{c.chosen}/{max(c.held)}", f"{c.sparsity:.1%}" if c.sparsity else "-"))
+    columns = ("against overfitting", "best", "last", "train", "gap", "step", "zeros")
+    measure.show("validation loss: best and last; train loss, gap and step: of the run's model", columns, rows)
 
 
 def main() -> int:
