@@ -54,14 +54,14 @@ def pretrained(folder: Path) -> Path | None:
     return config and config.parent
 
 
-def one(home: Path, name: str, data: Path, base: Path | None, quick: bool) -> tuple[dict[str, Any], float]:
+def one(home: Path, name: str, data: Path, base: Path | None, steps: int | None) -> tuple[dict[str, Any], float]:
     """Trains and evaluates a use. Returns its metrics and the seconds that both took."""
     recipe, file, words, _ = USES[name]
     words = [f"name={name}", f"data.path={data / file}", *words]
     if base is not None:
         words.append(f"model.path={base}")
-    if quick:
-        words += ["train.steps=10", "schedule.warmup_steps=2"]
+    if steps is not None:
+        words += [f"train.steps={steps}", f"schedule.warmup_steps={steps // 10}"]
     begin = time.monotonic()
     for job, more in (("finetune", [str(ROOT / f"jobs/recipes/{recipe}.yaml"), *words]), ("evaluate", [f"runs/{name}"])):
         command = [sys.executable, str(ROOT / f"jobs/{job}.py"), *more]
@@ -82,6 +82,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared/data/starter", help="folder of the five files")
+    parser.add_argument("--steps", type=int, help="of each run, instead of the recipe's own (a slow machine)")
     parser.add_argument("--only", default="", help="uses, by commas")
     parser.add_argument("--home", type=Path, help="where runs are kept, and gone on with (default: a throw-away folder)")
     a = parser.parse_args()
@@ -96,7 +97,7 @@ def main() -> int:
         chosen = [n for n in chosen if "pretrained" not in n or base is not None]
         found = {}
         for name in chosen:
-            found[name] = one(home, name, a.data.absolute(), base if "pretrained" in name else None, a.quick)
+            found[name] = one(home, name, a.data.absolute(), base if "pretrained" in name else None, 10 if a.quick else a.steps)
     rows = []
     for name, (metrics, seconds) in found.items():
         key = USES[name][3]

@@ -12,7 +12,6 @@ from conftest import RECIPE, ROOT, run_job, stdlib_texts
 from sevenfold.engine import checkpoint as ckpt
 from sevenfold.runs.faults import Run
 
-
 pytestmark = pytest.mark.slow
 
 
