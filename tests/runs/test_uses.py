@@ -152,8 +152,8 @@ def test_bad_input_is_told_before_anything_is_written(tmp_path: Path) -> None:
     assert "give data.path=FILE_OR_FOLDER" in said
     recipe(tmp_path, "sft")
     good = rows("sft")[:40]
-    assert "bad.jsonl: line 41: a conversation without a reply" in refused(
-        "sft", [*good, {"messages": good[0]["messages"][:1]}]
-    )
+    bad = {"messages": good[0]["messages"][:1]}
+    said = refused("sft", [bad, *good, bad], "tokenizer.chat_template=plain")
+    assert "bad.jsonl: line 1: a conversation without a reply: " in said and "; line 42: a conversation" in said
     assert "the tokenizer has none: give one (tokenizer.chat_template=plain" in refused("sft", good)
     assert "above the model's 16 positions" in refused("sft", good, "model.config.max_position_embeddings=16")

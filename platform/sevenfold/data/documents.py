@@ -21,6 +21,19 @@ from sevenfold.recipe import Data, Filter
 NAMED = 5  # bad documents that an error names
 
 
+class BadDocuments(InputError):
+    """Documents of a shard that cannot be read or learnt from: (where, what is wrong) of each."""
+
+    def __init__(self, path: str, bad: Sequence[tuple[str, str]]):
+        self.path, self.bad = path, list(bad)
+        named = "; ".join(f"{where}: {reason}" for where, reason in bad[:NAMED])
+        more = f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
+        super().__init__(f"{path}: {named}{more}: mend it, or leave such documents out (data.on_bad_document=skip)")
+
+    def __reduce__(self) -> tuple[type, tuple[str, list[tuple[str, str]]]]:
+        return BadDocuments, (self.path, self.bad)  # it travels between processes
+
+
 @dataclass(frozen=True)
 class Skipped:
     """Bad documents that were left out: how many, and what was wrong with the first."""
@@ -100,9 +113,7 @@ class Selection:
         if bad:
             skipped = Skipped(len(bad), f"{shard.path}: {bad[0][0]}: {bad[0][1]}")
             if self.on_bad == "error":
-                more = "".join(f"; {where}: {reason}" for where, reason in bad[1:NAMED])
-                more += f"; and {len(bad) - NAMED} more" if len(bad) > NAMED else ""
-                raise InputError(f"{skipped.first}{more}: mend it, or leave such documents out (data.on_bad_document=skip)")
+                raise BadDocuments(shard.path, bad)
         keep = np.flatnonzero(good)
         for rule in source.filters:
             passed = _passes(raw.columns[rule.column].take(pa.array(keep)), rule, shard.path)

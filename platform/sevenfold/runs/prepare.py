@@ -14,7 +14,7 @@ import ray
 from sevenfold import storage
 from sevenfold.data import cache, corpus, tokens
 from sevenfold.data.cache import TokenCache
-from sevenfold.data.documents import Selection
+from sevenfold.data.documents import BadDocuments, Selection
 from sevenfold.data.encode import TextEncoder, admit
 from sevenfold.data.examples import ENCODERS, PLAIN_TEMPLATE
 from sevenfold.data.manifest import Manifest, scan
@@ -332,14 +332,23 @@ def _survey(recipe: Recipe, found: Inputs, tokenizer: str, backend: str) -> dict
         chosen = replace(Selection.of(recipe.data, encoder.fields), held_out=0.0)
         count = {"examples": 0, "tokens": 0, "targets": 0, "cut": 0, "left_out": 0}
         size = 0
+        bad: list[BadDocuments] = []
         for group in range(len(manifest)):
-            (made,) = encoder.encode([chosen.read(manifest, group)])
+            try:
+                (made,) = encoder.encode([chosen.read(manifest, group)])
+            except BadDocuments as e:
+                if bad and bad[0].path != e.path:
+                    break
+                bad.append(e)
+                continue
             learnt = int(made.targets.sum()) if made.targets is not None else len(made.ids)
             size += manifest.group(group).bytes
             more = (len(made.origin), len(made.ids), learnt, made.cut, made.skipped.count)
             count = {k: v + m for (k, v), m in zip(count.items(), more, strict=True)}
             if size > SURVEY_MB * 1e6:
                 break
+        if bad:
+            raise BadDocuments(bad[0].path, [b for e in bad for b in e.bad])
         if not count["targets"]:
             raise InputError(f"{what} data: {count['examples']} examples, and every label is masked: nothing would be learnt")
         masked = 1 - count["targets"] / count["tokens"]
