@@ -92,8 +92,10 @@ def show(folder: RunFolder, measured: dict[str, Any], predictions: list[dict[str
     if storage.exists(folder.trials):
         trials.show(folder)
     for p in predictions[:SAMPLES]:
+        say("")
         for key, text in p.items():
-            say(f"{'' if key != next(iter(p)) else chr(10)}--- {key}\n{str(text)[-SAMPLE_CHARACTERS:]}")
+            said = f"{folder.name} continues" if key == "completion" else key
+            say(f"--- {said}\n{str(text)[-SAMPLE_CHARACTERS:]}")
     say("")
     for what, path in (
         ("model (Hugging Face)", folder.model), ("adapter (peft)", folder.adapter), ("trials", folder.trials),
