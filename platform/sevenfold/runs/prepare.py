@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ import ray
 from sevenfold import storage
 from sevenfold.data import cache, corpus, tokens
 from sevenfold.data.cache import TokenCache
-from sevenfold.data.documents import BadDocuments, Selection
+from sevenfold.data.documents import BadDocuments, Documents, Selection
 from sevenfold.data.encode import TextEncoder, admit
 from sevenfold.data.examples import ENCODERS, PLAIN_TEMPLATE
 from sevenfold.data.manifest import Manifest, scan
@@ -146,15 +147,27 @@ def with_classes(recipe: Recipe, manifest: Manifest) -> Recipe:
     if recipe.objective != "classify" or recipe.data.classes:
         return recipe
     chosen = Selection.of(recipe.data, ENCODERS["classify"].fields)
-    found: set[str] = set()
-    for group in range(len(manifest)):
-        found |= set(chosen.read(manifest, group).fields[1].to_pylist())
+    found = {label for documents in _all(chosen, manifest) for label in documents.fields[1].to_pylist()}
     if not 2 <= len(found) <= MOST_CLASSES:
         raise InputError(
             f"{recipe.name}: expected 2 to {MOST_CLASSES:,} classes in the sources, found {len(found):,}"
             f"{': ' + ', '.join(sorted(found)) if len(found) == 1 else ''}: name their column (columns: {{label: COLUMN}})"
         )
     return recipe.override({"data.classes": sorted(found)})
+
+
+def _all(chosen: Selection, manifest: Manifest) -> Iterator[Documents]:
+    """Of each row group. Raises BadDocuments at the end, with all bad ones of the first file that has some."""
+    bad: list[BadDocuments] = []
+    for group in range(len(manifest)):
+        try:
+            yield chosen.read(manifest, group)
+        except BadDocuments as e:
+            if bad and bad[0].path != e.path:
+                break
+            bad.append(e)
+    if bad:
+        raise BadDocuments(bad[0].path, [b for e in bad for b in e.bad])
 
 
 def corpus_to_make(recipe: Recipe) -> str | None:
@@ -221,6 +234,11 @@ def settle(recipe: Recipe, found: Inputs, tokenizer: str) -> Inputs:
         The inputs, measured.
     """
     if not (storage.exists(_encoder_file(tokenizer)) and found.train.tokens_per_byte):
+        if recipe.objective not in PRETRAINING:
+            chosen = replace(Selection.of(recipe.data, ENCODERS[recipe.objective].fields), held_out=0.0)
+            for manifest in (found.train, found.validation):
+                for _ in _all(chosen, manifest) if manifest else ():
+                    pass  # a bad one raises
         made = _settle(recipe, found.train, tokenizer)
         say(made["why"])
         if recipe.objective not in PRETRAINING:
@@ -332,23 +350,14 @@ def _survey(recipe: Recipe, found: Inputs, tokenizer: str, backend: str) -> dict
         chosen = replace(Selection.of(recipe.data, encoder.fields), held_out=0.0)
         count = {"examples": 0, "tokens": 0, "targets": 0, "cut": 0, "left_out": 0}
         size = 0
-        bad: list[BadDocuments] = []
         for group in range(len(manifest)):
-            try:
-                (made,) = encoder.encode([chosen.read(manifest, group)])
-            except BadDocuments as e:
-                if bad and bad[0].path != e.path:
-                    break
-                bad.append(e)
-                continue
+            (made,) = encoder.encode([chosen.read(manifest, group)])
             learnt = int(made.targets.sum()) if made.targets is not None else len(made.ids)
             size += manifest.group(group).bytes
             more = (len(made.origin), len(made.ids), learnt, made.cut, made.skipped.count)
             count = {k: v + m for (k, v), m in zip(count.items(), more, strict=True)}
             if size > SURVEY_MB * 1e6:
                 break
-        if bad:
-            raise BadDocuments(bad[0].path, [b for e in bad for b in e.bad])
         if not count["targets"]:
             raise InputError(f"{what} data: {count['examples']} examples, and every label is masked: nothing would be learnt")
         masked = 1 - count["targets"] / count["tokens"]
