@@ -77,7 +77,7 @@ def test_classes(tmp_path: Path) -> None:
 def test_source_to_target_by_an_adapter(tmp_path: Path) -> None:
     recipe(tmp_path, "seq2seq", model={"config": T5}, validation={"every": 10, "rows": 16, "generate": 8, "max_new_tokens": 12})
     run, measured, said = trained(tmp_path, "seq2seq")
-    assert "BLEU|nrefs:1" in said and measured["prompts"] > 10 and "chrf" in measured
+    assert "bleu_signature: nrefs:1" in said and measured["prompts"] > 10 and "chrf" in measured
     assert (
         "dictionary, word for word (IBM 1)" in measured["baselines"]
         and measured["baselines"]["copy of the prompt"]["bleu"] < 90
