@@ -24,7 +24,7 @@ _QUIET = {
     "RAY_AIR_NEW_OUTPUT": "0",  # Tune's own table beside ours
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray 2.60 warns about at each start
 }
-START = 10  # seconds until workers that find no room are asked for anew, fewer of them where their number is a range
+START = 30  # seconds until workers that find no room are asked for anew, fewer of them where their number is a range
 _PACE = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # report() waits for the next check
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START),
