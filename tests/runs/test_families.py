@@ -40,7 +40,7 @@ def test_a_family(texts: Path, tmp_path: Path, objective: str) -> None:
 
     sys.path.insert(0, str(Path(__file__).parents[2] / "platform"))
     from sevenfold.data.tokens import load_tokenizer
-    from sevenfold.engine import objectives
+    from sevenfold.engine import tuning
     from sevenfold.model import build
     from sevenfold.recipe import loads
     from sevenfold.runs import prepare
@@ -52,7 +52,7 @@ def test_a_family(texts: Path, tmp_path: Path, objective: str) -> None:
     assert held is not None
     tokenizer = load_tokenizer(folder.tokenizer)
     config = build.config_of(recipe, len(tokenizer), tokenizer)
-    batch = objectives.of(recipe, tokenizer, config).collate(held.epoch(16), 0)
+    batch = tuning.of(recipe, tokenizer, config).collate(held.epoch(16), 0)
     from safetensors.torch import save_file
 
     same = batch.documents[:, :, None] == batch.documents[:, None, :]
