@@ -29,7 +29,7 @@ SAVED = {
     getattr(torch.ops.aten, name).default
     for name in ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
                  "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_cudnn_attention")
-}  # fmt: skip
+} | {torch.ops.higher_order.flex_attention}  # fmt: skip
 
 
 @dataclass(frozen=True)
