@@ -124,7 +124,7 @@ def _drill(commands: Any) -> None:
 def _evaluate(commands: Any) -> None:
     parser = commands.add_parser("evaluate", help="measure finished runs on their held-out documents")
     parser.add_argument("runs", nargs="+", help="folders of runs")
-    about = "processes that hold the model (default: 2, or what the cluster has CPUs for)"
+    about = "processes that hold the model (default: as many as trained, two at least, where they fit)"
     parser.add_argument("--workers", type=int, choices=range(1, 1025), metavar="N", help=about)
     parser.add_argument("--harness", metavar="TASK.yaml", help="also a task of lm-eval (pip install 'sevenfold[harness]')")
     parser.add_argument("-v", "--verbose", action="store_true", help="let Ray speak")

@@ -87,6 +87,31 @@ def test_source_to_target(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_an_adapter_of_an_encoder_decoder(tmp_path: Path) -> None:
+    recipe(tmp_path, "seq2seq", model={"config": T5}, validation={"every": 10, "rows": 16, "max_new_tokens": 12})
+    data = f"data.path={tmp_path / 'seq2seq'}.jsonl"
+    run_job("finetune", "seq2seq.yaml", data, home=tmp_path)
+    run = tmp_path / "runs/seq2seq"
+    words = ("name=more", f"model={{path: {run}}}", "tokenizer={}", "adapter={rank: 4, dora: true}", "train.steps=4")
+    run_job("finetune", "seq2seq.yaml", data, *words, home=tmp_path)
+    out = {name: str(tmp_path / name) for name in ("alone", "merged", "no")}
+    run_job("export", "runs/more", "--out", out["alone"], home=tmp_path)
+    assert "merged" in run_job("export", "runs/more", "--out", out["merged"], "--merge", home=tmp_path)
+    assert "has no adapter" in run_job("export", "runs/seq2seq", "--out", out["no"], "--merge", home=tmp_path, code=2)
+    from peft import PeftModel
+    from transformers import AutoModelForSeq2SeqLM
+
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad():
+        base = AutoModelForSeq2SeqLM.from_pretrained(run / "model").eval()
+        merged = AutoModelForSeq2SeqLM.from_pretrained(out["merged"]).eval()(input_ids=ids, decoder_input_ids=ids).logits
+        plain = base(input_ids=ids, decoder_input_ids=ids).logits
+        adapted = PeftModel.from_pretrained(base, out["alone"]).eval()(input_ids=ids, decoder_input_ids=ids).logits
+    assert torch.allclose(merged, adapted, atol=1e-4) and not torch.allclose(plain, adapted, atol=1e-4)
+    assert "Against seq2seq, by paired bootstrap" in run_job("evaluate", "runs/seq2seq", "runs/more", home=tmp_path)
+
+
+@pytest.mark.slow
 def test_search(tmp_path: Path) -> None:
     recipe(tmp_path, "embed", model={"config": BERT})
     run, measured, _ = trained(tmp_path, "embed", "cluster.num_workers=2")

@@ -59,12 +59,16 @@ class Stage(Section):
     weights: dict[str, float] = Field(min_length=1, description="Source name -> share; a source that is left out rests")
 
 
+LISTS = ("sources", "validation", "test")  # of documents
+
+
 class Data(Section):
-    path: str | None = Field(None, description="Folder, file or URL that the paths of sources and validation are under")
+    path: str | None = Field(None, description="Folder, file or URL that the paths of sources, validation and test are under")
     corpus: Literal["python"] | None = Field(None, description="Corpus to make first where it is not there yet")
     sources: list[Source] = Field(min_length=1)
     curriculum: list[Stage] = Field([], description="Changes of the sources' weights, in the order of their tokens")
     validation: list[Source] = Field([], description="Held-out documents, never trained on")
+    test: list[Source] = Field([], description="What `evaluate` measures on; default: the documents of validation or held_out")
     classes: list[str] = Field([], description="classify: the labels; default: those of the sources, sorted")
     held_out: float = Field(0, ge=0, le=0.5, description="Or: this part of the sources' documents, chosen by their hash")
     epochs: int | None = Field(None, gt=0, description="No document is read more often; the data then ends. Default: endless")
@@ -90,7 +94,7 @@ class Data(Section):
         if not isinstance(tree, dict):
             return tree
         if not isinstance(tree.get("path"), str):
-            named = [s for k in ("sources", "validation") for s in tree.get(k) or () if isinstance(s, dict)]
+            named = [s for k in LISTS for s in tree.get(k) or () if isinstance(s, dict)]
             if any("path" not in s for s in named):
                 raise ValueError("a recipe that leaves open what it reads: give data.path=FILE_OR_FOLDER")
             return tree
@@ -101,7 +105,7 @@ class Data(Section):
                 source | {"path": "/".join(p for p in (root, source.get("path")) if p)} if isinstance(source, dict) else source
             )
 
-        lists = {k: [under(s) for s in tree[k]] for k in ("sources", "validation") if isinstance(tree.get(k), list)}
+        lists = {k: [under(s) for s in tree[k]] for k in LISTS if isinstance(tree.get(k), list)}
         return tree | lists | {"path": None}
 
     @model_validator(mode="after")

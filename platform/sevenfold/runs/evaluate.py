@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,10 +14,11 @@ from sevenfold.errors import InputError
 from sevenfold.evaluate.compare import paired_bootstrap
 from sevenfold.evaluate.harness import harness
 from sevenfold.model.card import with_figures
+from sevenfold.recipe import Recipe
 from sevenfold.report import trials
 from sevenfold.report.console import say, table
 from sevenfold.runs import cluster, prepare
-from sevenfold.runs.measure import SAMPLE_CHARACTERS, SAMPLES, measure
+from sevenfold.runs.measure import SAMPLE_CHARACTERS, SAMPLES, Actors, measure
 from sevenfold.storage import RunFolder
 
 
@@ -48,14 +50,17 @@ def _one(path: str, verbose: bool, workers: int | None, task: str | None) -> tup
     if not folder.finished():
         raise InputError(f"{folder.root}: expected a finished run, found one under way: resubmit its job first")
     recipe = prepare.recipe_of(folder)
-    train, held = prepare.reopen(folder, recipe)
+    train, held = prepare.reopen(folder, recipe, test=True)
     if held is None:
-        raise InputError(f"{folder.root}: its recipe has no data.validation or data.held_out: nothing to measure it on")
+        raise InputError(
+            f"{folder.root}: its recipe has no data.test, data.validation or data.held_out: nothing to measure it on"
+        )
     if not ray.is_initialized():
         cluster.connect(verbose)
-    workers = workers or max(1, min(2, int(ray.cluster_resources().get("CPU", 0)) - 1))  # a CPU is left to the reading
-    cluster.require({"CPU": workers + 1}, f"evaluating {folder.name}", recipe.cluster.wait_seconds)
-    measured, predictions = measure(folder, recipe, train, held, workers)
+    actors = _actors(recipe, workers)
+    need: dict[str, float] = {"CPU": actors.number + 1, "GPU": actors.number * actors.gpus}  # a CPU is left to the reading
+    cluster.require(need, f"evaluating {folder.name}", recipe.cluster.wait_seconds)
+    measured, predictions = measure(folder, recipe, train, held, actors)
     if task is not None:
         measured["harness"] = harness(storage.local(folder.model), task)
     storage.write(folder.metrics, json.dumps(measured, indent=1, ensure_ascii=False))
@@ -65,6 +70,14 @@ def _one(path: str, verbose: bool, workers: int | None, task: str | None) -> tup
         storage.write(card, with_figures(storage.read_text(card), measured))
     show(folder, measured, predictions)
     return folder, predictions
+
+
+def _actors(recipe: Recipe, count: int | None) -> Actors:
+    """On GPUs where the run had some and this cluster has. count: default: as many as trained, two at least, where they fit."""
+    has = ray.cluster_resources()
+    gpus = int(bool(recipe.cluster.gpus_per_worker) and has.get("GPU", 0) >= 1)
+    room = min(int(has.get("CPU", 0)) - 1, int(has["GPU"]) if gpus else sys.maxsize)
+    return Actors(count or max(1, min(max(2, recipe.workers[0]), room)), gpus)
 
 
 def _compare(references: list[str], systems: dict[str, list[str]], tokenize: str) -> None:

@@ -4,7 +4,7 @@ held-out documents through workers that hold the model."""
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -33,24 +33,32 @@ SAMPLE_TOKENS = 60  # of a sampled completion
 SAMPLE_CHARACTERS = 300  # of a prompt that is shown
 TOP = 10  # documents of a search that count
 
+
+class Actors(NamedTuple):
+    """The processes that hold the model, and how many GPUs each takes."""
+
+    number: int
+    gpus: int
+
+
 Measured = tuple[dict[str, Any], list[dict[str, Any]]]  # figures, with those of `baselines`, and predictions
 
 
-def measure(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, workers: int) -> Measured:
+def measure(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, actors: Actors) -> Measured:
     """All held-out documents, by the objective's own measures."""
     by = {
         "causal": _perplexity, "sft": _completions, "seq2seq": _completions, "classify": _classes, "embed": _search,
     }.get(recipe.objective, _loss)  # fmt: skip
-    return by(folder, recipe, train, held, workers)
+    return by(folder, recipe, train, held, actors)
 
 
-def _perplexity(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, workers: int) -> Measured:
+def _perplexity(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, actors: Actors) -> Measured:
     """Bits per byte of every held-out document, in windows that overlap, beside a unigram and xz on the same text."""
     rows = _overlapping(held)
     size = token_bytes(load_tokenizer(folder.tokenizer))
     wanted = labels(rows)
     asked = wanted[wanted != IGNORE]
-    nats = sum(r["nats"] for r in _scored(folder, recipe, rows, workers))
+    nats = sum(r["nats"] for r in _scored(folder, recipe, rows, actors))
     counted = [labels(train.window(i).rows) for i in range(min(UNIGRAM_WINDOWS, train.plan.windows_per_epoch))]
     frequent = np.concatenate([c[c != IGNORE] for c in counted])
     texts = [text for (column,) in held.documents() for text in column]
@@ -69,7 +77,7 @@ def _perplexity(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, 
     new = min(SAMPLE_TOKENS, recipe.data.sequence_length // 2)
     settings = {"max_new_tokens": new, "temperature": 0.7, "seed": recipe.seed}
     given = pa.table({"given": prompts, "prompt": prompts})
-    made = _mapped(given, _Completer, {"folder": folder, "recipe": recipe, "settings": settings}, 1)
+    made = _mapped(given, _Completer, {"folder": folder, "recipe": recipe, "settings": settings}, actors._replace(number=1))
     return measured, [{"prompt": r["prompt"], "completion": r["completion"]} for r in made]
 
 
@@ -92,11 +100,11 @@ def _overlapping(held: Stream) -> Rows:
     return Rows(np.stack(tokens), np.array(starts, np.int32), np.array(used, np.int32), np.stack(targets))
 
 
-def _loss(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, workers: int) -> Measured:
+def _loss(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, actors: Actors) -> Measured:
     """The objective's own loss on every held-out document, hidden as at each validation; of preferences, how often the answer
     that was chosen has gained on the other."""
     rows = held.epoch()
-    scored = _scored(folder, recipe, rows, workers)
+    scored = _scored(folder, recipe, rows, actors)
     targets = sum(int(r["targets"]) for r in scored)
     loss = sum(r["nats"] for r in scored) / max(1, targets)
     if recipe.objective == "dpo":
@@ -106,13 +114,13 @@ def _loss(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, worker
     return {"loss": loss, "perplexity": float(np.exp(loss)), "targets": targets, "rows": len(rows), "baselines": {}}, []
 
 
-def _completions(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, workers: int) -> Measured:
+def _completions(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, actors: Actors) -> Measured:
     """Greedy completions of every held-out prompt against what stands there."""
     pairs = first_pairs(held)
     settings = {"max_new_tokens": recipe.validation.max_new_tokens, "temperature": 0.0, "seed": recipe.seed}
     made = _mapped(
         pa.table({k: [p[i] for p in pairs] for i, k in enumerate(("given", "prompt", "reference"))}), _Completer,
-        {"folder": folder, "recipe": recipe, "settings": settings}, workers,
+        {"folder": folder, "recipe": recipe, "settings": settings}, actors,
     )  # fmt: skip
     prompts, references = ([r[k] for r in made] for k in ("prompt", "reference"))
     taught = first_pairs(train, MOST_TRAINED)
@@ -141,11 +149,11 @@ def texts_measured(predictions: list[str], references: list[str], tokenize: str)
     }  # fmt: skip
 
 
-def _classes(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, workers: int) -> Measured:
+def _classes(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, actors: Actors) -> Measured:
     """Accuracy and F1 over every held-out text."""
     names = recipe.data.classes
     texts, true = _columns(held)
-    made = _mapped(pa.table({"text": texts, "label": true}), _Classifier, {"folder": folder, "recipe": recipe}, workers)
+    made = _mapped(pa.table({"text": texts, "label": true}), _Classifier, {"folder": folder, "recipe": recipe}, actors)
     taken = [names[r["class"]] for r in made]
     learnt, taught = _columns(train, MOST_TRAINED)
     others = {
@@ -159,14 +167,14 @@ def _classes(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, wor
     return measured, [{"text": t, "label": a, "predicted": b} for t, a, b in zip(texts, true, taken, strict=True)]
 
 
-def _search(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, workers: int) -> Measured:
+def _search(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, actors: Actors) -> Measured:
     """Each held-out query among all documents, those of training too; documents with the same text are one."""
     queries, wanted = _columns(held)
     corpus = list(dict.fromkeys([*wanted, *_columns(train)[1]]))
     number = {text: str(i) for i, text in enumerate(corpus)}
     relevant = [{number[w]} for w in wanted]
     texts = pa.table({"text": [*queries, *corpus]})
-    made = _mapped(texts, _Embedding, {"folder": folder, "length": recipe.data.sequence_length}, workers)
+    made = _mapped(texts, _Embedding, {"folder": folder, "length": recipe.data.sequence_length}, actors)
     vectors = np.stack([r["vector"] for r in made])
     scores = vectors[: len(queries)] @ vectors[len(queries) :].T
     best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
@@ -187,23 +195,23 @@ def _columns(stream: Stream, limit: int | None = None) -> tuple[list[str], list[
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def _scored(folder: RunFolder, recipe: Recipe, rows: Rows, workers: int) -> list[dict[str, Any]]:
+def _scored(folder: RunFolder, recipe: Recipe, rows: Rows, actors: Actors) -> list[dict[str, Any]]:
     """Of batches of rows: the sum of the losses, nats; the number of targets; how many of them the model was right about."""
     starts = np.split(rows.starts, rows.bounds[1:-1])
     columns: dict[str, Any] = {"tokens": list(rows.tokens), "starts": starts, "used": rows.used}
     if rows.targets is not None:
         columns["targets"] = list(rows.targets)
-    return _mapped(pa.table(columns), _Scorer, {"folder": folder, "recipe": recipe}, workers)
+    return _mapped(pa.table(columns), _Scorer, {"folder": folder, "recipe": recipe}, actors)
 
 
-def _mapped(rows: pa.Table, model: type, arguments: dict[str, Any], workers: int) -> list[dict[str, Any]]:
+def _mapped(rows: pa.Table, model: type, arguments: dict[str, Any], actors: Actors) -> list[dict[str, Any]]:
     """Streams rows through actors that hold the model, in order."""
-    data = ray.data.from_arrow(rows).repartition(max(1, min(len(rows), 4 * workers)))
+    data = ray.data.from_arrow(rows).repartition(max(1, min(len(rows), 4 * actors.number)))
     data.context.enable_progress_bars = False
     data.context.execution_options.preserve_order = True
     mapped = data.map_batches(
         model, fn_constructor_kwargs=arguments, batch_size=BATCH, batch_format="numpy", num_cpus=1,
-        compute=ray.data.ActorPoolStrategy(size=workers),
+        num_gpus=actors.gpus, compute=ray.data.ActorPoolStrategy(size=actors.number),
     )  # fmt: skip
     return list(mapped.take_all())
 
@@ -217,7 +225,7 @@ class _Scorer:
         self.objective = tuning.of(recipe, load_tokenizer(folder.tokenizer), self.model.config)
         if isinstance(self.objective, tuning.Preference):
             began = build.CLASSES["dpo"][0].from_pretrained(storage.local(build.model_path(str(recipe.model.path))))
-            objectives.attach(began.eval(), objectives.Causal(self.objective.words, 0, 0.5, 1))
+            objectives.attach(began.eval().to(self.model.device), objectives.Causal(self.objective.words, 0, 0.5, 1))
             self.objective.reference = began
         self.losses = objectives.attach(self.model, self.objective)
 
@@ -266,8 +274,9 @@ class _Classifier:
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         texts = [np.array(self.encoder.framed(ids)) for ids in self.encoder.ids(list(batch["text"]))]
         made = tuning.padded(texts, self.pad)
+        made = made.to(self.model.device)
         logits = self.model(input_ids=made.input_ids, attention_mask=made.attention_mask).logits
-        return {**batch, "class": logits.argmax(-1).numpy()}
+        return {**batch, "class": logits.argmax(-1).cpu().numpy()}
 
 
 class _Embedding:
@@ -282,6 +291,8 @@ class _Embedding:
 
 
 def _load(folder: RunFolder, recipe: Recipe) -> Any:
+    """On the GPU that the actor was given, if any: Ray hides the others."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     made, _ = build.CLASSES[recipe.objective]
     code = recipe.model.trust_remote_code
-    return made.from_pretrained(storage.local(folder.model), trust_remote_code=code, dtype=torch.float32).eval()
+    return made.from_pretrained(storage.local(folder.model), trust_remote_code=code, dtype=torch.float32).eval().to(device)

@@ -38,6 +38,12 @@ class Inputs:
 
     train: Manifest
     validation: Manifest | None
+    test: Manifest | None = None
+
+    @property
+    def all(self) -> dict[str, Manifest]:
+        """Those that there are, by name."""
+        return {k: m for k, m in vars(self).items() if m is not None}
 
 
 @dataclass
@@ -96,7 +102,7 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
             storage.remove(folder.root)
         raise
     if not storage.exists(folder.manifest):
-        storage.write(folder.manifest, json.dumps({k: m.to_json() for k, m in vars(found).items() if m}))
+        storage.write(folder.manifest, json.dumps({k: m.to_json() for k, m in found.all.items()}))
     train, held = streams(here, found, folder.tokenizer)
     if not here.steps:
         here = here.override({"train.steps": train.plan.estimated_steps(here.tokens_per_step)})
@@ -179,15 +185,15 @@ def corpus_to_make(recipe: Recipe) -> str | None:
 def inputs(recipe: Recipe) -> Inputs:
     """Looks at the sources. Raises InputError where they are not there or not what they should be."""
     data, kind = recipe.data, recipe.objective
-    validation = scan(data.validation, kind, on_bad=data.on_bad_document) if data.validation else None
+    aside = [scan(s, kind, on_bad=data.on_bad_document) if s else None for s in (data.validation, data.test)]
     windows = recipe.lanes * WINDOWS_PER_LANE
     if kind not in PRETRAINING:
         windows *= MAX_GROUPS  # rows are few, and often sorted: a window is put together from many places
     begins = [0, *(stage.at_tokens for stage in data.curriculum)]
     shortest = min((b - a for a, b in itertools.pairwise(begins)), default=2**62)
-    found = Inputs(scan(data.sources, kind, windows, data.on_bad_document, 2 * shortest // windows), validation)
+    found = Inputs(scan(data.sources, kind, windows, data.on_bad_document, 2 * shortest // windows), *aside)
     Plan.of(found.train, data, recipe.seed, recipe.lanes).segments  # noqa: B018 (a curriculum that cannot be kept raises)
-    left_out = [*found.train.left_out, *(validation.left_out if validation else ())]
+    left_out = [shard for manifest in found.all.values() for shard in manifest.left_out]
     if left_out:
         say(f"left out {len(left_out)} shards, the first: {left_out[0]}")
     return found
@@ -198,24 +204,24 @@ def kept(folder: RunFolder) -> Inputs | None:
     if not storage.exists(folder.manifest):
         return None
     found = _kept(folder)
-    for manifest in (found.train, found.validation):
-        if manifest:
-            manifest.check_unchanged()
+    for manifest in found.all.values():
+        manifest.check_unchanged()
     return found
 
 
 def _kept(folder: RunFolder) -> Inputs:
-    tree = storage.read_json(folder.manifest)
-    validation = tree.get("validation")
-    return Inputs(Manifest.from_json(tree["train"]), Manifest.from_json(validation) if validation else None)
+    found = {k: Manifest.from_json(m) for k, m in storage.read_json(folder.manifest).items()}
+    return Inputs(found["train"], found.get("validation"), found.get("test"))
 
 
-def reopen(folder: RunFolder, recipe: Recipe) -> tuple[Stream, Stream | None]:
-    """The streams of a run that has begun, made in this process: what it read can be read again."""
+def reopen(folder: RunFolder, recipe: Recipe, test: bool = False) -> tuple[Stream, Stream | None]:
+    """The streams of a run that has begun, made in this process: what it read can be read again. test: the second is that of
+    data.test, where the recipe names some."""
     if not storage.exists(folder.manifest):
         raise InputError(f"{folder.root}: expected a run that has begun to train, found no {folder.manifest}")
     recipe = recipe.override({"data.executor": "inline", "data.cache": None})
-    return streams(recipe, _kept(folder), folder.tokenizer)
+    found = _kept(folder)
+    return streams(recipe, replace(found, validation=found.test) if test and found.test else found, folder.tokenizer)
 
 
 def recipe_of(folder: RunFolder) -> Recipe:
@@ -236,15 +242,15 @@ def settle(recipe: Recipe, found: Inputs, tokenizer: str) -> Inputs:
     if not (storage.exists(_encoder_file(tokenizer)) and found.train.tokens_per_byte):
         if recipe.objective not in PRETRAINING:
             chosen = replace(Selection.of(recipe.data, ENCODERS[recipe.objective].fields), held_out=0.0)
-            for manifest in (found.train, found.validation):
-                for _ in _all(chosen, manifest) if manifest else ():
+            for manifest in found.all.values():
+                for _ in _all(chosen, manifest):
                     pass  # a bad one raises
         made = _settle(recipe, found.train, tokenizer)
         say(made["why"])
         if recipe.objective not in PRETRAINING:
             made |= {"classes": recipe.data.classes, "examples": _survey(recipe, found, tokenizer, made["backend"])}
         storage.write(_encoder_file(tokenizer), json.dumps(made, indent=1))
-        found = Inputs(found.train.measured(made["tokens_per_byte"]), found.validation)
+        found = replace(found, train=found.train.measured(made["tokens_per_byte"]))
     return found
 
 
@@ -344,9 +350,7 @@ def _survey(recipe: Recipe, found: Inputs, tokenizer: str, backend: str) -> dict
     or nothing is learnt from any."""
     encoder = _encoder(recipe, tokenizer, backend)
     out = {}
-    for what, manifest in (("training", found.train), ("validation", found.validation)):
-        if manifest is None:
-            continue
+    for what, manifest in found.all.items():
         chosen = replace(Selection.of(recipe.data, encoder.fields), held_out=0.0)
         count = {"examples": 0, "tokens": 0, "targets": 0, "cut": 0, "left_out": 0}
         size = 0
