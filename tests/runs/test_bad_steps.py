@@ -84,6 +84,7 @@ def test_bad_steps_are_left_out_and_their_data_passed_over(home: Path, monkeypat
     assert [found[s] for s in (1, 2, 3)] == [well[s] for s in (1, 2, 3)] and found[4] != well[4]
 
 
+@pytest.mark.slow
 def test_what_does_not_get_better_is_given_up(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POISON", "range(12, 100)")
     said = run_job("pretrain", "r.yaml", home=home, code=1)

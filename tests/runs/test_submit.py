@@ -1,5 +1,6 @@
 """Ray's own door: `ray job submit` to a cluster that `ray start --head` made."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
 from conftest import ROOT
@@ -47,7 +49,10 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
             time.sleep(1)
         yield env
     finally:
-        process.terminate()  # --block: its processes end with it
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()  # asked politely they take half a minute
+        process.terminate()
         process.wait(60)
 
 
