@@ -51,8 +51,8 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     finally:
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()  # asked politely they take half a minute
-        process.terminate()
+                child.kill()  # asked politely it takes half a minute to drain itself
+        process.kill()
         process.wait(60)
 
 
