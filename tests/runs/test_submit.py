@@ -44,7 +44,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     process = subprocess.Popen(start, env={k: v for k, v in env.items() if k != "RAY_ADDRESS"}, stdout=subprocess.DEVNULL)
     try:
         deadline = time.monotonic() + 120
-        while subprocess.run([RAY, "job", "list"], env=env, capture_output=True).returncode:
+        while subprocess.run([RAY, "job", "submit", "--", "true"], env=env, capture_output=True).returncode:
             assert process.poll() is None and time.monotonic() < deadline, "the head did not start"
             time.sleep(1)
         yield env
