@@ -40,6 +40,7 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     start = [
         RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2",
         f"--object-store-memory={200 * 2**20}", f"--ray-client-server-port={free_port()}",
+        f"--dashboard-agent-listen-port={free_port()}",  # its default is taken where another Ray runs
     ]  # fmt: skip
     process = subprocess.Popen(start, env={k: v for k, v in env.items() if k != "RAY_ADDRESS"}, stdout=subprocess.DEVNULL)
     try:
