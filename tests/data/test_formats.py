@@ -18,6 +18,7 @@ from sevenfold.errors import InputError
 from sevenfold.recipe import Source
 
 HI = [{"role": "user", "content": "Hi there"}, {"role": "assistant", "content": "Hello"}]
+NO = {"role": "assistant", "content": "No"}
 LONG = [
     {"role": "system", "content": "Be brief."},
     *HI,
@@ -69,9 +70,13 @@ CHAT = turns(("user", "Hi there"), ("assistant", "Hello"))
         ("sft", {"instruction": "Add", "output": "3"}, [turns(("user", "Add"), ("assistant", "3"))]),
         ("sft", {"prompt": "Once", "completion": " upon"}, [turns(("", "Once"), ("", " upon"))]),
         ("sft", {"prompt": HI[:1], "completion": HI[1:]}, [CHAT]),
+        ("sft", {"prompt": "As JSON", "completion": '[{"a": 1}]'}, [turns(("", "As JSON"), ("", '[{"a": 1}]'))]),
+        ("sft", {"prompt": "Hi there", "completion": HI[1:]}, [CHAT]),
+        ("sft", {"messages": [{"role": "system", "content": ""}, *HI]}, [CHAT]),
         ("dpo", {"prompt": "Q", "chosen": "good", "rejected": "bad"}, [turns(("", "Q")), "good", "bad"]),
-        ("dpo", {"chosen": HI, "rejected": [HI[0], {"role": "assistant", "content": "No"}]},
-         [turns(("user", "Hi there")), "Hello", "No"]),
+        ("dpo", {"prompt": "Hi there", "chosen": HI, "rejected": [HI[0], NO]}, [turns(("user", "Hi there")), "Hello", "No"]),
+        ("dpo", {"prompt": HI[:1], "chosen": HI[1:], "rejected": [NO]}, [turns(("user", "Hi there")), "Hello", "No"]),
+        ("dpo", {"chosen": HI, "rejected": [HI[0], NO]}, [turns(("user", "Hi there")), "Hello", "No"]),
         ("classify", {"text": "fine", "label": "good"}, ["fine", "good"]),
         ("classify", {"text": "fine", "label": 1}, ["fine", "1"]),
         ("seq2seq", {"src": "one", "tgt": "eins", "source": "a book"}, ["one", "eins"]),
@@ -90,6 +95,25 @@ def test_columns_of_other_names(tmp_path: Path) -> None:
         read(path, "seq2seq")
     made = read(path, "seq2seq", columns={"source": "en", "target": "de"})
     assert [f.to_pylist() for f in made.fields] == [["one"], ["eins"]]
+
+
+def test_an_optional_column_that_the_first_line_is_without(tmp_path: Path) -> None:
+    rows = [{"instruction": "Add", "output": "3"}, {"instruction": "Add", "input": "1 2", "output": "3"}]
+    made = read(written(tmp_path, rows, "jsonl"), "sft")
+    assert made.fields[0].to_pylist()[1] == turns(("user", "Add\n\n1 2"), ("assistant", "3"))
+
+
+def test_a_row_that_is_filtered_out_may_be_bad(tmp_path: Path) -> None:
+    rows = [{"source": "one", "target": "eins", "split": "train"}, {"source": "", "target": "", "split": "test"}]
+    made = read(written(tmp_path, rows, "parquet"), "seq2seq", filters=[{"column": "split", "one_of": ["train"]}])
+    assert made.skipped.count == 0 and made.fields[0].to_pylist() == ["one"]
+
+
+def test_an_array_of_rows_is_told_from_lines(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps([{"source": "one", "target": "eins"}]))
+    with pytest.raises(InputError, match=r"rows.jsonl: its first line: expected one JSON object a line, found an array: jq"):
+        read(path, "seq2seq")
 
 
 BAD = [
@@ -145,6 +169,26 @@ def test_no_template(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None
     documents = read(written(tmp_path, [{"messages": HI}], "jsonl"), "sft")
     with pytest.raises(InputError, match=r"the tokenizer has none: give one \(tokenizer.chat_template=plain"):
         examples.ConversationEncoder(bare, 64).encode([documents])
+
+
+def test_templates_that_refuse_or_look_ahead(tokenizer: PreTrainedTokenizerFast) -> None:
+    encoder = examples.ConversationEncoder(tokenizer, 64)
+    encoder._template = "{{ raise_exception('no system here') }}"
+    with pytest.raises(InputError, match=r"refuses a conversation \(it begins .*Hi there.*\): no system here"):
+        encoder.question([("user", "Hi there")])
+    encoder._template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    talk = [("user", "Hi there"), ("assistant", "Hello"), ("user", "Bye")]
+    assert tokenizer.decode(encoder.question(talk)) == "3Hi thereHelloBye"
+
+
+def test_what_is_asked_is_told_in_the_ids_of_training(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    encoder = examples.ConversationEncoder(tokenizer, 96)
+    encoder._template = "{% for m in messages %}{{ m.content }}{% endfor %}"  # a token could reach over the edge of a turn
+    said = [("user", "an"), ("assistant", "other"), ("user", "with"), ("assistant", "out")]
+    row = {"messages": [{"role": role, "content": text} for role, text in said]}
+    (made,) = encoder.encode([read(written(tmp_path, [row], "jsonl"), "sft")])
+    asked = encoder.question(said[:3])
+    assert made.ids[: len(asked)].tolist() == asked
 
 
 @pytest.mark.parametrize("objective", ["dpo", "classify", "seq2seq", "embed"])

@@ -96,32 +96,34 @@ class Selection:
             return Documents([none] * len(self.fields), np.zeros(0, np.int64), Skipped(max(1, group.documents), str(e)))
         columns = [_flat(raw.columns[t]) for t in texts]
         good = np.ones(len(columns[0]), bool)
-        bad = list(raw.bad)
+        wrong: list[tuple[int, str]] = []
         for name, column in zip(texts, columns, strict=True):
             for i, reason in _bad(column, self.max_bytes, empty=source.shape is not None):
                 if good[i]:
-                    bad.append((raw.where(i), f"{reason} in {name!r}"))
+                    wrong.append((i, f"{reason} in {name!r}"))
                 good[i] = False
+        wanted = np.ones(len(good), bool)
+        for rule in source.filters:
+            asked = np.flatnonzero(good) if rule.column in texts else np.arange(len(good))  # bad text has no length
+            wanted[asked] &= _passes(raw.columns[rule.column].take(pa.array(asked)), rule, shard.path)
         if source.shape is not None:
-            columns = [c.take(pa.array(np.flatnonzero(good))) for c in columns]
-            made, wrong = formats.canonical(source, len(self.fields), columns, self.classes)
-            at = np.flatnonzero(good)
-            bad += [(raw.where(int(at[i])), reason) for i, reason in wrong]
+            at = np.flatnonzero(good & wanted)
+            columns = [c.take(pa.array(at)) for c in columns]
+            made, unfit = formats.canonical(source, len(self.fields), columns, self.classes)
+            wrong += [(int(at[i]), reason) for i, reason in unfit]
             columns = [_spread(c, at, len(good)) for c in made]
-            good[at[[i for i, _ in wrong]]] = False
+            good[at[[i for i, _ in unfit]]] = False
+        bad = raw.bad + [(raw.where(i), reason) for i, reason in wrong if wanted[i]]
         skipped = Skipped()
         if bad:
             skipped = Skipped(len(bad), f"{shard.path}: {bad[0][0]}: {bad[0][1]}")
             if self.on_bad == "error":
                 raise BadDocuments(shard.path, bad)
-        keep = np.flatnonzero(good)
-        for rule in source.filters:
-            passed = _passes(raw.columns[rule.column].take(pa.array(keep)), rule, shard.path)
-            keep = keep[passed]
+        keep = np.flatnonzero(good & wanted)
         if len(keep) < len(good):
             columns = [c.take(pa.array(keep)) for c in columns]
         if self.held_out:
-            chosen = _held_out(columns[0], self.held_out) == (self.split == "held_out")
+            chosen = held_out(columns[0], self.held_out) == (self.split == "held_out")
             keep = keep[chosen]
             columns = [c.filter(pa.array(chosen)) for c in columns]
         return Documents(columns, keep, skipped)
@@ -143,7 +145,8 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
     """As strings: what is nested as JSON."""
     if pa.types.is_nested(column.type):
         return pa.array(
-            [None if v is None else json.dumps(v, ensure_ascii=False) for v in column.to_pylist()], pa.large_string()
+            [None if v is None else json.dumps(v, ensure_ascii=False, default=str) for v in column.to_pylist()],
+            pa.large_string(),
         )
     flat = column.cast(pa.large_string()).combine_chunks()
     return pa.concat_arrays(flat.chunks) if isinstance(flat, pa.ChunkedArray) else flat
@@ -196,7 +199,7 @@ def _passes(column: pa.ChunkedArray, rule: Filter, path: str) -> np.ndarray:
     return np.asarray(pc.fill_null(passed, False).to_numpy(zero_copy_only=False), bool)
 
 
-def _held_out(column: pa.Array, part: float) -> np.ndarray:
+def held_out(column: pa.Array, part: float) -> np.ndarray:
     """Whether a document is held out: by a hash of its bytes, so that copies of it fall on the same side."""
     at, data = buffers(column)
     threshold = int(part * 2**64)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -88,9 +89,16 @@ class ConversationEncoder(ExampleEncoder):
         if not turns[0][0]:
             return self._shorten([*self.begin, *self.ids([turns[0][1]])[0]], room)
         first = 1 if turns[0][0] == "system" else 0
-        while len(ids := self._ids(self._render(turns, True))) > room and len(turns) - first > 1:
+        while len(ids := self.question(turns)) > room and len(turns) - first > 1:
             turns = turns[:first] + turns[first + 2 :]
         return self._shorten(ids, room)
+
+    def question(self, turns: Turns) -> list[int]:
+        """Ids of a conversation that a reply is to follow: those of its training, where the template allows of any."""
+        try:
+            return [t for part, _ in self._parts(turns) for t in part]
+        except _UnsteadyError:
+            return self._ids(self._render(turns, True))
 
     @staticmethod
     def asked(columns: list[list[str]]) -> list[tuple[str, str, str]]:
@@ -122,20 +130,16 @@ class ConversationEncoder(ExampleEncoder):
         return given + learnt, [False] * len(given) + [True] * len(learnt), len(learnt) < len(answer)
 
     def _parts(self, turns: Turns) -> list[tuple[list[int], bool]]:
-        """What is asked and what is replied, in turns: (ids, whether they are targets)."""
+        """What is asked and what is replied, in turns: (ids, whether they are targets). What is asked last may be without."""
         out: list[tuple[list[int], bool]] = []
         done = ""
-        for i, (role, _) in enumerate(turns):
-            if role != "assistant":
-                continue
-            asked, replied = self._render(turns[:i], True), self._render(turns[: i + 1], False)
-            if not (asked.startswith(done) and replied.startswith(asked)):
-                raise InputError(
-                    "the tokenizer's chat template renders the beginning of a conversation otherwise than the whole: what the "
-                    "assistant says cannot be told apart; give another (tokenizer.chat_template)"
-                )
-            out += [(self._ids(asked[len(done) :]), False), (self._ids(replied[len(asked) :]), True)]
-            done = replied
+        for i, (role, _) in enumerate([*turns, ("", "")]):
+            if role == "assistant" or (i == len(turns) and turns[-1][0] != "assistant"):
+                out.append((self._ids(_after(done, asked := self._render(turns[:i], True))), False))
+                done = asked
+            if role == "assistant":
+                out.append((self._ids(_after(done, replied := self._render(turns[: i + 1], False))), True))
+                done = replied
         return out
 
     def _render(self, turns: Turns, asks: bool) -> str:
@@ -144,11 +148,16 @@ class ConversationEncoder(ExampleEncoder):
                 "conversations need a chat template, and the tokenizer has none: give one (tokenizer.chat_template=plain, or a "
                 "file), or prompt and completion columns"
             )
+        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template  # brings torch: only who needs it
 
         messages = [{"role": role, "content": content} for role, content in turns]
         special: dict[str, Any] = self._special
-        made: Any = render_jinja_template([messages], chat_template=self._template, add_generation_prompt=asks, **special)
+        try:
+            made: Any = render_jinja_template([messages], chat_template=self._template, add_generation_prompt=asks, **special)
+        except TemplateError as e:
+            said = json.dumps(messages[0], ensure_ascii=False)[:80]
+            raise InputError(f"the tokenizer's chat template refuses a conversation (it begins {said}): {e}") from None
         return str(made[0][0])
 
     def _ids(self, text: str) -> list[int]:
@@ -255,6 +264,19 @@ ENCODERS: dict[str, type[TextEncoder]] = {
     "seq2seq": PairEncoder,
     "embed": RetrievalEncoder,
 }  # by objective
+
+
+class _UnsteadyError(InputError):
+    """A template that renders the beginning of a conversation otherwise than the whole."""
+
+
+def _after(done: str, text: str) -> str:
+    if not text.startswith(done):
+        raise _UnsteadyError(
+            "the tokenizer's chat template renders the beginning of a conversation otherwise than the whole: what the "
+            "assistant says cannot be told apart; give another (tokenizer.chat_template)"
+        )
+    return text[len(done) :]
 
 
 def _last_run(targets: list[bool]) -> list[bool]:

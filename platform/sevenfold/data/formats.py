@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -65,6 +66,8 @@ def checked(messages: Any) -> Turns:
         role = _ROLES.get(str(said))
         if role is None:
             raise ValueError(f"message {number}: expected a role (system, user, assistant), found {said!r}")
+        if role == "system" and not text:
+            continue
         if not isinstance(text, str) or not text.strip():
             raise ValueError(f"message {number}: expected text, found {'none' if not text else type(text).__name__}")
         before = out[-1][0] if out else None
@@ -81,14 +84,15 @@ def checked(messages: Any) -> Turns:
 
 
 def _listed(text: str) -> list[Any] | None:
-    """Messages, where the text is a JSON list of objects."""
-    if not text.lstrip().startswith("[{"):
+    """Messages, where the text is JSON of some, or of one; an answer may well be other JSON."""
+    if not re.match(r"\s*(\[\s*)?\{", text):
         return None
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, list) and found and isinstance(found[0], dict) else None
+    found = found if isinstance(found, list) else [found]
+    return found if all(isinstance(m, dict) and m.keys() & {"role", "from"} for m in found) else None
 
 
 def _messages(text: str) -> tuple[str, ...]:
@@ -99,33 +103,37 @@ def _messages(text: str) -> tuple[str, ...]:
 
 
 def _pair(prompt: str, completion: str) -> tuple[str, ...]:
-    asked, answer = _listed(prompt), _listed(completion)
-    if asked is not None:
-        return (conversation(checked([*asked, *(answer or [{"role": "assistant", "content": completion}])])),)
-    return (conversation([("", _there(prompt, "prompt")), ("", _there(completion, "completion"))]),)
+    if _listed(prompt) is None and _listed(completion) is None:
+        return (conversation([("", _there(prompt, "prompt")), ("", _there(completion, "completion"))]),)
+    return (conversation(checked([*_said("user", prompt), *_said("assistant", completion)])),)
+
+
+def _said(role: str, text: str) -> list[Any]:
+    """The messages of a column; a text without a role is one of this role."""
+    return _listed(text) or [{"role": role, "content": text}]
 
 
 def _alpaca(instruction: str, output: str, more: str = "") -> tuple[str, ...]:
-    asked = _there(instruction, "instruction") + (f"\n\n{more}" if more else "")
+    asked = _there(instruction, "instruction") + (f"\n\n{more}" if more.strip() else "")
     return (conversation([("user", asked), ("assistant", _there(output, "output"))]),)
 
 
 def _preference(prompt: str, chosen: str, rejected: str) -> tuple[str, ...]:
-    asked = _listed(prompt)
-    good, bad = (_answer(t) for t in (chosen, rejected))
-    if _apart(good, bad, "chosen and rejected") and asked is not None:
-        checked([*asked, {"role": "assistant", "content": good}])
-        return conversation([(_ROLES[m["role"]], m["content"]) for m in asked]), good, bad
-    return conversation([("", _there(prompt, "prompt"))]), good, bad
-
-
-def _answer(text: str) -> str:
-    found = _listed(text)
-    return _there(text if found is None else str(found[-1].get("content", "")), "an answer")
+    answers = [_listed(t) for t in (chosen, rejected)]
+    if all(answer and len(answer) > 1 for answer in answers):  # whole conversations, what is asked in each of them
+        return _implicit(chosen, rejected)
+    if _listed(prompt) is None and answers == [None, None]:
+        _apart(_there(chosen, "chosen"), _there(rejected, "rejected"), "chosen and rejected")
+        return conversation([("", _there(prompt, "prompt"))]), chosen, rejected
+    good, bad = (checked([*_said("user", prompt), *_said("assistant", t)]) for t in (chosen, rejected))
+    return _differing(good, bad)
 
 
 def _implicit(chosen: str, rejected: str) -> tuple[str, ...]:
-    good, bad = (checked(_listed(t)) for t in (chosen, rejected))
+    return _differing(checked(_listed(chosen)), checked(_listed(rejected)))
+
+
+def _differing(good: Turns, bad: Turns) -> tuple[str, ...]:
     if good[:-1] != bad[:-1]:
         raise ValueError("expected chosen and rejected to differ in their last message alone")
     _apart(good[-1][1], bad[-1][1], "chosen and rejected")
@@ -151,10 +159,9 @@ def _there(text: str, what: str) -> str:
     return text
 
 
-def _apart(a: str, b: str, what: str) -> bool:
+def _apart(a: str, b: str, what: str) -> None:
     if a == b:
         raise ValueError(f"a pair with equal texts: {what} are the same")
-    return True
 
 
 SHAPES: dict[str, tuple[Shape, ...]] = {  # by objective
@@ -189,11 +196,12 @@ SHAPES: dict[str, tuple[Shape, ...]] = {  # by objective
 }  # fmt: skip
 
 
-def recognise(source: Source, objective: str, columns: Sequence[str], path: str) -> Source:
+def recognise(source: Source, objective: str, columns: Sequence[str], path: str, more: bool = False) -> Source:
     """The source with its shape, and the column of each role, put in; as it is where the objective reads plain text.
 
     Args:
         columns: of its first shard, which lies at `path`.
+        more: other rows may have columns that these are without.
 
     Raises:
         InputError: no form of this objective has these columns.
@@ -202,8 +210,9 @@ def recognise(source: Source, objective: str, columns: Sequence[str], path: str)
         for names in shape.names if source.shape in (None, shape.name) else ():
             named = {role: source.columns.get(role, name) for role, name in zip(shape.roles, names, strict=True)}
             found = {role: name for role, name in named.items() if name in columns}
-            if not (set(named) - set(found) - set(shape.optional) or source.columns.keys() - found.keys()):
-                return source.model_copy(update={"shape": shape.name, "columns": found})
+            maybe = {role: named[role] for role in shape.optional if more}
+            if not (set(named) - set(found) - set(shape.optional) or source.columns.keys() - found.keys() - maybe.keys()):
+                return source.model_copy(update={"shape": shape.name, "columns": found | maybe})
     if objective not in SHAPES:
         return source
     forms = "; ".join(f"{', '.join(s.roles)} ({s.name})" for s in SHAPES[objective])

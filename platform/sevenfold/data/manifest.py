@@ -176,7 +176,7 @@ def _recognised(source: Source, number: int, objective: str, found: Sequence[Sha
     first = next((s for s in found if s.source == number), None)
     if first is None or objective not in formats.SHAPES:
         return source
-    return formats.recognise(source, objective, shards.columns(first), first.path)
+    return formats.recognise(source, objective, shards.columns(first), first.path, more=first.format == "jsonl")
 
 
 def _listed(sources: Sequence[Source]) -> list[tuple[int, str]]:

@@ -158,9 +158,11 @@ def columns(shard: Shard) -> list[str]:
             if shard.format == "parquet":
                 return list(pq.ParquetFile(f).schema_arrow.names)
             first = next((t for t in b"".join(_until_line(f, shard.compression)).splitlines() if t.strip()), b"{}")
-            return list(json.loads(first)) if shard.format == "jsonl" else []
-    except (pa.ArrowException, OSError, EOFError, ValueError) as e:
+            return list(_object(first)) if shard.format == "jsonl" else []
+    except (pa.ArrowException, OSError, EOFError) as e:
         raise InputError(f"{shard.path}: expected {_kind(shard)}, as its name says, found something else: {line(e)}") from None
+    except ValueError as e:
+        raise InputError(f"{shard.path}: its first line: {line(e)}") from None
 
 
 def _until_line(f: Any, compression: str | None) -> Iterator[bytes]:
@@ -409,12 +411,7 @@ def _json_lines(
 
 def _json_line(text: bytes, texts: Sequence[str], others: Sequence[str], any_type: bool) -> dict[str, Any]:
     """any_type: what is no string becomes one, as JSON, and may be missing."""
-    try:
-        row = json.loads(text.decode("utf-8"))
-    except json.JSONDecodeError as e:
-        raise ValueError(f"expected a JSON object, found something else: {e.msg}") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    row = _object(text)
     for key in texts:
         if any_type and not isinstance(row.get(key), str):
             row[key] = None if row.get(key) is None else json.dumps(row[key], ensure_ascii=False)
@@ -424,6 +421,18 @@ def _json_line(text: bytes, texts: Sequence[str], others: Sequence[str], any_typ
             raise ValueError(f"key {key!r}: expected a string, found {type(row[key]).__name__}")
         (row[key] or "").encode("utf-8")  # half of a surrogate pair is no text
     return {c: row.get(c) for c in (*texts, *others)}
+
+
+def _object(text: bytes) -> dict[str, Any]:
+    if text.lstrip().startswith(b"["):
+        raise ValueError("expected one JSON object a line, found an array: jq -c '.[]' FILE makes lines of it")
+    try:
+        row = json.loads(text.decode("utf-8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"expected a JSON object, found something else: {e.msg}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    return row
 
 
 def _plain(data: bytes, begin: int, settings: Source, bad: list[tuple[str, str]]) -> Raw:

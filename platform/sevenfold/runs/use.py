@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 
 from sevenfold import storage
+from sevenfold.data.examples import ConversationEncoder
 from sevenfold.errors import InputError
 from sevenfold.evaluate.stream import Sampling, produce, room
 from sevenfold.model.load import Loaded, load
@@ -82,6 +82,7 @@ class Talk:
                 "the recipe of the fine-tuning, or use sevenfold generate"
             )
         self._loaded, self._system, self._sampling = loaded, system, sampling
+        self._encoder = ConversationEncoder(loaded.tokenizer, 1)
         torch.manual_seed(sampling.seed)
         self.begin()
 
@@ -117,10 +118,9 @@ class Talk:
 
     def _ids(self, messages: list[Message]) -> list[int]:
         try:
-            made: Any = self._loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        except TemplateError as e:
-            raise InputError(f"{self._loaded.path}: its chat template refuses these messages: {e}") from None
-        return list(made)
+            return self._encoder.question([(m["role"], m["content"]) for m in messages])
+        except InputError as e:
+            raise InputError(f"{self._loaded.path}: {e}") from None
 
 
 def fitted(render: Callable[[list[Message]], list[int]], messages: list[Message], most: int | None) -> tuple[list[int], int]:
