@@ -156,6 +156,10 @@ def test_bad_input_is_told_before_anything_is_written(tmp_path: Path) -> None:
     assert "found en, de: say which is which" in refused("classify", [{"en": "a", "de": "b"}])
     said = run_job("finetune", "classify.yaml", home=tmp_path, code=2)
     assert "give data.path=FILE_OR_FOLDER" in said
+    split = "data.sources=[{filters: [{column: label, one_of: [train]}]}]"
+    two = [{"text": "a", "label": "one"}, {"text": "b", "label": "two"}]
+    assert "train data: " in (said := refused("classify", two, split)) and "no document passes the filters on label" in said
+    assert "0.1 of 2 documents holds out none: choose a greater part" in refused("classify", two)
     recipe(tmp_path, "sft")
     good = rows("sft")[:40]
     bad = {"messages": good[0]["messages"][:1]}

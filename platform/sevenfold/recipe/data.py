@@ -142,5 +142,7 @@ class Data(Section):
 class Tokenizer(Section):
     path: str | None = Field(None, description="Folder of a Hugging Face tokenizer; default: the one beside model.path")
     vocab_size: int | None = Field(None, ge=300, description="Train a byte-level BPE of this size on the sources")
-    chat_template: str | None = Field(None, description="plain, or a file (Jinja): for conversations, where there is none")
+    chat_template: str | None = Field(
+        None, description="For conversations: a file (Jinja), or plain, which is taken where there is none"
+    )
     train_mb: float = Field(16, gt=0, description="Text that it is trained on, MB")

@@ -15,7 +15,7 @@ import ray
 from sevenfold import storage
 from sevenfold.data import cache, corpus, tokens
 from sevenfold.data.cache import TokenCache
-from sevenfold.data.documents import BadDocuments, Documents, Selection
+from sevenfold.data.documents import BadDocuments, Documents, Selection, held_out
 from sevenfold.data.encode import TextEncoder, admit
 from sevenfold.data.examples import ENCODERS, PLAIN_TEMPLATE
 from sevenfold.data.manifest import Manifest, scan
@@ -154,6 +154,8 @@ def with_classes(recipe: Recipe, manifest: Manifest) -> Recipe:
         return recipe
     chosen = Selection.of(recipe.data, ENCODERS["classify"].fields)
     found = {label for documents in _all(chosen, manifest) for label in documents.fields[1].to_pylist()}
+    if not found:
+        _look_through(recipe, "train", manifest)
     if not 2 <= len(found) <= MOST_CLASSES:
         raise InputError(
             f"{recipe.name}: expected 2 to {MOST_CLASSES:,} classes in the sources, found {len(found):,}"
@@ -240,11 +242,8 @@ def settle(recipe: Recipe, found: Inputs, tokenizer: str) -> Inputs:
         The inputs, measured.
     """
     if not (storage.exists(_encoder_file(tokenizer)) and found.train.tokens_per_byte):
-        if recipe.objective not in PRETRAINING:
-            chosen = replace(Selection.of(recipe.data, ENCODERS[recipe.objective].fields), held_out=0.0)
-            for manifest in found.all.values():
-                for _ in _all(chosen, manifest):
-                    pass  # a bad one raises
+        for what, manifest in found.all.items():
+            _look_through(recipe, what, manifest)
         made = _settle(recipe, found.train, tokenizer)
         say(made["why"])
         if recipe.objective not in PRETRAINING:
@@ -252,6 +251,31 @@ def settle(recipe: Recipe, found: Inputs, tokenizer: str) -> Inputs:
         storage.write(_encoder_file(tokenizer), json.dumps(made, indent=1))
         found = replace(found, train=found.train.measured(made["tokens_per_byte"]))
     return found
+
+
+def _look_through(recipe: Recipe, what: str, manifest: Manifest) -> None:
+    """Raises InputError where examples are bad, where no document is left, or none would be held out. Of text only so much is
+    read as tells this."""
+    data = recipe.data
+    chosen = replace(Selection.of(data, ENCODERS[recipe.objective].fields), held_out=0.0)
+    part = data.held_out if what == "train" else 0.0
+    left = aside = bad = 0
+    for documents in _all(chosen, manifest):
+        left, bad = left + len(documents.origin), bad + documents.skipped.count
+        aside += int(held_out(documents.fields[0], part).sum())
+        if recipe.objective in PRETRAINING and left > aside >= bool(part):
+            break
+    if part and left and not 0 < aside < left:
+        raise InputError(
+            f"data.held_out: {part} of {left:,} documents holds out {'all' if aside else 'none'}: choose a "
+            f"{'smaller' if aside else 'greater'} part, or name files of their own (data.validation)"
+        )
+    if not left:
+        columns = ", ".join(sorted({f.column for source in manifest.sources for f in source.filters}))
+        passes = f"passes the filters on {columns}" if columns else "can be used"
+        of = f" ({bad:,} bad ones are left out)" if bad else ""
+        hint = "; of rows of one split: data.sources=[{}] data.validation=[] data.test=[] data.held_out=0.02" if columns else ""
+        raise InputError(f"{what} data: {manifest.sources[0].path}: no document {passes}{of}{hint}")
 
 
 def streams(recipe: Recipe, found: Inputs, tokenizer: str) -> tuple[Stream, Stream | None]:
@@ -332,7 +356,7 @@ def _settle(recipe: Recipe, manifest: Manifest, to: str) -> dict[str, Any]:
             )
         else:
             made = tokens.load_tokenizer(wanted.path or str(recipe.model.path))
-        if wanted.chat_template:
+        if wanted.chat_template and (wanted.chat_template != "plain" or not made.chat_template):
             made.chat_template = _template(wanted.chat_template)
         tokens.save_tokenizer(made, to)
     tokenizer = tokens.load_tokenizer(to)
