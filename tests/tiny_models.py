@@ -1,4 +1,4 @@
-"""Random models of each family, a few kilobytes each, with a byte-level BPE."""
+"""Random models of each family, a few kilobytes each, with a byte-level BPE; a config of ModernBERT."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ WORDS = [
     "the quick brown fox jumps over the lazy dog", "pack my box with five dozen liquor jugs", "naïve café 中文 🙂",
     "how vexingly quick daft zebras jump", "def f(x):\n    return x + 1",
 ]  # fmt: skip
+MODERN = {
+    "model_type": "modernbert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "classifier_pooling": "mean",
+    **{"bos_token_id": 0, "eos_token_id": 1, "cls_token_id": 0, "sep_token_id": 1, "pad_token_id": 2},
+}  # fmt: skip
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role not in ('system', 'user', 'assistant') %}{{ raise_exception('role') }}"
     "{% endif %}[{{ m.role }}]{{ m.content }}{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"

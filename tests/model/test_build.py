@@ -1,9 +1,15 @@
+import contextlib
 import json
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from test_objectives import BERT, T5
+from tiny_models import MODERN, save
 
+from sevenfold.data.tokens import load_tokenizer
 from sevenfold.errors import InputError
 from sevenfold.model import build
 from sevenfold.recipe import Adapter, Recipe
@@ -50,10 +56,22 @@ def test_code_of_others_is_not_run_unasked(tree: dict[str, Any], tmp_path: Any) 
     assert not (tmp_path / "ran").exists()
 
 
-@pytest.mark.parametrize(("objective", "family"), [("masked", "encoder"), ("denoise", "encoder-decoder")])
-def test_an_objective_asks_for_its_family(tree: dict[str, Any], objective: str, family: str) -> None:
-    tree["objective"] = objective
-    with pytest.raises(InputError, match=f"no {family} can be made of it"):
+@pytest.mark.parametrize(
+    ("objective", "config", "says"),
+    [
+        ("masked", {}, "expected an encoder, found a decoder (llama)"),
+        ("denoise", {}, "expected an encoder-decoder, found a decoder (llama)"),
+        ("sft", BERT, "expected a decoder, found an encoder (bert)"),
+        ("causal", T5, "expected a decoder, found an encoder-decoder (t5)"),
+        ("embed", T5, "expected an encoder or a decoder, found an encoder-decoder (t5)"),
+        ("causal", BERT | {"is_decoder": True}, None),
+    ],
+)
+def test_an_objective_asks_for_its_family(
+    tree: dict[str, Any], objective: str, config: dict[str, Any], says: str | None
+) -> None:
+    tree["objective"], tree["model"] = objective, {"config": config or tree["model"]["config"]}
+    with pytest.raises(InputError, match=re.escape(says)) if says else contextlib.nullcontext():
         build.check(Recipe.model_validate(tree), 512)
 
 
@@ -84,3 +102,39 @@ def test_an_adapter_starts_as_the_base(tree: dict[str, Any]) -> None:
     with pytest.raises(InputError, match="target_modules"):
         none = recipe.model_copy(update={"adapter": Adapter(target_modules="none")})
         build.with_adapter(build.build(recipe, build.config_of(recipe, 512), weights=True), none)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_every_end_token_of_the_base_is_kept(tree: dict[str, Any], tmp_path: Path, weights: bool) -> None:
+    """A chat model ends its turns by other tokens than its texts."""
+    tree["model"], tree["tokenizer"] = {"path": save(tmp_path / "base", "llama")}, {}
+    told = tmp_path / "base/generation_config.json"
+    told.write_text(json.dumps(json.loads(told.read_text()) | {"eos_token_id": [9, 5]}))
+    words = load_tokenizer(str(tmp_path / "base"))
+    recipe = Recipe.model_validate(tree)
+    model = build.build(recipe, build.config_of(recipe, len(words), words), weights=weights)
+    assert build.end_tokens(model.generation_config, words) == [1, 5, 9]
+
+
+DISTIL = {"model_type": "distilbert", "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2}
+
+
+@pytest.mark.parametrize(
+    ("config", "head"),
+    [
+        (BERT, {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}),
+        (DISTIL, {"classifier.weight", "classifier.bias", "pre_classifier.weight", "pre_classifier.bias"}),
+        (MODERN, {"classifier.weight", "classifier.bias", "head.dense.weight", "head.norm.weight"}),
+        ({}, {"score.weight"}),
+    ],
+)
+def test_an_adapter_leaves_a_new_head_whole(tree: dict[str, Any], config: dict[str, Any], head: set[str]) -> None:
+    tree |= {"objective": "classify", "model": {"config": config or tree["model"]["config"]}}
+    tree["data"]["classes"] = ["a", "b"]
+    recipe = Recipe.model_validate(tree)
+    model = build.build(recipe, build.config_of(recipe, 512), weights=True)
+    build.with_adapter(model, recipe.model_copy(update={"adapter": Adapter(rank=4)}))
+    trained = {n.replace("modules_to_save.default.", "") for n, p in model.named_parameters() if p.requires_grad}
+    assert {n for n in trained if "lora_" not in n} == head
+    assert not any("lora_" in n and n.startswith(tuple(head)) for n in trained)
+    assert any("lora_" in n for n in trained)

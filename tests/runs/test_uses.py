@@ -9,12 +9,8 @@ import torch
 import yaml
 from conftest import RECIPE, run_job
 from test_objectives import BERT, T5
+from tiny_models import MODERN
 
-MODERN = {
-    "model_type": "modernbert", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-    "classifier_pooling": "mean",
-    **{"bos_token_id": 0, "eos_token_id": 1, "cls_token_id": 0, "sep_token_id": 1, "pad_token_id": 2},
-}  # fmt: skip
 WORDS = [("dog", "Hund"), ("cat", "Katze"), ("house", "Haus"), ("tree", "Baum"), ("red", "rot"), ("big", "gross")]
 
 

@@ -7,23 +7,26 @@ from collections.abc import Sequence
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from sevenfold.model.build import end_tokens
+
 
 @torch.no_grad()
 def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int, *,
     temperature: float = 0.0, seed: int = 0, batch_size: int = 32, synced: bool = False,
 ) -> list[str]:  # fmt: skip
-    """Continues each prompt (token ids) until its end-of-text token or max_new_tokens; of an encoder-decoder the prompt is what
-    the encoder reads.
+    """Continues each prompt (token ids) until an end token, the model's or the tokenizer's, or max_new_tokens; of an
+    encoder-decoder the prompt is what the encoder reads.
 
     Args:
         temperature: 0 takes the likeliest token; above, draws from the 50 likeliest.
         synced: the model is sharded, and every rank calls this with as many prompts: none stops before the others.
     """
+    ends = end_tokens(model.generation_config or model.config, tokenizer)
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, do_sample=temperature > 0, temperature=temperature or None,
-        top_k=50 if temperature > 0 else None, eos_token_id=tokenizer.eos_token_id, bos_token_id=tokenizer.bos_token_id,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        top_k=50 if temperature > 0 else None, eos_token_id=ends, bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else ends[0],
     )  # fmt: skip
     apart = model.config.is_encoder_decoder
     if apart:

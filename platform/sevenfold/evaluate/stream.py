@@ -13,6 +13,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 from transformers.generation.streamers import BaseStreamer
 
 from sevenfold.errors import InputError
+from sevenfold.model.build import end_tokens
 from sevenfold.model.load import Loaded
 
 TEMPERATURE = 0.8
@@ -104,8 +105,7 @@ def settings(loaded: Loaded, sampling: Sampling, new: int) -> GenerationConfig:
     """The model's own, with all its end tokens and the tokenizer's, but for how tokens are chosen."""
     config = copy.deepcopy(loaded.model.generation_config)
     draws, words = sampling.warmth > 0, loaded.tokenizer
-    told = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    ends = sorted({int(i) for i in (*told, words.eos_token_id) if i is not None})
+    ends = end_tokens(config, words)
     config.update(
         max_new_tokens=new, max_length=None, min_length=0, do_sample=draws, num_beams=sampling.beams, num_return_sequences=1,
         temperature=sampling.warmth if draws else None, top_p=sampling.top_p if draws else None,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -19,10 +19,13 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from sevenfold import storage
@@ -32,6 +35,8 @@ from sevenfold.model import attention as in_chunks
 from sevenfold.model.parallel import tensor_plan
 from sevenfold.recipe import Recipe
 
+Family = Literal["decoder", "encoder", "encoder-decoder"]
+_NAMED: dict[Family, str] = {"decoder": "a decoder", "encoder": "an encoder", "encoder-decoder": "an encoder-decoder"}
 CLASSES: dict[str, Any] = {  # by objective; the family's name for errors
     "causal": (AutoModelForCausalLM, "decoder"),
     "sft": (AutoModelForCausalLM, "decoder"),
@@ -101,6 +106,14 @@ def _with_classes(config: PreTrainedConfig, classes: list[str], tokenizer: Any) 
         config.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
+def family(config: PreTrainedConfig) -> Family:
+    """By what the config says of itself and the class that was saved: BERT's could be an encoder's or a decoder's."""
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    decodes = getattr(config, "is_decoder", False) or re.search("CausalLM|LMHead", " ".join(config.architectures or []))
+    return "encoder" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes else "decoder"
+
+
 def dropouts(config: PreTrainedConfig) -> list[str]:
     """The config's fields that are the probability of a dropout (None: as another field says). Layerdrop is none."""
     named = {k: v for k, v in config.to_dict().items() if re.search("dropout|pdrop", k)}
@@ -121,7 +134,13 @@ def check(recipe: Recipe, vocab_size: int) -> int:
     Returns the number of parameters, without the adapter's. Raises InputError where it cannot be made.
     """
     config = config_of(recipe, vocab_size)
-    made, family = CLASSES[recipe.objective]
+    made, wanted = CLASSES[recipe.objective]
+    fits: Iterable[Family] = {"classify": _NAMED, "embed": ("encoder", "decoder")}.get(recipe.objective, (wanted,))
+    if (found := family(config)) not in fits and not recipe.model.trust_remote_code:  # whose kind is not known
+        raise InputError(
+            f"objective {recipe.objective}: expected {' or '.join(_NAMED[f] for f in fits)}, found {_NAMED[found]} "
+            f"({config.model_type}): choose another model or objective"
+        )
     if recipe.train.loss_chunk and getattr(config, "final_logit_softcapping", None):
         raise InputError("train.loss_chunk: this model bends its logits (final_logit_softcapping): leave loss_chunk out")
     if recipe.model.attention == "flex_attention" and _drops_attention(config):
@@ -130,7 +149,7 @@ def check(recipe: Recipe, vocab_size: int) -> int:
         try:
             model = made.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
         except (ValueError, KeyError, TypeError, AssertionError) as e:
-            raise InputError(f"{recipe.model.path or 'model.config'}: no {family} can be made of it: {_line(e)}") from None
+            raise InputError(f"{recipe.model.path or 'model.config'}: no {wanted} can be made of it: {_line(e)}") from None
         count = sum(p.numel() for p in model.parameters())
         if recipe.adapter is not None:
             with_adapter(model, recipe)
@@ -186,9 +205,26 @@ def build(recipe: Recipe, config: PreTrainedConfig, *, weights: bool, attention:
         with nullcontext() if weights else no_init_weights():
             model = made.from_config(config, **kwargs)
         model.tie_weights()
+    if model.can_generate():
+        model.generation_config = _generation(recipe, config)
     if attention == in_chunks.NAME and model._can_set_attn_implementation():  # else its code calls sdpa itself
         model.set_attn_implementation(attention)
     return model
+
+
+def _generation(recipe: Recipe, config: PreTrainedConfig) -> GenerationConfig:
+    """The base's own, whose end tokens may be several, on every rank."""
+    if recipe.model.path is not None:
+        with contextlib.suppress(OSError):  # not every model has one
+            folder = storage.local(model_path(recipe.model.path))
+            return GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return GenerationConfig.from_model_config(config)
+
+
+def end_tokens(config: PreTrainedConfig | GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What ends a text: the ids that the config names, and the tokenizer's."""
+    told = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    return sorted({int(i) for i in (*told, tokenizer.eos_token_id) if i is not None})
 
 
 @contextlib.contextmanager
@@ -208,7 +244,9 @@ def with_adapter(model: PreTrainedModel, recipe: Recipe) -> Any:
     adapter = recipe.adapter
     assert adapter is not None
     torch.manual_seed(recipe.seed)  # the adapter's start does not hang on how the base came to be
+    whole = _head(model) if recipe.objective == "classify" else {}
     settings = LoraConfig(
+        modules_to_save=list(whole) or None, exclude_modules=[linear for inner in whole.values() for linear in inner] or None,
         r=adapter.rank, lora_alpha=adapter.alpha, lora_dropout=adapter.dropout,
         target_modules=adapter.target_modules, task_type=TASKS.get(recipe.objective, "CAUSAL_LM"), use_dora=adapter.dora,
     )  # fmt: skip
@@ -216,8 +254,19 @@ def with_adapter(model: PreTrainedModel, recipe: Recipe) -> Any:
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 for a field by its old name
         try:
             return get_peft_model(model, settings)
-        except ValueError as e:
+        except (ValueError, TypeError, re.error) as e:
             raise InputError(f"adapter.target_modules: {_line(e)}") from None
+
+
+def _head(model: PreTrainedModel) -> dict[str, list[str]]:
+    """The modules of a classifier that its base may not have brought, so that they are trained in full; and the linear layers
+    in each."""
+    children = {n for n, m in model.named_children() if n != model.base_model_prefix and any(True for _ in m.parameters())}
+    names = [n for n, _ in model.named_modules() if n in children or n.endswith(".pooler")]
+    return {
+        name: [f"{name}.{n}".rstrip(".") for n, m in model.get_submodule(name).named_modules() if isinstance(m, nn.Linear)]
+        for name in names
+    }
 
 
 def flops_per_token(model: PreTrainedModel, recipe: Recipe) -> float:

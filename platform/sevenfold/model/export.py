@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sevenfold import storage
@@ -60,10 +59,6 @@ def export(
         # to save_pretrained its weights lie elsewhere: it asks for those of one file at a time
         model.hf_device_map = {"": "disk"}
         model._hf_hook = SimpleNamespace(weights_map=ckpt.Weights(checkpoint, model.state_dict()))
-        if recipe.model.path is not None:
-            with contextlib.suppress(OSError):  # not every model has one
-                base = storage.local(build.model_path(recipe.model.path))
-                model.generation_config = GenerationConfig.from_pretrained(base, local_files_only=True)
     else:
         model = build.build(recipe, config, weights=True)
         adapted = build.with_adapter(model, recipe)
@@ -78,9 +73,11 @@ def export(
             return
         model = _merged(adapted)
     for told in (model.config, model.generation_config) if model.can_generate() else (model.config,):
-        for field in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for field in ("bos_token_id", "pad_token_id"):
             if getattr(words, field) is not None:
                 setattr(told, field, getattr(words, field))
+        ends = build.end_tokens(told, words)
+        told.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     assert to is not None
     with _folder(to) as aside, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")

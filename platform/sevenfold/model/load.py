@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
@@ -17,16 +16,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging
 
 from sevenfold import storage
 from sevenfold.data.encode import TextEncoder
 from sevenfold.data.tokens import load_tokenizer
 from sevenfold.errors import InputError
-from sevenfold.model.build import model_path
+from sevenfold.model.build import Family, family, model_path
 
-Family = Literal["decoder", "encoder", "encoder-decoder"]
 _CLASSES: dict[Family, Any] = {
     "decoder": AutoModelForCausalLM, "encoder": AutoModelForMaskedLM, "encoder-decoder": AutoModelForSeq2SeqLM,
 }  # fmt: skip
@@ -99,14 +96,6 @@ def load(path: str, *, head: bool = True, attention: str | None = None) -> Loade
     tokenizer = load_tokenizer(at)
     model.eval().requires_grad_(False).to("cuda" if cuda else "cpu")
     return Loaded(at, model, tokenizer, kind, TextEncoder(tokenizer, 1), positions(config, tokenizer))
-
-
-def family(config: PreTrainedConfig) -> Family:
-    """By the class that was saved: BERT's config alone could be an encoder's or a decoder's."""
-    if config.is_encoder_decoder:
-        return "encoder-decoder"
-    decodes = re.search("CausalLM|LMHead", " ".join(config.architectures or []))
-    return "encoder" if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not decodes else "decoder"
 
 
 def positions(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
