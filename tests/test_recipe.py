@@ -97,6 +97,11 @@ def test_identity_is_what_decides_the_numbers(path: str) -> None:
         assert parse(path, [other]).hash() != recipe.hash(), other
 
 
+def test_labels_may_be_numbers(tree: dict[str, Any]) -> None:
+    tree["objective"], tree["data"]["classes"] = "classify", [0, True, "spam"]
+    assert Recipe.model_validate(tree).data.classes == ["0", "true", "spam"]  # as a label column of them is read
+
+
 def test_tokens_are_rounded_up_to_steps(tree: dict[str, Any]) -> None:
     tree["train"] |= {"steps": None, "tokens": 8 * 64 * 3 + 1}
     assert Recipe.model_validate(tree).steps == 4

@@ -126,13 +126,15 @@ def _evaluate(commands: Any) -> None:
     parser.add_argument("runs", nargs="+", help="folders of runs")
     about = "processes that hold the model (default: as many as trained, two at least, where they fit)"
     parser.add_argument("--workers", type=int, choices=range(1, 1025), metavar="N", help=about)
+    about = "most tokens of a completion (default: as the recipe's validation)"
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help=about)
     parser.add_argument("--harness", metavar="TASK.yaml", help="also a task of lm-eval (pip install 'sevenfold[harness]')")
     parser.add_argument("-v", "--verbose", action="store_true", help="let Ray speak")
 
     def run(args: argparse.Namespace) -> None:
         from sevenfold.runs import evaluate
 
-        evaluate.run(args.runs, args.verbose, args.workers, args.harness)
+        evaluate.run(args.runs, args.verbose, args.workers, args.harness, args.max_new_tokens)
 
     parser.set_defaults(run=run)
 

@@ -159,7 +159,7 @@ def test_a_long_conversation_keeps_its_last_reply(tokenizer: PreTrainedTokenizer
     said = [{"role": ("user", "assistant")[i % 2], "content": f"word {i} " * 4} for i in range(12)]
     documents = read(written(tmp_path, [{"messages": said}], "jsonl"), "sft")
     (made,) = examples.ConversationEncoder(tokenizer, 90).encode([documents])
-    assert made.targets is not None and made.cut == 0 and len(made.ids) <= 90 and "word 11" in tokenizer.decode(made.ids)
+    assert made.targets is not None and made.cut == 1 and len(made.ids) <= 90 and "word 11" in tokenizer.decode(made.ids)
     (made,) = examples.ConversationEncoder(tokenizer, 16).encode([documents])
     assert made.cut == 1 and len(made.ids) == 16 and made.targets is not None and made.targets.sum() == 15
 
@@ -203,7 +203,7 @@ def test_examples_fit_into_a_row(tokenizer: PreTrainedTokenizerFast, tmp_path: P
     encoder = examples.ENCODERS[objective](tokenizer, 48, classes=("a", "b"))
     (made,) = encoder.encode([read(written(tmp_path, [row], "parquet"), objective)])
     assert made.targets is not None and len(made.ids) == 48 and 0 < made.targets.sum() < 48
-    assert made.cut == (objective in ("dpo", "seq2seq"))
+    assert made.cut == 1
     edges = np.flatnonzero(np.diff(made.targets.astype(int)))
     assert len(edges) == (3 if objective == "dpo" else 1)
     if objective == "classify":

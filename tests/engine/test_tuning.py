@@ -134,6 +134,19 @@ def test_search_by_hand(tree: dict[str, Any]) -> None:
     assert taken[:3].tolist() == near.argmax(1).tolist()
 
 
+def test_a_query_with_two_right_documents(tree: dict[str, Any]) -> None:
+    _, made, _ = model_of(tree, "embed", BERT)
+    query, others = EXAMPLES[0], [example(40, 6, 9), EXAMPLES[1]]
+    asked = [t for t, w in zip(*query, strict=True) if not w]
+    found = [t for t, w in zip(*others[0], strict=True) if w]
+    again = ([*asked, *found], [False] * len(asked) + [True] * len(found))
+    batch = made.collate(rows_of([[query, again], [others[1]]]), 0)
+    model, made, _ = model_of(tree, "embed", BERT)
+    with torch.no_grad():
+        logits = made.logits(model, batch)
+    assert torch.isinf(logits).tolist() == [[False, True, False], [True, False, False], [False] * 3]
+
+
 @pytest.mark.parametrize("adapter", [True, False])
 def test_preferences(tree: dict[str, Any], adapter: bool) -> None:
     model, made, recipe = model_of(tree, "dpo", LLAMA)
@@ -195,7 +208,7 @@ def test_lora_is_the_same_on_one_and_two_workers(tree: dict[str, Any], tmp_path:
     tree["model"] = {"config": LLAMA}
     (one,) = run_ranks(1, tmp_path / "one", losses_of_lora, tree, objective)
     for two in run_ranks(2, tmp_path / "two", losses_of_lora, tree, objective):
-        assert two == pytest.approx(one, rel=1e-6, abs=1e-6)
+        assert two == pytest.approx(one, rel=1e-5)  # after ten steps, by the processor
     assert one[-1] < one[0] - 0.05
 
 

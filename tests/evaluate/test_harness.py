@@ -51,8 +51,9 @@ def test_a_task_of_local_files(model: Path, tmp_path: Path) -> None:
 def test_what_is_not_there(model: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected a task's YAML file"):
         harness(model, tmp_path / "none.yaml")
+    (tmp_path / "task.yaml").write_text(TASK)
     with pytest.raises(InputError, match=r"found no config\.json"):
-        harness(tmp_path, tmp_path / "none.yaml")
+        harness(tmp_path, tmp_path / "task.yaml")
 
 
 @pytest.mark.skipif(find_spec("lm_eval") is not None, reason="lm-eval is installed")

@@ -28,8 +28,3 @@ def test_xz() -> None:
     noise = "".join(chr(c) for c in rng.integers(0, 128, 20_000))
     assert 6.9 < metrics.xz_bits_per_byte([noise]) < 8
     assert metrics.xz_bits_per_byte(["again and again " * 1000] * 3) < 0.1
-
-
-def test_lead() -> None:
-    assert metrics.lead("First thing. Second thing.\nMore") == "First thing"
-    assert metrics.lead("  ") == ""

@@ -52,7 +52,7 @@ def test_classes(tmp_path: Path) -> None:
         validation={"every": 10, "rows": 16, "metric": "validation/f1_macro", "patience": 3},
     )
     run, measured, said = trained(tmp_path, "classify")
-    assert "270 examples of" in said and "0 examples lose targets" in said
+    assert "270 examples of" in said and "0 examples are cut" in said
     assert measured["accuracy"] > 0.75 and set(measured["per_class"]) == {"animal", "thing"}
     assert list(measured["baselines"]) == ["the commonest class", "TF-IDF and logistic regression"]
     assert "f1_macro" in (run / "model/README.md").read_text()

@@ -113,7 +113,7 @@ class ConversationEncoder(ExampleEncoder):
         if not turns[0][0]:
             prompt, completion = (ids for ids in self.ids([t for _, t in turns]))
             return self._fitted([*self.begin, *prompt], [*completion, self._eos])
-        first = 1 if turns[0][0] == "system" else 0
+        first, whole = 1 if turns[0][0] == "system" else 0, len(turns)
         while True:
             parts = self._parts(turns)
             if sum(len(p) for p, _ in parts) <= self._room or len(turns) - first <= 2:
@@ -121,13 +121,13 @@ class ConversationEncoder(ExampleEncoder):
             turns = turns[:first] + turns[first + 2 :]
         ids = [t for p, _ in parts for t in p]
         if len(ids) <= self._room:
-            return ids, [learnt for p, learnt in parts for _ in p], False
+            return ids, [learnt for p, learnt in parts for _ in p], len(turns) < whole
         return self._fitted(parts[0][0], parts[1][0])
 
     def _fitted(self, asked: list[int], answer: list[int]) -> Example:
         learnt = answer[: self._room - 1]
         given = self._shorten(asked, self._room - len(learnt))
-        return given + learnt, [False] * len(given) + [True] * len(learnt), len(learnt) < len(answer)
+        return given + learnt, [False] * len(given) + [True] * len(learnt), len(given) + len(learnt) < len(asked) + len(answer)
 
     def _parts(self, turns: Turns) -> list[tuple[list[int], bool]]:
         """What is asked and what is replied, in turns: (ids, whether they are targets). What is asked last may be without."""
@@ -209,7 +209,8 @@ class ClassEncoder(ExampleEncoder):
         made = []
         for ids, label in zip(self.ids(columns[0]), columns[1], strict=True):
             body = self.framed(ids)
-            made.append(([*body, self.classes.index(label)], [False] * len(body) + [True], False))
+            cut = len(body) < len(self.begin) + len(ids) + 1
+            made.append(([*body, self.classes.index(label)], [False] * len(body) + [True], cut))
         return made
 
 
@@ -234,7 +235,8 @@ class PairEncoder(ExampleEncoder):
             most = max(self._room // 2, self._room - len(self.begin) - len(source) - 1)
             learnt = [*target, self._eos][:most]
             given = [*self.begin, *source[: self._room - len(learnt) - len(self.begin) - 1], self._eos]
-            made.append((given + learnt, [False] * len(given) + [True] * len(learnt), len(learnt) <= len(target)))
+            cut = len(given) + len(learnt) < len(self.begin) + len(source) + len(target) + 2
+            made.append((given + learnt, [False] * len(given) + [True] * len(learnt), cut))
         return made
 
 
@@ -250,7 +252,8 @@ class RetrievalEncoder(ExampleEncoder):
         for query, document in zip(*(self.ids(c) for c in columns), strict=True):
             asked = [*self.begin, *query[: self._room // 2 - frame], self._eos]
             found = [*self.begin, *document[: self._room - len(asked) - frame], self._eos]
-            made.append((asked + found, [False] * len(asked) + [True] * len(found), False))
+            cut = len(asked) + len(found) < 2 * frame + len(query) + len(document)
+            made.append((asked + found, [False] * len(asked) + [True] * len(found), cut))
         return made
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 from sevenfold.data.cache import TokenCache
 from sevenfold.data.documents import Selection, Skipped, texts
 from sevenfold.data.encode import Encoded, TextEncoder
-from sevenfold.data.order import LanePosition, Plan, lanes_of, skipped, windows_of
+from sevenfold.data.order import LanePosition, Plan, lanes_of, shuffled, skipped, windows_of
 from sevenfold.data.rows import Rows, Window, make_window, together
 from sevenfold.errors import RunError
 
@@ -39,9 +39,10 @@ class Stream:
     skip: tuple[tuple[int, int], ...] = ()  # data steps passed over, from 1, inclusive
     cache: TokenCache | None = None
 
-    def documents(self) -> Iterator[list[list[str]]]:
-        """The texts of each row group, in the manifest's order: one list a field."""
-        for group in range(len(self.plan.manifest)):
+    def documents(self, shuffle: bool = False) -> Iterator[list[list[str]]]:
+        """The texts of each row group, in the manifest's order or by the plan's seed: one list a field."""
+        groups = len(self.plan.manifest)
+        for group in shuffled(groups, self.plan.seed, 0x646F6373).tolist() if shuffle else range(groups):
             yield texts(self.selection.read(self.plan.manifest, group))
 
     def encoded(self, groups: list[int]) -> list[Encoded]:

@@ -126,7 +126,8 @@ class Classify(Causal):
 
 class Embed(Causal):
     """Contrastive: among the documents of its micro-batch a query is to find its own (InfoNCE, arXiv 1807.03748; by cosine over
-    mean-pooled states, as arXiv 1908.10084). Documents with the same tokens do not count against each other. A label is the
+    mean-pooled states, as arXiv 1908.10084). What has the same tokens does not count against itself: a document that is
+    there twice, another document of the same query. A label is the
     number of a query's document in the micro-batch; rows of a batch are the queries, then the documents.
 
     Attributes:
@@ -147,8 +148,8 @@ class Embed(Causal):
         mask = batch.attention_mask[:, :, None]
         pooled = F.normalize((states * mask).sum(1) / mask.sum(1), dim=-1)
         queries, found = pooled.chunk(2)
-        texts = batch.input_ids[len(queries) :]
-        same = (texts[:, None] == texts[None]).all(-1) & ~torch.eye(len(texts), dtype=torch.bool, device=texts.device)
+        asked, texts = ((t[:, None] == t[None]).all(-1) for t in batch.input_ids.chunk(2))
+        same = (asked | texts) & ~torch.eye(len(texts), dtype=torch.bool, device=texts.device)
         return (queries @ found.T / self.temperature).masked_fill(same, float("-inf"))
 
     def losses(self, model: Any, batch: Batch, scoring: Scoring) -> tuple[torch.Tensor, torch.Tensor | None]:

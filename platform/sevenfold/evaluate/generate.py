@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -10,11 +11,16 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from sevenfold.model.build import end_tokens
 
 
+class Completion(NamedTuple):
+    text: str
+    ended: bool  # by itself, before max_new_tokens
+
+
 @torch.no_grad()
 def complete(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int, *,
     temperature: float = 0.0, seed: int = 0, batch_size: int = 32, synced: bool = False,
-) -> list[str]:  # fmt: skip
+) -> list[Completion]:  # fmt: skip
     """Continues each prompt (token ids) until an end token, the model's or the tokenizer's, or max_new_tokens; of an
     encoder-decoder the prompt is what the encoder reads.
 
@@ -35,7 +41,7 @@ def complete(
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    out: list[str] = []
+    out: list[Completion] = []
     for i in range(0, len(prompts), batch_size):
         batch = prompts[i : i + batch_size]
         width = max(map(len, batch))
@@ -48,6 +54,8 @@ def complete(
         made = model.generate(  # type: ignore[operator]
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, synced_gpus=synced
         )
-        out += tokenizer.batch_decode(made[:, 1 if apart else width :], skip_special_tokens=True)
+        made = made[:, 1 if apart else width :].cpu()
+        ended = torch.isin(made, torch.tensor(ends)).any(1).tolist()
+        out += map(Completion, tokenizer.batch_decode(made, skip_special_tokens=True), ended)
     model.train(training)
     return out

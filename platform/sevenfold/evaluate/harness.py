@@ -32,13 +32,9 @@ def harness(model_folder: str | Path, task_file: str | Path, limit: int | None =
     Raises:
         InputError: lm-eval is not installed, no such folder or file, or lm-eval could not read or do the task.
     """
-    if find_spec("lm_eval") is None:
-        raise InputError("the harness needs lm-eval, which is not installed: pip install 'sevenfold[harness]'")
-    model, task = Path(model_folder).resolve(), Path(task_file).resolve()
+    model, task = Path(model_folder).resolve(), require(task_file)
     if not (model / "config.json").is_file():
         raise InputError(f"{model}: expected a Hugging Face directory, found no config.json there")
-    if not task.is_file():
-        raise InputError(f"{task}: expected a task's YAML file of lm-eval, found none")
     with tempfile.TemporaryDirectory() as made:
         command = [
             sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--model_args", json.dumps({"pretrained": str(model)}),
@@ -51,6 +47,16 @@ def harness(model_folder: str | Path, task_file: str | Path, limit: int | None =
             raise InputError(f"{task}: lm-eval could not evaluate {model} on it: {_error(done.stderr)}")
         found = json.loads(next(Path(made).glob("out*.json")).read_text())
     return {"results": found["results"], "samples": found["n-samples"], "version": found["lm_eval_version"]}
+
+
+def require(task_file: str | Path) -> Path:
+    """The task's file, with its whole path. Raises InputError where there is none, or lm-eval is not installed."""
+    if find_spec("lm_eval") is None:
+        raise InputError("the harness needs lm-eval, which is not installed: pip install 'sevenfold[harness]'")
+    task = Path(task_file).resolve()
+    if not task.is_file():
+        raise InputError(f"{task}: expected a task's YAML file of lm-eval, found none")
+    return task
 
 
 def _error(trace: str) -> str:

@@ -206,9 +206,3 @@ def xz_bits_per_byte(texts: Sequence[str]) -> float:
     """Of `xz -9` on the texts end to end."""
     raw = "".join(texts).encode()
     return 8 * len(lzma.compress(raw, preset=9)) / len(raw)
-
-
-def lead(prompt: str) -> str:
-    """The summary that needs no model: the prompt's first sentence."""
-    line = prompt.strip().splitlines()[0] if prompt.strip() else ""
-    return line.split(". ")[0]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, Literal
+import json
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
@@ -62,6 +63,11 @@ class Stage(Section):
 LISTS = ("sources", "validation", "test")  # of documents
 
 
+def _label(given: Any) -> Any:
+    """As labels of a source are read: a number or a truth value by its JSON."""
+    return json.dumps(given) if isinstance(given, bool | int | float) else given
+
+
 class Data(Section):
     path: str | None = Field(None, description="Folder, file or URL that the paths of sources, validation and test are under")
     corpus: Literal["python"] | None = Field(None, description="Corpus to make first where it is not there yet")
@@ -69,7 +75,9 @@ class Data(Section):
     curriculum: list[Stage] = Field([], description="Changes of the sources' weights, in the order of their tokens")
     validation: list[Source] = Field([], description="Held-out documents, never trained on")
     test: list[Source] = Field([], description="What `evaluate` measures on; default: the documents of validation or held_out")
-    classes: list[str] = Field([], description="classify: the labels; default: those of the sources, sorted")
+    classes: list[Annotated[str, BeforeValidator(_label)]] = Field(
+        [], description="classify: the labels; default: those of the sources, sorted"
+    )
     held_out: float = Field(0, ge=0, le=0.5, description="Or: this part of the sources' documents, chosen by their hash")
     epochs: int | None = Field(None, gt=0, description="No document is read more often; the data then ends. Default: endless")
     sequence_length: int = Field(gt=1, description="Tokens a row, and the model's context in training")

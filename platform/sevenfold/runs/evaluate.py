@@ -12,7 +12,7 @@ import ray
 from sevenfold import storage
 from sevenfold.errors import InputError
 from sevenfold.evaluate.compare import paired_bootstrap
-from sevenfold.evaluate.harness import harness
+from sevenfold.evaluate.harness import harness, require
 from sevenfold.model.card import with_figures
 from sevenfold.recipe import Recipe
 from sevenfold.report import trials
@@ -22,34 +22,44 @@ from sevenfold.runs.measure import SAMPLE_CHARACTERS, SAMPLES, Actors, measure
 from sevenfold.storage import RunFolder
 
 
-def run(paths: Sequence[str], verbose: bool = False, workers: int | None = None, task: str | None = None) -> None:
+def run(
+    paths: Sequence[str], verbose: bool = False, workers: int | None = None, task: str | None = None, new: int | None = None
+) -> None:
     """Measures finished runs on all their held-out documents; writes `metrics.json` and `predictions.jsonl` of each and its
     figures into its model card. Runs that completed the same prompts are compared, by paired bootstrap, with the first of them.
 
     Args:
         task: file of a task of lm-eval (YAML) that the models are measured on as well.
+        new: most tokens of a completion; default: as the recipe's validation.
 
     Raises:
         InputError: no finished run at a path, or one without held-out documents; as harness.
     """
-    found = [_one(path, verbose, workers, task) for path in paths]
+    if task is not None:
+        require(task)
+    found = [_one(path, verbose, workers, task, new) for path in paths]
     alike: dict[tuple[str, ...], dict[str, list[str]]] = {}
-    tokenize = "13a"
+    tokenize, names = "13a", [folder.name for folder, _ in found]
     for folder, predictions in found:
         if predictions and "reference" in predictions[0]:
             references = tuple(p["reference"] for p in predictions)
-            alike.setdefault(references, {})[folder.name] = [p["completion"] for p in predictions]
+            label = folder.name if names.count(folder.name) == 1 else folder.root
+            alike.setdefault(references, {})[label] = [p["completion"] for p in predictions]
             tokenize = prepare.recipe_of(folder).validation.bleu_tokenize
     for references, systems in alike.items():
         if len(systems) > 1:
             _compare(list(references), systems, tokenize)
 
 
-def _one(path: str, verbose: bool, workers: int | None, task: str | None) -> tuple[RunFolder, list[dict[str, Any]]]:
+def _one(
+    path: str, verbose: bool, workers: int | None, task: str | None, new: int | None
+) -> tuple[RunFolder, list[dict[str, Any]]]:
     folder = RunFolder.of(path)
     if not folder.finished():
         raise InputError(f"{folder.root}: expected a finished run, found one under way: resubmit its job first")
     recipe = prepare.recipe_of(folder)
+    if new is not None:
+        recipe = recipe.override({"validation.max_new_tokens": new})
     train, held = prepare.reopen(folder, recipe, test=True)
     if held is None:
         raise InputError(
@@ -61,10 +71,11 @@ def _one(path: str, verbose: bool, workers: int | None, task: str | None) -> tup
     need: dict[str, float] = {"CPU": actors.number + 1, "GPU": actors.number * actors.gpus}  # a CPU is left to the reading
     cluster.require(need, f"evaluating {folder.name}", recipe.cluster.wait_seconds)
     measured, predictions = measure(folder, recipe, train, held, actors)
+    storage.write(folder.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+    storage.write(folder.metrics, json.dumps(measured, indent=1, ensure_ascii=False))
     if task is not None:
         measured["harness"] = harness(storage.local(folder.model), task)
-    storage.write(folder.metrics, json.dumps(measured, indent=1, ensure_ascii=False))
-    storage.write(folder.predictions, "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in predictions))
+        storage.write(folder.metrics, json.dumps(measured, indent=1, ensure_ascii=False))
     card = storage.join(folder.model, "README.md")
     if storage.exists(card):
         storage.write(card, with_figures(storage.read_text(card), measured))
@@ -95,6 +106,8 @@ def show(folder: RunFolder, measured: dict[str, Any], predictions: list[dict[str
     figures = {k: v for k, v in measured.items() if not isinstance(v, dict | str)}
     rows = [[name, value, *(other.get(name) for other in others.values())] for name, value in figures.items()]
     table(f"{folder.name}: held-out", ["measure", folder.name, *others], rows)
+    if cut := measured.get("cut_completions"):
+        say(f"{cut} of {measured['prompts']} completions were cut: allow more by --max-new-tokens")
     for name, one in measured.get("per_class", {}).items():
         say(f"{name}: F1 {one['f1']:.3f}, precision {one['precision']:.3f}, recall {one['recall']:.3f}, of {one['support']}")
     for name, figures in measured.get("harness", {}).get("results", {}).items():

@@ -4,6 +4,7 @@ held-out documents through workers that hold the model."""
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -22,6 +23,7 @@ from sevenfold.evaluate.embed import Embedder
 from sevenfold.evaluate.generate import complete
 from sevenfold.model import build
 from sevenfold.recipe import Recipe
+from sevenfold.report.console import say
 from sevenfold.runs.worker import first_pairs
 from sevenfold.storage import RunFolder
 
@@ -104,6 +106,8 @@ def _loss(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, actors
     """The objective's own loss on every held-out document, hidden as at each validation; of preferences, how often the answer
     that was chosen has gained on the other."""
     rows = held.epoch()
+    if recipe.objective == "dpo":  # the actors may have another working directory
+        recipe = recipe.override({"model.path": build.model_path(str(recipe.model.path))})
     scored = _scored(folder, recipe, rows, actors)
     targets = sum(int(r["targets"]) for r in scored)
     loss = sum(r["nats"] for r in scored) / max(1, targets)
@@ -123,22 +127,34 @@ def _completions(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream,
         {"folder": folder, "recipe": recipe, "settings": settings}, actors,
     )  # fmt: skip
     prompts, references = ([r[k] for r in made] for k in ("prompt", "reference"))
-    taught = first_pairs(train, MOST_TRAINED)
+    taught = first_pairs(train, MOST_TRAINED, shuffle=True)
     sources, targets = ([p[i] for p in taught] for i in (1, 2))
-    others = {
-        "copy of the prompt": prompts,
-        "its first sentence": [baselines.lead(p, 1) for p in prompts],
-        "its first three sentences": [baselines.lead(p, 3) for p in prompts],
-        "reply to the nearest training prompt": baselines.Nearest(sources, targets).predict(prompts),
+    others: dict[str, Callable[[], list[str]]] = {
+        "copy of the prompt": lambda: prompts,
+        "its first sentence": lambda: [baselines.lead(p, 1) for p in prompts],
+        "its first three sentences": lambda: [baselines.lead(p, 3) for p in prompts],
+        "reply to the nearest training prompt": lambda: baselines.Nearest(sources, targets).predict(prompts),
     }
     if recipe.objective == "seq2seq":
-        others["dictionary, word for word (IBM 1)"] = baselines.Dictionary(sources, targets).predict(prompts)
+        others["dictionary, word for word (IBM 1)"] = lambda: baselines.Dictionary(sources, targets).predict(prompts)
     tokenize = recipe.validation.bleu_tokenize
     measured = {
         **texts_measured([r["completion"] for r in made], references, tokenize), "prompts": len(made),
-        "baselines": {k: texts_measured(v, references, tokenize) for k, v in others.items()},
+        "cut_completions": sum(not r["ended"] for r in made),
+        "baselines": _beside(others, lambda made: texts_measured(made, references, tokenize)),
     }  # fmt: skip
     return measured, [{k: r[k] for k in ("prompt", "reference", "completion")} for r in made]
+
+
+def _beside(others: dict[str, Callable[[], Any]], figures: Callable[[Any], dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The figures of each baseline; one that the data is not fit for, such as texts without a word, is left out."""
+    out = {}
+    for name, predicted in others.items():
+        try:
+            out[name] = figures(predicted())
+        except ValueError as e:
+            say(f"{name}: left out: {e}")
+    return out
 
 
 def texts_measured(predictions: list[str], references: list[str], tokenize: str) -> dict[str, Any]:
@@ -156,41 +172,49 @@ def _classes(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, act
     made = _mapped(pa.table({"text": texts, "label": true}), _Classifier, {"folder": folder, "recipe": recipe}, actors)
     taken = [names[r["class"]] for r in made]
     learnt, taught = _columns(train, MOST_TRAINED)
-    others = {
-        "the commonest class": baselines.majority(taught, len(texts)),
-        "TF-IDF and logistic regression": baselines.TfidfLogistic(learnt, taught).predict(texts),
+    others: dict[str, Callable[[], list[str]]] = {
+        "the commonest class": lambda: baselines.majority(taught, len(texts)),
+        "TF-IDF and logistic regression": lambda: baselines.TfidfLogistic(learnt, taught).predict(texts),
     }
     measured = {
         **metrics.classification(taken, true, names), "texts": len(texts),
-        "baselines": {k: metrics.classification(v, true, names) for k, v in others.items()},
+        "baselines": _beside(others, lambda made: metrics.classification(made, true, names)),
     }  # fmt: skip
     return measured, [{"text": t, "label": a, "predicted": b} for t, a, b in zip(texts, true, taken, strict=True)]
 
 
 def _search(folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, actors: Actors) -> Measured:
-    """Each held-out query among all documents, those of training too; documents with the same text are one."""
-    queries, wanted = _columns(held)
-    corpus = list(dict.fromkeys([*wanted, *_columns(train)[1]]))
+    """Each held-out query among all documents, those of training too; queries with the same text are one, which has several
+    right documents, and so are documents."""
+    rows = list(zip(*_columns(held), strict=True))
+    wanted: dict[str, list[str]] = {query: [] for query, _ in rows}
+    for query, document in rows:
+        wanted[query].append(document)
+    queries = list(wanted)
+    corpus = list(dict.fromkeys([*(document for _, document in rows), *_columns(train)[1]]))
     number = {text: str(i) for i, text in enumerate(corpus)}
-    relevant = [{number[w]} for w in wanted]
+    relevant = [{number[w] for w in right} for right in wanted.values()]
     texts = pa.table({"text": [*queries, *corpus]})
     made = _mapped(texts, _Embedding, {"folder": folder, "length": recipe.data.sequence_length}, actors)
     vectors = np.stack([r["vector"] for r in made])
     scores = vectors[: len(queries)] @ vectors[len(queries) :].T
     best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP]
     ranked = [[str(i) for i in row] for row in best]
-    lexical = baselines.BM25(list(number.values()), corpus).search(queries, TOP)
     measured = {
         **metrics.retrieval(ranked, relevant, TOP), "queries": len(queries), "corpus": len(corpus),
-        "baselines": {"BM25": metrics.retrieval(lexical, relevant, TOP)},
+        "baselines": _beside(
+            {"BM25": lambda: baselines.BM25(list(number.values()), corpus).search(queries, TOP)},
+            lambda found: metrics.retrieval(found, relevant, TOP),
+        ),
     }  # fmt: skip
     found = [corpus[int(row[0])] for row in ranked]
-    return measured, [{"query": q, "document": w, "first": f} for q, w, f in zip(queries, wanted, found, strict=True)]
+    return measured, [{"query": q, "document": w[0], "first": f} for (q, w), f in zip(wanted.items(), found, strict=True)]
 
 
 def _columns(stream: Stream, limit: int | None = None) -> tuple[list[str], list[str]]:
-    """The two fields of the first documents."""
-    rows = ((a, b) for first, second in stream.documents() for a, b in zip(first, second, strict=True))
+    """The two fields of all documents, or of so many from all over."""
+    documents = stream.documents(shuffle=limit is not None)
+    rows = ((a, b) for first, second in documents for a, b in zip(first, second, strict=True))
     pairs = list(itertools.islice(rows, limit))
     return [a for a, _ in pairs], [b for _, b in pairs]
 
@@ -201,16 +225,17 @@ def _scored(folder: RunFolder, recipe: Recipe, rows: Rows, actors: Actors) -> li
     columns: dict[str, Any] = {"tokens": list(rows.tokens), "starts": starts, "used": rows.used}
     if rows.targets is not None:
         columns["targets"] = list(rows.targets)
-    return _mapped(pa.table(columns), _Scorer, {"folder": folder, "recipe": recipe}, actors)
+    batch = min(BATCH, recipe.train.micro_batch)  # which the memory was enough for
+    return _mapped(pa.table(columns), _Scorer, {"folder": folder, "recipe": recipe}, actors, batch)
 
 
-def _mapped(rows: pa.Table, model: type, arguments: dict[str, Any], actors: Actors) -> list[dict[str, Any]]:
-    """Streams rows through actors that hold the model, in order."""
+def _mapped(rows: pa.Table, model: type, arguments: dict[str, Any], actors: Actors, batch: int = BATCH) -> list[dict[str, Any]]:
+    """Streams rows through actors that hold the model, in order, so many at once."""
     data = ray.data.from_arrow(rows).repartition(max(1, min(len(rows), 4 * actors.number)))
     data.context.enable_progress_bars = False
     data.context.execution_options.preserve_order = True
     mapped = data.map_batches(
-        model, fn_constructor_kwargs=arguments, batch_size=BATCH, batch_format="numpy", num_cpus=1,
+        model, fn_constructor_kwargs=arguments, batch_size=batch, batch_format="numpy", num_cpus=1,
         num_gpus=actors.gpus, compute=ray.data.ActorPoolStrategy(size=actors.number),
     )  # fmt: skip
     return list(mapped.take_all())
@@ -221,13 +246,13 @@ class _Scorer:
 
     def __init__(self, folder: RunFolder, recipe: Recipe):
         torch.set_num_threads(1)
-        self.model = _load(folder, recipe)
+        self.model = _load(folder.model, recipe)
         self.objective = tuning.of(recipe, load_tokenizer(folder.tokenizer), self.model.config)
         if isinstance(self.objective, tuning.Preference):
-            began = build.CLASSES["dpo"][0].from_pretrained(storage.local(build.model_path(str(recipe.model.path))))
-            objectives.attach(began.eval().to(self.model.device), objectives.Causal(self.objective.words, 0, 0.5, 1))
+            began = _load(str(recipe.model.path), recipe)
+            objectives.attach(began, objectives.Causal(self.objective.words, 0, 0.5, 1), recipe.train.loss_chunk)
             self.objective.reference = began
-        self.losses = objectives.attach(self.model, self.objective)
+        self.losses = objectives.attach(self.model, self.objective, recipe.train.loss_chunk)
 
     @torch.no_grad()
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -245,7 +270,7 @@ class _Completer:
 
     def __init__(self, folder: RunFolder, recipe: Recipe, settings: dict[str, Any]):
         torch.set_num_threads(1)
-        self.model, self.tokenizer = _load(folder, recipe), load_tokenizer(folder.tokenizer)
+        self.model, self.tokenizer = _load(folder.model, recipe), load_tokenizer(folder.tokenizer)
         self.encoder = ENCODERS[recipe.objective](self.tokenizer, recipe.data.sequence_length)
         self.settings = settings
         apart = isinstance(self.encoder, PairEncoder)
@@ -253,7 +278,8 @@ class _Completer:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         made = complete(self.model, self.tokenizer, [self._prompt(text) for text in batch["given"]], **self.settings)
-        return {**batch, "completion": np.array(made, dtype=object)}
+        texts = np.array([m.text for m in made], dtype=object)
+        return {**batch, "completion": texts, "ended": np.array([m.ended for m in made])}
 
     def _prompt(self, text: str) -> list[int]:
         if isinstance(self.encoder, ConversationEncoder | PairEncoder):
@@ -266,7 +292,7 @@ class _Classifier:
 
     def __init__(self, folder: RunFolder, recipe: Recipe):
         torch.set_num_threads(1)
-        self.model = _load(folder, recipe)
+        self.model = _load(folder.model, recipe)
         self.pad = self.model.config.pad_token_id or 0
         self.encoder = ClassEncoder(load_tokenizer(folder.tokenizer), recipe.data.sequence_length)
 
@@ -290,9 +316,9 @@ class _Embedding:
         return {"vector": self.embed(list(batch["text"]))}
 
 
-def _load(folder: RunFolder, recipe: Recipe) -> Any:
+def _load(path: str, recipe: Recipe) -> Any:
     """On the GPU that the actor was given, if any: Ray hides the others."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made, _ = build.CLASSES[recipe.objective]
-    code = recipe.model.trust_remote_code
-    return made.from_pretrained(storage.local(folder.model), trust_remote_code=code, dtype=torch.float32).eval().to(device)
+    kwargs: dict[str, Any] = {"trust_remote_code": recipe.model.trust_remote_code, "local_files_only": True}
+    return made.from_pretrained(storage.local(path), dtype=torch.float32, **kwargs).eval().to(device)

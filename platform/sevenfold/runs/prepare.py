@@ -392,7 +392,7 @@ def _survey(recipe: Recipe, found: Inputs, tokenizer: str, backend: str) -> dict
         left_out = f", {count['left_out']:,} bad rows left out" if count["left_out"] else ""
         say(
             f"{what} data: {count['examples']:,} examples of {count['tokens'] / count['examples']:.0f} tokens, {masked:.1%} of "
-            f"them masked; {count['cut']:,} examples lose targets, longer than data.sequence_length{left_out}"
+            f"them masked; {count['cut']:,} examples are cut, longer than data.sequence_length{left_out}"
         )
         out[what] = count
     return out

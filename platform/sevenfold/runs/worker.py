@@ -327,7 +327,7 @@ class Worker:
             synced=self.world > 1,
         )  # fmt: skip
         parts: list[list[str]] = [[]] * self.world
-        torch.distributed.all_gather_object(parts, made)
+        torch.distributed.all_gather_object(parts, [m.text for m in made])
         predictions = [parts[i % self.world][i // self.world] for i in range(len(pairs))]
         if self.run_log:
             shown = "\n\n".join(f"**{r}**  \n{p}" for p, (_, _, r) in list(zip(predictions, pairs, strict=True))[:5])
@@ -372,9 +372,9 @@ class Worker:
         return {**mark.metrics, "best_step": mark.step, "checkpoint": committed[mark.step]} if mark else {}
 
 
-def first_pairs(stream: Stream, limit: int | None = None) -> list[tuple[str, str, str]]:
-    """Of the first held-out documents, all without a limit: as ConversationEncoder.asked."""
+def first_pairs(stream: Stream, limit: int | None = None, shuffle: bool = False) -> list[tuple[str, str, str]]:
+    """Of the first documents, all without a limit: as ConversationEncoder.asked. shuffle: as Stream.documents."""
     encoder = stream.encoder
     assert isinstance(encoder, ConversationEncoder | PairEncoder)
-    pairs = (pair for columns in stream.documents() for pair in encoder.asked(columns))
+    pairs = (pair for columns in stream.documents(shuffle) for pair in encoder.asked(columns))
     return list(itertools.islice(pairs, limit))
