@@ -11,3 +11,7 @@ class RunError(Exception):
     """The input was fine and the run failed all the same: says why and what to do."""
 
     exit_code = 1
+
+
+class DivergedError(RunError):
+    """The training itself went wrong: the same start would end the same way."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sevenfold.errors import RunError
+from sevenfold.errors import DivergedError, RunError
 from sevenfold.recipe import Validation as Settings
 
 
@@ -79,7 +79,7 @@ class Best:
             return True
         self.stale += 1
         if self.over and self.mark is None:
-            raise RunError(f"{name} was not finite in {self.stale} validations in a row, up to step {step}")
+            raise DivergedError(f"{name} was not finite in {self.stale} validations in a row, up to step {step}")
         return False
 
     def settle(self, committed: Container[int]) -> None:

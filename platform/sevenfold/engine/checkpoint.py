@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -218,11 +218,16 @@ def _of_tree(tree: dict[str, Any]) -> str:
 
 
 def load(checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Reads a verified checkpoint into a model of any number of ranks."""
+    """Reads a verified checkpoint into a model of any number of ranks. The optimizers' settings stay what they are: the
+    recipe's."""
+    kept = [[{k: v for k, v in group.items() if k != "params"} for group in o.param_groups] for o in optimizers]
     options = _options()
     weights, optim = get_state_dict(model, optimizers, options=options)
     dcp.load({"model": weights, "optimizer": optim}, storage_reader=_reader(checkpoint.path))
     set_state_dict(model, optimizers, model_state_dict=weights, optim_state_dict=optim, options=options)
+    for optimizer, groups in zip(optimizers, kept, strict=True):
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update(settings)
 
 
 class Weights:
@@ -273,6 +278,16 @@ def verified(path: str, rank: int = 0, world: int = 1) -> Checkpoint:
     found = read(path)
     verify(found, sorted(found.files)[rank::world])
     return found
+
+
+def adopt(path: str, folder: str) -> Checkpoint:
+    """A committed copy of a checkpoint, for another run's folder to go on from. Raises DamagedError as read."""
+    found = read(path)
+    made = replace(found, path=storage.join(folder, _fresh(folder, found.step)))
+    for name in found.files:
+        storage.copy(storage.join(path, name), storage.join(made.path, name))
+    _commit(made)
+    return made
 
 
 def read(path: str) -> Checkpoint:

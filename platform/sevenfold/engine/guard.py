@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sevenfold.errors import RunError
+from sevenfold.errors import DivergedError
 from sevenfold.recipe import Guard as Settings
 
 MEMORY = 100  # steps over which the mean of the gradient norms fades
@@ -49,7 +49,7 @@ class Guard:
         if self.in_a_row < self.settings.max_skipped:
             return False
         if self.rollbacks >= self.settings.max_rollbacks:
-            raise RunError(
+            raise DivergedError(
                 f"loss or gradient was not finite, or jumped, in {self.in_a_row} steps in a row, up to step {step}, after "
                 f"{self.rollbacks} returns to a checkpoint (guard.max_rollbacks): the last checkpoint is good; lower "
                 "optimizer.learning_rate or lengthen schedule.warmup_steps"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,16 +101,19 @@ class Trainer:
         return bool(total)
 
 
-def fit(trainer: Trainer, hooks: Hooks, start: int = 0) -> int:
+def fit(trainer: Trainer, hooks: Hooks, start: int = 0, unreported: Mapping[str, float] | None = None) -> int:
     """Runs steps start .. recipe.steps - 1, or fewer where the rows of all ranks end before (rows of padding alone) or
     validations get no better any more. Returns the steps done in all.
+
+    Args:
+        unreported: what was logged of step `start`, where its report may not have arrived: it is validated and reported again.
 
     Raises:
         RunError: as Guard.judge, Best.judge and Hooks.go_back.
     """
     recipe, steps, step, best = trainer.recipe, trainer.recipe.steps, start, trainer.best
-    if step >= steps or best.over or best.missed(step):  # ended between a save and its report
-        _validate(step, trainer, hooks)
+    if step >= steps or best.over or best.missed(step) or unreported is not None:  # ended between a save and its report
+        _validate(step, trainer, hooks, loss=(unreported or {}).get("train/loss"))
     trainer.model.train()
     while step < steps and not best.over:
         done = trainer.step(step, hooks.noticed())

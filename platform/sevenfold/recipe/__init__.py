@@ -4,6 +4,7 @@ A recipe is YAML, changed on the command line by `key.path=value`; an unknown ke
 """
 
 from sevenfold.recipe.data import Data, Filter, Source, Stage, Tokenizer
+from sevenfold.recipe.search import Search, Space
 from sevenfold.recipe.training import (
     Adapter,
     Checkpoint,
@@ -16,8 +17,6 @@ from sevenfold.recipe.training import (
     Parallel,
     Preference,
     Schedule,
-    Search,
-    Space,
     Train,
     Validation,
 )

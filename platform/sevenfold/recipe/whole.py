@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sevenfold.errors import InputError
 from sevenfold.recipe.data import Data, Section, Tokenizer
+from sevenfold.recipe.search import Search
 from sevenfold.recipe.training import (
     Adapter,
     Checkpoint,
@@ -26,7 +27,6 @@ from sevenfold.recipe.training import (
     Parallel,
     Preference,
     Schedule,
-    Search,
     Train,
     Validation,
 )

@@ -59,6 +59,7 @@ class Job:
     queue: Any = None  # ray.util.queue.Queue of (step, metrics) and sentences, for whoever watches
     awaits_saves: bool = False  # whether what is reported is exported later: a report then waits for its checkpoint
     verbose: bool = False
+    descent: str = ""  # identity of the run whose checkpoint this one goes on from, under other settings
 
 
 def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, verbose: bool) -> Job | None:

@@ -33,15 +33,15 @@ from sevenfold.engine import cpu, loop, objectives, optim, tuning
 from sevenfold.engine.batch import Batch, micro_batches
 from sevenfold.engine.best import Best, UnknownMetricError
 from sevenfold.engine.guard import Guard
-from sevenfold.engine.interval import Interval
+from sevenfold.engine.interval import Interval, due
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import Causal
 from sevenfold.engine.step import evaluate
-from sevenfold.errors import RunError
+from sevenfold.errors import DivergedError, RunError
 from sevenfold.evaluate.generate import complete
 from sevenfold.evaluate.metrics import bits_per_byte, bleu, classification, rouge
 from sevenfold.model import build, parallel
-from sevenfold.report.metrics import RunLog
+from sevenfold.report.metrics import RunLog, logged
 from sevenfold.runs import cluster
 from sevenfold.runs.prepare import Job
 from sevenfold.storage import RunFolder
@@ -82,7 +82,7 @@ class Worker:
         self.reader = self._read(start, self.before)  # Ray Data begins while the model is built
         try:
             self._train(start, last)
-        except (ckpt.TakenOverError, UnknownMetricError) as e:
+        except (ckpt.TakenOverError, UnknownMetricError, DivergedError) as e:
             self.reported, self.run_log = {"ended": str(e)}, None  # not raised: Ray would start it anew
         finally:
             self.reader.close()
@@ -112,7 +112,8 @@ class Worker:
             self._log, self._validate, self._save, self._noticed, self._settle, self._report, self._say, self._go_back
         )
         try:
-            at = loop.fit(trainer, hooks, start)
+            again = self.job.awaits_saves and start > 0 and due(start, recipe.validation.every)
+            at = loop.fit(trainer, hooks, start, logged(self.folder.log, start) if again else None)
             saved = self.saver.wait()
             if not self.best.over and (saved is None or saved.step < at):
                 raise RunError(
@@ -179,7 +180,7 @@ class Worker:
 
     def _stand(self, last: ckpt.Checkpoint | None) -> tuple[int, ReaderState]:
         """The step and the data's state to go on from; what was written after that is forgotten."""
-        if last is not None and last.extra["recipe"] != self.job.identity:
+        if last is not None and last.extra["recipe"] not in (self.job.identity, self.job.descent):
             raise RunError(f"{last.path}: a checkpoint of another recipe than this run's: move it elsewhere")
         self.draws = []
         if self.rank == 0:
@@ -202,7 +203,7 @@ class Worker:
         self.guard.rollbacks += 1
         found = self._last()
         if found is None:
-            raise RunError(
+            raise DivergedError(
                 f"loss or gradient was not finite, or jumped, in {steps} steps in a row, up to step {step}, and there is no "
                 "checkpoint to go back to: lower optimizer.learning_rate or lengthen schedule.warmup_steps"
             )
