@@ -84,7 +84,7 @@ def write(folder: RunFolder, trials: Sequence[Mapping[str, Any]]) -> None:
         cells = [t["config"].get(k) for k in points] + [t["step"]] + [t["metrics"].get(k) for k in keys]
         writer.writerow([t["trial"], status(t, most), *cells, t["error"]])
     storage.write(storage.join(folder.root, "trials.csv"), text.getvalue())
-    for t in trials:
+    for t in trials if not storage.is_url(folder.root) else ():
         figures = {k: v for k, v in t["metrics"].items() if isinstance(v, float)}
         board = storage.join(folder.root, "trials", t["trial"], "tensorboard")
         with SummaryWriter(board) as events:

@@ -173,12 +173,13 @@ def ranked(trials: Sequence[Trial], search: Search) -> list[dict[str, Any]]:
     for each in trials:
         last = each.last_result or {}
         metrics = {k: v for k, v in last.items() if "/" in k and not k.startswith("config/")}
+        metrics = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in metrics.items()}  # no JSON else
         metrics |= {"checkpoint": last.get("checkpoint"), "step": last.get("step")}
         score = metrics.get(search.metric)
         out.append(
             {
                 "trial": each.trial_id, "config": dict(each.config), "step": last.get("step"),
-                "score": score if score is not None and math.isfinite(score) else None, "metrics": metrics,
+                "score": score, "metrics": metrics,
                 "error": report.reason(each.get_error()) if each.status == Trial.ERROR else None,
             }
         )  # fmt: skip
