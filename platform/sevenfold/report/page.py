@@ -101,7 +101,7 @@ def _parallel(trials: Sequence[Mapping[str, Any]], search: Search) -> str:
         axes.plot(range(len(columns)), [h[i] for h in heights], color=colors[i], alpha=0.8)
     for x, column in enumerate(columns):
         axes.axvline(x, color="#999", linewidth=0.5)
-        there = [v for v in column if v is not None]
+        there = list(dict.fromkeys(v for v in column if v is not None))
         low, high = (min(there), max(there)) if all(isinstance(v, int | float) for v in there) else (there[0], there[-1])
         axes.text(x, -0.07, _text(low), ha="center", fontsize=8)
         axes.text(x, 1.04, _text(high), ha="center", fontsize=8)
@@ -115,7 +115,7 @@ def _parallel(trials: Sequence[Mapping[str, Any]], search: Search) -> str:
 def _heights(column: Sequence[Any], log: bool) -> list[float]:
     """0 to 1; nan where there is no value."""
     numbers = all(isinstance(v, int | float) for v in column if v is not None)
-    names = list(dict.fromkeys(str(v) for v in column))
+    names = list(dict.fromkeys(str(v) for v in column if v is not None))
     at = [
         math.nan if v is None else (math.log(v) if log else float(v)) if numbers else float(names.index(str(v))) for v in column
     ]
