@@ -59,7 +59,8 @@ def run(config: dict[str, Any], job: Job, address: str) -> None:
         descent=storage.read_json(_descent(folder))["recipe"] if storage.exists(_descent(folder)) else "",
     )  # fmt: skip
     step = told["step"] if told else 0
-    for metrics in _reports(mine, folder, step):
+    search = job.recipe.search
+    for metrics in _reports(mine, folder, step, search.metric if search else "train/loss"):
         with tempfile.TemporaryDirectory() as aside:
             pointer = {"trial": own, "folder": folder.root, "step": metrics["step"], "checkpoint": metrics["checkpoint"]}
             with open(os.path.join(aside, POINTER), "w", encoding="utf-8") as f:
@@ -106,7 +107,7 @@ def _descended(trials: str, own: str, told: dict[str, Any]) -> RunFolder:
     return folder
 
 
-def _reports(job: Job, folder: RunFolder, step: int) -> Iterator[dict[str, Any]]:
+def _reports(job: Job, folder: RunFolder, step: int, metric: str) -> Iterator[dict[str, Any]]:
     """What the run comes to after `step`: first what Tune was not told when it was stopped; then as it trains.
 
     What is yielded is on disk before.
@@ -116,7 +117,7 @@ def _reports(job: Job, folder: RunFolder, step: int) -> Iterator[dict[str, Any]]
     yield from (m for m in known if m["step"] > step)
     step = max([step, *(m["step"] for m in known)])
     for metrics in _trained(job) if step < job.recipe.steps else ():
-        if metrics["step"] <= step:  # told before it was stopped
+        if metrics["step"] <= step or metric not in metrics:  # told before it was stopped; a loss that was not logged then
             continue
         step = metrics["step"]
         number = math.ceil(step / job.recipe.validation.every) if job.recipe.validation.every else 1
