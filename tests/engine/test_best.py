@@ -19,7 +19,7 @@ from sevenfold.engine.guard import Guard
 from sevenfold.engine.interval import Interval
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import Causal, Words
-from sevenfold.engine.step import evaluate
+from sevenfold.engine.step import Notice, evaluate
 from sevenfold.errors import InputError, RunError
 from sevenfold.recipe import Recipe, Validation
 
@@ -137,7 +137,7 @@ def fitted(
         seen(step, "save")
 
     hooks = loop.Hooks(
-        lambda *_: None, validate, save, lambda: next(steps) == notice_at, saver.wait,
+        lambda *_: None, validate, save, lambda: Notice(next(steps) == notice_at), saver.wait,
         lambda step, _: seen(step, "report"), told.append, lambda *_: 0,
     )  # fmt: skip
     trainer = loop.Trainer(

@@ -12,7 +12,7 @@ from sevenfold.data.rows import Rows, labels
 from sevenfold.engine import optim
 from sevenfold.engine.batch import IGNORE, Batch, micro_batches, to_batch
 from sevenfold.engine.objectives import Causal, Words, attach
-from sevenfold.engine.step import evaluate, train_step
+from sevenfold.engine.step import Notice, evaluate, train_step
 from sevenfold.errors import RunError
 from sevenfold.model import build, parallel
 from sevenfold.recipe import Recipe
@@ -98,16 +98,19 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(tree: dict[str, Any], t
     assert run_ranks(2, tmp_path / "store", not_finite, tree) == [True, True]
 
 
-def noticed(tree: dict[str, Any]) -> list[bool]:
+def noticed(tree: dict[str, Any]) -> list[Notice]:
     recipe = Recipe.model_validate(tree)
     model = sharded(recipe)
     optimizer = optim.build(model, recipe.optimizer)
     batches, second = micro_batches(rows_of(0), ROWS, 1, to_batch, torch.device("cpu")), torch.distributed.get_rank() == 1
-    return [train_step(model, batches, optimizer, 1e-2, 1.0, notice=second and step == 1).noticed for step in range(3)]
+    return [
+        train_step(model, batches, optimizer, 1e-2, 1.0, notice=Notice.END if second and step == 1 else Notice.NONE).noticed
+        for step in range(3)
+    ]
 
 
 def test_a_notice_to_one_rank_is_every_ranks(tree: dict[str, Any], tmp_path: Path) -> None:
-    assert run_ranks(2, tmp_path / "store", noticed, tree) == [[False, True, False]] * 2
+    assert run_ranks(2, tmp_path / "store", noticed, tree) == [[Notice.NONE, Notice.END, Notice.NONE]] * 2
 
 
 def no_target(tree: dict[str, Any]) -> str:

@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import yaml
 from conftest import RECIPE, run_job, start_job
 
 from sevenfold.engine import checkpoint as ckpt
 from sevenfold.recipe import loads
+from sevenfold.runs.nodes import LocalNodes
 
 SPACE = {
     "optimizer.name": {"choice": ["adamw", "muon"]},
@@ -76,6 +78,37 @@ def test_killed_and_resubmitted_it_ends_as_if_nothing_had_been(home: Path) -> No
 
 
 @pytest.mark.slow
+def test_a_lost_node_takes_no_trial_with_it(home: Path) -> None:
+    nodes = LocalNodes(1, dashboard=True)
+    try:
+        nodes.ready(2)
+        changes = [f"{k}={v}" for k, v in nodes.worker.items()]
+        changes += ["search.max_concurrent=2", "search.scheduler=none", "train.steps=100", "validation.every=10"]
+        words = ["r.yaml", *changes]
+        run_job("sweep", *words, "name=whole", home=home)
+        process = start_job("sweep", *words, "name=lost", home=home)
+        deadline = time.monotonic() + 200
+        young: list[str] = []
+        while not young and time.monotonic() < deadline and process.poll() is None:
+            young = [n for n, rows in reports(home, "lost").items() if rows[-1]["step"] < 50]
+            time.sleep(0.2)
+        trial = young[0]
+        where = json.loads((home / f"runs/lost-sweep/trials/{trial}/workers.json").read_text())[0]["node"]
+        nodes.end(where)
+        while where in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
+            time.sleep(0.2)
+        nodes.ready(2)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "none left a placement group or a process" in out
+        assert ranking(home, "lost") == ranking(home, "whole")
+        assert {t["step"] for t in told(home, "lost")} == {100}
+        assert json.loads((home / f"runs/lost-sweep/trials/{trial}/workers.json").read_text())[0]["node"] != where
+    finally:
+        nodes.close()
+
+
+@pytest.mark.slow
 def test_pbt_goes_on_from_the_donors_weights(home: Path) -> None:
     rates = {"optimizer.learning_rate": {"choice": [1e-5, 1e-4, 1e-3, 1e-2]}, "optimizer.weight_decay": {"uniform": [0, 0.5]}}
     search = {"scheduler": "pbt", "trials": 3, "max_concurrent": 3, "quantile": 0.34, "space": rates}
@@ -132,6 +165,10 @@ def test_a_trial_that_fails_is_marked_and_the_sweep_goes_on(home: Path) -> None:
     best = loads((root / "best.yaml").read_text(), "")
     assert best.optimizer.learning_rate == 1e-2 and best.search is None
     assert list(root.glob(f"trials/{good['trial']}/tensorboard/events*"))
+    # on the seat that the failed one left: nothing of that shows
+    run_job("pretrain", str(root / "best.yaml"), "name=alone", home=home)
+    alone = json.loads((home / "runs/alone/summary.json").read_text())
+    assert alone["metrics"]["validation/loss"] == good["score"]
 
 
 @pytest.mark.slow

@@ -141,6 +141,7 @@ class Saver:
         """Leaves what is under way to its end."""
         self._thread.shutdown(wait=True)
         self._stager.close()
+        dist.destroy_process_group(self._group)
 
     def _persist(self, *save: Any) -> Checkpoint:
         for wait in RETRIES:

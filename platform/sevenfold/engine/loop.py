@@ -20,8 +20,13 @@ from sevenfold.engine.interval import Interval, due
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import Causal
 from sevenfold.engine.optim import learning_rate, sparsity
-from sevenfold.engine.step import NoTargets, Step, train_step
+from sevenfold.engine.step import NoTargets, Notice, Step, train_step
+from sevenfold.errors import RunError
 from sevenfold.recipe import Recipe
+
+
+class LeftError(RunError):
+    """The run was asked to end before its last step."""
 
 
 @dataclass
@@ -29,7 +34,7 @@ class Hooks:
     """What happens around the steps; every rank calls each at the same steps. Metrics are those of all ranks.
 
     Attributes:
-        noticed: whether a checkpoint is to be written at once, since a machine will be taken away.
+        noticed: what rank 0 has been told meanwhile.
         settle: returns when the checkpoint under way is written.
         tell: a sentence for whoever watches.
         go_back: after this step, the last of so many that were left out; loads the last checkpoint, passes over their data
@@ -39,7 +44,7 @@ class Hooks:
     log: Callable[[int, dict[str, float]], None]
     validate: Callable[[int], dict[str, float]]
     save: Callable[[int], None]
-    noticed: Callable[[], bool]
+    noticed: Callable[[], Notice]
     settle: Callable[[], Any]
     report: Callable[[int, dict[str, float]], None]
     tell: Callable[[str], None]
@@ -68,7 +73,7 @@ class Trainer:
     interval: Interval
     best: Best
 
-    def step(self, step: int, notice: bool = False) -> Step | None:
+    def step(self, step: int, notice: Notice = Notice.NONE) -> Step | None:
         """Step `step` (from 0). None where the rows of all ranks have ended. Raises NoTargets. notice: as train_step."""
         recipe = self.recipe
         begin = time.perf_counter()
@@ -109,6 +114,7 @@ def fit(trainer: Trainer, hooks: Hooks, start: int = 0, unreported: Mapping[str,
         unreported: what was logged of step `start`, where its report may not have arrived: it is validated and reported again.
 
     Raises:
+        LeftError: as Hooks.noticed had it.
         RunError: as Guard.judge, Best.judge and Hooks.go_back.
     """
     recipe, steps, step, best = trainer.recipe, trainer.recipe.steps, start, trainer.best
@@ -135,10 +141,15 @@ def fit(trainer: Trainer, hooks: Hooks, start: int = 0, unreported: Mapping[str,
                 scalars["sparsity"] = sparsity(trainer.optimizers)
             hooks.log(at, {f"train/{k}": v for k, v in (scalars | trainer.meter.read()).items()})
         save = last or trainer.interval.due(at)
+        if done.noticed is Notice.LEAVE:
+            raise LeftError(f"left at step {at}")
         if done.noticed:
-            hooks.tell(f"a machine of this run will be taken away: saving step {at} at once")
+            why = "this run is to end" if done.noticed is Notice.END else "a machine of this run will be taken away"
+            hooks.tell(f"{why}: saving step {at} at once")
             hooks.save(at)
             hooks.settle()
+            if done.noticed is Notice.END:
+                raise LeftError(f"stopped after step {at}, which is saved; the same command goes on from there")
             save = False
         if last or due(at, recipe.validation.every):
             _validate(at, trainer, hooks, save, done.loss if math.isfinite(done.loss) else float("inf"))

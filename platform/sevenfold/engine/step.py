@@ -6,6 +6,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -20,23 +21,32 @@ class NoTargets(RunError):
     """A step without a single target token, on any rank."""
 
 
+class Notice(IntEnum):
+    """What rank 0 has been told from outside, and every rank heeds after the step."""
+
+    NONE = 0
+    SAVE = 1  # a machine will be taken away: save at once, and go on
+    END = 2  # save at once, and end
+    LEAVE = 3  # end; nobody goes on from this step
+
+
 @dataclass
 class Step:
     """Of all ranks together: loss in nats a target token, number of target tokens, norm of the gradient before
-    clipping; `applied` is False where loss or gradient were not finite and no weight was changed. `noticed`: whether any
-    rank was given notice."""
+    clipping; `applied` is False where loss or gradient were not finite and no weight was changed. `noticed`: the notice
+    that a rank was given."""
 
     loss: float
     targets: int
     grad_norm: float
     applied: bool
-    noticed: bool
+    noticed: Notice
 
 
 def train_step(
     model: Any, batches: Sequence[Batch], optimizers: Sequence[torch.optim.Optimizer], learning_rate: float,
     max_grad_norm: float, tensor: int = 1, most_norm: float = float("inf"),
-    notice: bool = False,
+    notice: Notice = Notice.NONE,
 ) -> Step:  # fmt: skip
     """The loss is the mean over the target tokens of all micro-batches of all ranks: how they are dealt out does
     not show in it. Raises NoTargets where there is no target token at all.
@@ -45,7 +55,7 @@ def train_step(
         model: with the method token_losses (objectives.attach), sharded over all ranks.
         tensor: so many neighbouring ranks hold the same rows.
         most_norm: a gradient above it counts as one that is not finite.
-        notice: whether this rank has been told that its machine will be taken away; it travels with the count.
+        notice: of one rank, the others' being NONE; it travels with the count.
     """
     world = dist.get_world_size() // tensor
     device = batches[0].labels.device
@@ -75,7 +85,7 @@ def train_step(
                 group["lr"] = learning_rate
             optimizer.step()
         optimizer.zero_grad()
-    return Step(summed / targets, int(targets), length, applied, noticed > 0)
+    return Step(summed / targets, int(targets), length, applied, Notice(int(noticed)))
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:

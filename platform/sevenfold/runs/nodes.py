@@ -111,8 +111,10 @@ class LocalNodes(Nodes):
     """Nodes of a cluster on this machine, which is started here and connected to. The head holds no worker; each other node one
     of a recipe that was changed by `worker`, and its data tasks."""
 
-    def __init__(self, cpus_per_worker: float):
+    def __init__(self, cpus_per_worker: float, dashboard: bool = False):
+        """dashboard: as of cluster.connect."""
         self._cpus = max(1, int(cpus_per_worker)) + 1  # whole, as Ray wants them
+        self._dashboard = dashboard
         self._start()
         super().__init__()
 
@@ -128,7 +130,8 @@ class LocalNodes(Nodes):
         authentication.enable_token_auth_by_default()  # as ray.init does
         authentication.ensure_token_if_auth_enabled(create_token_if_missing=True)
         system = {f"health_check_{k}": v for k, v in HEALTH.items()}
-        self._cluster = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False, "_system_config": system})
+        head = {"num_cpus": 0, "include_dashboard": self._dashboard, "_system_config": system}
+        self._cluster = Cluster(True, head_node_args=head)
         os.environ["RAY_ADDRESS"] = self._cluster.address
         cluster.connect()
         self._others: list[Any] = []

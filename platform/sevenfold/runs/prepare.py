@@ -57,7 +57,7 @@ class Job:
     train: Stream
     validation: Stream | None
     queue: Any = None  # ray.util.queue.Queue of (step, metrics) and sentences, for whoever watches
-    awaits_saves: bool = False  # whether what is reported is exported later: a report then waits for its checkpoint
+    post: Any = None  # seats.Post of a trial, whose reports go to a sweep, and wait for their checkpoints
     verbose: bool = False
     descent: str = ""  # identity of the run whose checkpoint this one goes on from, under other settings
 

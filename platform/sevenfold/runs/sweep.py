@@ -12,6 +12,7 @@ from typing import Any
 
 import ray
 from ray import tune
+from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.tune.experiment import Trial
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_actors, list_placement_groups
@@ -25,6 +26,7 @@ from sevenfold.report.console import say
 from sevenfold.runs import prepare, schedule, train, trial
 from sevenfold.runs.prepare import Job
 from sevenfold.runs.schedule import Gate
+from sevenfold.runs.seats import Seats
 from sevenfold.runs.suggest import Points
 from sevenfold.runs.watch import Budget, Watch
 from sevenfold.storage import RunFolder
@@ -88,28 +90,31 @@ def _searched(job: Job, search: Search, each: dict[str, float], verbose: bool) -
     """The trials, ranked."""
     recipe = job.recipe
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT)
+    # Train's cleaner of placement groups asks "the" Ray of this host: with two of them it dies (ray#54305)
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
     gate = Gate(_capacity(search, each))
     reports = math.ceil(recipe.steps / trial.every(recipe))
     scheduler = schedule.scheduler(search, recipe.steps, reports, recipe.seed, gate)
     under_way = RunFolder(job.folder).ray
     goes_on = any(n.startswith("experiment_state") for n in storage.listdir(storage.join(under_way, TUNE)))
-    watch = Watch(search, scheduler, gate, recipe.workers[0], goes_on)
     if goes_on:
         say(f"{job.folder}: under way; going on")
     say(f"{recipe.name}: {search.number} trials of {recipe.steps} steps, {gate.room()} at a time")
-    trainable = tune.with_resources(
-        tune.with_parameters(trial.run, job=job, address=ray.get_runtime_context().gcs_address), {"CPU": DRIVER_CPUS}
-    )
+    seats = Seats(job)
+    watch = Watch(search, scheduler, gate, seats, goes_on)
+    trainable = tune.with_resources(tune.with_parameters(trial.run, job=job, desk=seats.desk), {"CPU": DRIVER_CPUS})
     room = (lambda: 1) if search.scheduler == "pbt" else gate.room  # a population is there from the beginning
     try:
         made = tune.run(
             trainable, name=TUNE, storage_path=under_way, resume=goes_on, metric=search.metric, mode=search.mode,
             num_samples=search.number, search_alg=Points(search, recipe.seed, room), scheduler=scheduler, stop=Budget(watch),
-            max_failures=search.max_failures, raise_on_failed_trial=False, callbacks=[watch],
+            max_failures=search.max_failures, raise_on_failed_trial=False, callbacks=[watch], reuse_actors=True,
             trial_dirname_creator=lambda t: t.trial_id, verbose=2 if verbose else 0,
         )  # fmt: skip
     finally:
         watch.close()
+        seats.close()
     spent = {"worker_hours": watch.worker_hours, "hours": watch.hours, "trials": len(made.trials)}
     storage.write(storage.join(job.folder, SPENT), json.dumps(spent))
     say(f"spent {watch.worker_hours:.3g} worker hours in {watch.hours:.3g} hours")

@@ -6,6 +6,7 @@ import json
 import math
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -25,19 +26,16 @@ from sevenfold.runs.prepare import Job
 from sevenfold.storage import RunFolder
 
 
-def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
-    """Trains on Ray Train workers until the last step. Returns what was reported last.
+def launch(job: Job, work: Callable[[Job], dict[str, Any]], storage_path: str, name: str) -> dict[str, Any]:
+    """Has each of Ray Train's workers do the work. Returns what rank 0's returned.
+
+    Args:
+        storage_path, name: where Ray Train keeps its own state of it.
 
     Raises:
-        RunError: the workers failed more often than cluster.max_failures allows, or the run was started once more elsewhere.
+        RunError: the workers failed more often than cluster.max_failures allows, or the work tells why it `ended` early.
     """
     from ray.train.torch import TorchTrainer  # brings torch
-
-    def work(config: dict[str, Any]) -> dict[str, Any]:
-        """In here, so that Ray's controller, which unpickles it too, does not import all that the workers need."""
-        from sevenfold.runs.worker import Worker
-
-        return Worker(ray.get(config["job"])).run()
 
     queue = job.queue
 
@@ -49,14 +47,14 @@ def launch(job: Job, callbacks: list[Any]) -> dict[str, Any]:
     c = job.recipe.cluster
     starts = 3 + math.ceil(c.wait_seconds / cluster.START)  # a machine that was lost may take a while to be replaced
     trainer = TorchTrainer(
-        work,
+        lambda config: work(ray.get(config["job"])),
         train_loop_config={"job": ray.put(job)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=c.num_workers, elastic_resize_monitor_interval_s=c.resize_seconds, use_gpu=c.gpus_per_worker > 0,
             resources_per_worker={"CPU": c.cpus_per_worker, **({"GPU": c.gpus_per_worker} if c.gpus_per_worker else {})},
         ),
         run_config=ray.train.RunConfig(
-            name="train", storage_path=storage.RunFolder(job.folder).ray, callbacks=[*callbacks, Told()],
+            name=name, storage_path=storage_path, callbacks=[Told()],
             failure_config=ray.train.FailureConfig(max_failures=c.max_failures, controller_failure_limit=starts),
             logging_config=ray.train.LoggingConfig(log_level="INFO" if job.verbose else "ERROR"),
         ),
@@ -130,10 +128,17 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     job = prepare.begin(recipe, folder, prepare.needs(recipe), what, verbose)
     if job is None:
         return folder
+
+    def train(job: Job) -> dict[str, Any]:
+        """In here, so that Ray's controller, which unpickles it too, does not import all that the workers need."""
+        from sevenfold.runs.worker import Worker
+
+        return Worker(job).run()
+
     watcher = _Watcher(recipe.name, recipe.steps)
     job.queue = watcher.queue
     try:
-        reported = launch(job, [])
+        reported = launch(job, train, folder.ray, "train")
     finally:
         watcher.close()
     finish(job, reported, time.time() - began)

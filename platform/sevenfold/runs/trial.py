@@ -1,4 +1,4 @@
-"""One trial of a sweep, in a process of its own: a Ray Train run that tells Tune what it comes to."""
+"""One trial of a sweep, for Tune: has the recipe with a point put in trained on a seat, and tells what it comes to."""
 
 from __future__ import annotations
 
@@ -6,21 +6,17 @@ import json
 import math
 import os
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import ray.train
 from ray import tune
-from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
-from ray.util.queue import Empty, Queue
 
 from sevenfold import storage
 from sevenfold.recipe import Recipe
-from sevenfold.runs import cluster, prepare, train
+from sevenfold.runs import cluster, prepare, seats
 from sevenfold.runs.prepare import Job
+from sevenfold.runs.seats import Work
 from sevenfold.storage import RunFolder
 
 POINTER = "trial.json"  # of what Tune keeps of a trial in place of a checkpoint: which run it is, and where that stands
@@ -34,13 +30,9 @@ def every(recipe: Recipe) -> int:
     return recipe.validation.every or max(1, round(grace * recipe.steps))
 
 
-def run(config: dict[str, Any], job: Job, address: str) -> None:
+def run(config: dict[str, Any], job: Job, desk: Any) -> None:
     """The recipe with a point put in, trained in a folder of its own. It goes on where it stopped or was paused; or, under new
     settings, from another trial's checkpoint, where Tune gives it that one (PBT)."""
-    # Train's cleaner of placement groups asks "the" Ray of this host: with two of them it dies and a stopped trial's
-    # workers keep their CPUs (ray#54305)
-    os.environ["RAY_ADDRESS"] = address
-    ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
     if not job.verbose:
         cluster.quieten()
     own = str(tune.get_context().get_trial_id())
@@ -51,16 +43,10 @@ def run(config: dict[str, Any], job: Job, address: str) -> None:
     else:
         folder = _descended(storage.join(job.folder, "trials"), own, told)
     prepare.claim(folder, recipe)
-    validation = job.validation.plan.manifest if job.validation and not recipe.data.held_out else None
-    found = prepare.Inputs(job.train.plan.manifest, validation)
-    stream, held = prepare.streams(recipe, found, job.tokenizer)
-    mine = replace(
-        job, recipe=recipe, identity=recipe.hash(), folder=folder.root, train=stream, validation=held, awaits_saves=True,
-        descent=storage.read_json(_descent(folder))["recipe"] if storage.exists(_descent(folder)) else "",
-    )  # fmt: skip
-    step = told["step"] if told else 0
+    descent = storage.read_json(_descent(folder))["recipe"] if storage.exists(_descent(folder)) else ""
     search = job.recipe.search
-    for metrics in _reports(mine, folder, step, search.metric if search else "train/loss"):
+    metric, step = search.metric if search else "train/loss", told["step"] if told else 0
+    for metrics in _reports(desk, own, Work(recipe, folder.root, descent), metric, step):
         with tempfile.TemporaryDirectory() as aside:
             pointer = {"trial": own, "folder": folder.root, "step": metrics["step"], "checkpoint": metrics["checkpoint"]}
             with open(os.path.join(aside, POINTER), "w", encoding="utf-8") as f:
@@ -107,50 +93,21 @@ def _descended(trials: str, own: str, told: dict[str, Any]) -> RunFolder:
     return folder
 
 
-def _reports(job: Job, folder: RunFolder, step: int, metric: str) -> Iterator[dict[str, Any]]:
+def _reports(desk: Any, own: str, work: Work, metric: str, step: int) -> Iterator[dict[str, Any]]:
     """What the run comes to after `step`: first what Tune was not told when it was stopped; then as it trains.
 
-    What is yielded is on disk before.
+    Without those that lack the metric, as the loss of a step that was not logged.
     """
-    path = storage.join(folder.root, "reports.json")
-    known: list[dict[str, Any]] = storage.read_json(path) if storage.exists(path) else []
-    yield from (m for m in known if m["step"] > step)
-    step = max([step, *(m["step"] for m in known)])
-    for metrics in _trained(job) if step < job.recipe.steps else ():
-        if metrics["step"] <= step or metric not in metrics:  # told before it was stopped; a loss that was not logged then
-            continue
-        step = metrics["step"]
-        number = math.ceil(step / job.recipe.validation.every) if job.recipe.validation.every else 1
-        report = {**metrics, "report": number, "time": time.time()}
-        known.append(report)
-        storage.write(path, json.dumps(known))
-        yield report
+    folder = RunFolder(work.folder)
 
+    def news() -> Iterator[None]:
+        yield
+        if step < work.recipe.steps:
+            yield from seats.train_on(desk, own, replace(work, since=step))
 
-def _trained(job: Job) -> Iterator[dict[str, Any]]:
-    """What rank 0 reports, while Ray Train trains beside. Raises as train.launch."""
-    queue = Queue(actor_options={"num_cpus": 0})
-    ended: list[BaseException | None] = []
-
-    class Told(ray.train.UserCallback):
-        def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-            queue.put(metrics[0])
-
-    def fit() -> None:
-        try:
-            train.launch(job, [Told()])
-            ended.append(None)
-        except BaseException as e:
-            ended.append(e)
-
-    threading.Thread(target=fit, daemon=True).start()
-    while True:
-        over = bool(ended)  # asked before the queue: what was reported is in it by then
-        try:
-            yield queue.get(timeout=0 if over else 0.5)
-        except Empty:
-            if over:
-                break
-    queue.shutdown(force=True)
-    if ended[0] is not None:
-        raise ended[0]
+    for _ in news():
+        for metrics in seats.reports(folder):
+            if metrics["step"] > step:
+                step = metrics["step"]
+                if metric in metrics:
+                    yield metrics

@@ -16,6 +16,7 @@ from sevenfold.report import trials as report
 from sevenfold.report.console import say
 from sevenfold.runs import schedule
 from sevenfold.runs.schedule import Gate
+from sevenfold.runs.seats import Seats
 
 
 class Watch(tune.Callback):
@@ -25,14 +26,15 @@ class Watch(tune.Callback):
         worker_hours, hours: spent so far, those of earlier processes too.
     """
 
-    def __init__(self, search: Search, scheduler: TrialScheduler, gate: Gate, workers: int, goes_on: bool):
+    def __init__(self, search: Search, scheduler: TrialScheduler, gate: Gate, seats: Seats, goes_on: bool):
         """goes_on: Tune has to bring back an earlier process's state."""
         self.gate, self.worker_hours, self.hours = gate, 0.0, 0.0
-        self._search, self._scheduler, self._workers, self._awaits = search, scheduler, workers, goes_on
+        self._search, self._scheduler, self._seats, self._awaits = search, scheduler, seats, goes_on
         self._trials: list[Trial] = []
         self._state: dict[str, Any] | None = None
         self._seen: dict[str, dict[str, Any]] = {}  # the last point of each trial
         self._looked = time.monotonic()
+        self._running: set[str] = set()
         self._live = report.Live(search)
 
     def spent(self) -> str:
@@ -66,7 +68,11 @@ class Watch(tune.Callback):
         now = time.monotonic()
         hours, self._looked = (now - self._looked) / 3600, now
         self.hours += hours
-        self.worker_hours += hours * self._workers * sum(t.status == Trial.RUNNING for t in trials)
+        self.worker_hours += hours * self._seats.workers()
+        running = {t.trial_id for t in trials if t.status == Trial.RUNNING}
+        if gone := self._running - running:
+            self._seats.leave(gone)
+        self._running = running
         self._trials = trials
         self._live.show(trials)
 
@@ -80,6 +86,7 @@ class Watch(tune.Callback):
         else:
             say(f"{what}: goes on from a better one's weights: {point(trial.config)}")
         self._seen[trial.trial_id] = dict(trial.config)
+        self.gate.controller.checkpoint(force=True, wait=True)  # else a trial that has begun may be forgotten, and begun anew
 
     def on_trial_result(self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any) -> None:
         shown = {k.removeprefix("validation/"): v for k, v in result.items() if k.startswith("validation/")}

@@ -36,7 +36,7 @@ from sevenfold.engine.guard import Guard
 from sevenfold.engine.interval import Interval, due
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import Causal
-from sevenfold.engine.step import evaluate
+from sevenfold.engine.step import Notice, evaluate
 from sevenfold.errors import DivergedError, RunError
 from sevenfold.evaluate.generate import complete
 from sevenfold.evaluate.metrics import bits_per_byte, bleu, classification, rouge
@@ -82,7 +82,7 @@ class Worker:
         self.reader = self._read(start, self.before)  # Ray Data begins while the model is built
         try:
             self._train(start, last)
-        except (ckpt.TakenOverError, UnknownMetricError, DivergedError) as e:
+        except (ckpt.TakenOverError, UnknownMetricError, DivergedError, loop.LeftError) as e:
             self.reported, self.run_log = {"ended": str(e)}, None  # not raised: Ray would start it anew
         finally:
             self.reader.close()
@@ -112,7 +112,7 @@ class Worker:
             self._log, self._validate, self._save, self._noticed, self._settle, self._report, self._say, self._go_back
         )
         try:
-            again = self.job.awaits_saves and start > 0 and due(start, recipe.validation.every)
+            again = self.job.post is not None and start > self.job.post.since and due(start, recipe.validation.every)
             at = loop.fit(trainer, hooks, start, logged(self.folder.log, start) if again else None)
             saved = self.saver.wait()
             if not self.best.over and (saved is None or saved.step < at):
@@ -252,7 +252,7 @@ class Worker:
             "encoder": encoder, "guard": self.guard.state(), "passed": list(self.passed), "best": self.best.state(),
             "versions": {"python": platform.python_version(), **{m.__name__: m.__version__ for m in libraries}},
         }  # fmt: skip
-        marks = (self.best.mark, self.best.before if self.job.awaits_saves else None)  # the one before may have been reported
+        marks = (self.best.mark, self.best.before if self.job.post else None)  # the one before may have been reported
         self.saver.spared = [m.step for m in marks if m]
         self.saver.save(step, self.model, self.optimizers, extra, functools.partial(self._before_commit, self.draws))
 
@@ -265,19 +265,21 @@ class Worker:
         self.ledger.write(draws)
         self.run_log.flush()
 
-    def _noticed(self) -> bool:
-        """On rank 0, which is told what all are: once when this run is given notice, and once more when a save can just be done
-        before the deadline."""
+    def _noticed(self) -> Notice:
+        """On rank 0, which is told what all are: SAVE once when a machine of this run will go, and once more when a save can
+        just be done before the deadline."""
+        if self.rank == 0 and self.job.post is not None and self.job.post.left():
+            return Notice.LEAVE
         # not ray.train.get_preemption_info(), whose value this is: that one is a barrier by way of an actor
         info = get_train_context().preemption_context.preemption_info if self.rank == 0 else None
         now = time.time()
         step, self.looked, told = now - self.looked, now, self.told
         if info is None:
             self.told = 0
-            return False
+            return Notice.NONE
         left = info.deadline_ms / 1000 - now if info.deadline_ms is not None else float("inf")
         self.told = max(told, 2 if left < 2 * (step + self.saver.seconds) + MARGIN else 1)
-        return self.told > told
+        return Notice.SAVE if self.told > told else Notice.NONE
 
     def _settle(self) -> None:
         self.saver.wait()
@@ -357,11 +359,14 @@ class Worker:
             log.warning(what)
 
     def _report(self, step: int, metrics: dict[str, float]) -> None:
-        saved = self.saver.wait() if self.job.awaits_saves else self.saver.last
+        saved = self.saver.wait() if self.job.post is not None else self.saver.last
         self.reported = {"step": step, "checkpoint": saved.path if saved else None, **metrics}
-        if self.job.awaits_saves:
-            self.reported |= self._best()
-        ray.train.report(self.reported)
+        if self.job.post is None:
+            ray.train.report(self.reported)
+            return
+        self.reported |= self._best()
+        if self.rank == 0:
+            self.job.post.report(self.recipe, self.folder, self.reported)
 
     def _best(self) -> dict[str, Any]:
         """Of the best validation that was saved: its metrics, step and checkpoint; empty where none is kept."""
