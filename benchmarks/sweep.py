@@ -31,12 +31,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SPACE: dict[str, Any] = {
     "optimizer.name": {"choice": ["adamw", "muon"]},
     "optimizer.learning_rate": {"loguniform": [1e-4, 3e-2]},
-    "schedule.warmup_steps": {"integer": [0, 40]},
+    "optimizer.weight_decay": {"uniform": [0.0, 0.3]},
 }
-GRID: dict[str, Any] = {  # of the same space: three rates, evenly in the logarithm
+GRID: dict[str, Any] = {  # of the same space: five rates, evenly in the logarithm
     "optimizer.name": {"choice": ["adamw", "muon"]},
     "optimizer.learning_rate": {"choice": [2.6e-4, 7.2e-4, 1.7e-3, 4.2e-3, 1.2e-2]},
-    "schedule.warmup_steps": {"choice": [7, 33]},
+    "optimizer.weight_decay": {"choice": [0.05, 0.25]},
 }
 METRIC, PACKAGE = "validation/f1_macro", "scan-bench"
 SWEEPS = {
