@@ -64,6 +64,7 @@ def test_killed_and_resubmitted_it_ends_as_if_nothing_had_been(home: Path) -> No
         if finished and len(found) > len(finished):  # one is over, the next under way
             break
         time.sleep(0.2)
+    assert "another driver works on it" in run_job("sweep", "r.yaml", "name=killed", home=home, code=2)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     before = {n: (home / f"runs/killed-sweep/trials/{n}/metrics.jsonl").read_text() for n in finished}
@@ -75,6 +76,21 @@ def test_killed_and_resubmitted_it_ends_as_if_nothing_had_been(home: Path) -> No
         assert (home / f"runs/killed-sweep/trials/{name}/metrics.jsonl").read_text() == text
     assert len(reports(home, "killed")) == 4
     assert "finished before" in run_job("sweep", "r.yaml", "name=killed", home=home)
+
+
+@pytest.mark.slow
+def test_stopped_by_hand_it_goes_on_when_asked_again(home: Path) -> None:
+    words = ["sweep", "r.yaml", "name=stopped", "search.trials=2", "search.scheduler=none"]
+    process = start_job(*words, home=home)
+    deadline = time.monotonic() + 200
+    while not reports(home, "stopped") and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1 and "run the same command again" in err
+    assert not (home / "runs/stopped-sweep/summary.json").exists()
+    assert "2 trials ended" in run_job(*words, home=home)
+    assert {t["status"] for t in told(home, "stopped")} == {"finished"}
 
 
 @pytest.mark.slow
@@ -176,6 +192,7 @@ def test_a_budget_ends_it_with_what_it_has(home: Path) -> None:
     budget = ["search.trials=40", "search.worker_hour_cost=2", "search.max_cost=0.04"]  # 72 s
     out = run_job("sweep", "r.yaml", "name=dear", *budget, home=home)
     assert "search.max_cost 0.04 is spent: the sweep ends with what it has" in out
+    assert not any(t["status"] == "finished" and t["step"] < STEPS for t in told(home, "dear"))
     assert 0 < len([t for t in told(home, "dear") if t["score"] is not None]) < 40
 
 

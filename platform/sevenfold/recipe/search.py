@@ -9,7 +9,11 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from sevenfold.recipe.data import Section
+from sevenfold.recipe.training import least
 
+# what may change while a sweep is under way
+BUDGETS = ("max_concurrent", "max_failures", "max_hours", "max_worker_hours", "max_cost", "worker_hour_cost")
+INTEGERS = 64  # of a space's are tried before a sweep, at most
 KINDS = ("uniform", "loguniform", "integer", "choice")
 Scalar = bool | int | float | str | None
 # what a trial can go on with after a change: by PBT, from another's weights
@@ -52,6 +56,16 @@ class Space(Section):
         """Its extreme values; of a choice all."""
         return list(self.choice or self.uniform or self.loguniform or self.integer or ())
 
+    @property
+    def samples(self) -> list[Any]:
+        """Values of all kinds that it has: its ends, and what lies between."""
+        if self.choice:
+            return self.ends
+        low, high = self.ends
+        if self.integer:
+            return sorted({low + (high - low) * i // INTEGERS for i in range(INTEGERS + 1)})
+        return [low, low + (high - low) * 0.381966, high]  # no round number lies there
+
 
 class Search(Section):
     """Grace 20% and eta 3 keep the best of 1,194 published LLM curves with p 0.996 (DESIGN, section 9)."""
@@ -62,12 +76,12 @@ class Search(Section):
     )
     trials: int | None = Field(None, gt=0, description="How many; default: all of a grid")
     metric: str = "validation/loss"
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] | None = Field(None, description="Default: min of losses, perplexity and bits, else max")
     scheduler: Literal["asha", "hyperband", "bohb", "median", "pbt", "none"] = Field(
         "asha", description="Who ends bad trials early; bohb: hyperband with tpe; pbt: they go on from better ones' weights"
     )
     grace: float = Field(0.2, gt=0, le=1, description="Part of the steps that every trial gets; of pbt: between changes")
-    eta: float = Field(3, gt=1, description="asha, hyperband: at each rung the best 1/eta go on")
+    eta: float = Field(3, ge=2, description="asha, hyperband: at each rung the best 1/eta go on")
     quantile: float = Field(0.25, gt=0, le=0.5, description="pbt: so many of the worst go on from as many of the best")
     max_concurrent: int | None = Field(None, gt=0, description="Default: as many as the cluster holds")
     max_failures: int = Field(1, ge=0, description="So often a trial that failed is tried again")
@@ -75,6 +89,11 @@ class Search(Section):
     max_worker_hours: float | None = Field(None, gt=0, description="Of all trials together: hours times workers")
     max_cost: float | None = Field(None, gt=0, description="In the unit of worker_hour_cost")
     worker_hour_cost: float | None = Field(None, gt=0, description="What a worker costs an hour")
+
+    @property
+    def best(self) -> Literal["min", "max"]:
+        """Of the metric."""
+        return self.mode or ("min" if least(self.metric) else "max")
 
     @model_validator(mode="after")
     def _fits(self) -> Search:

@@ -148,7 +148,12 @@ class Validation(Section):
     @property
     def least(self) -> bool:
         """Whether the least of the metric is the best."""
-        return self.mode == "min" if self.mode else any(part in self.metric for part in ("loss", "perplexity", "bits"))
+        return self.mode == "min" if self.mode else least(self.metric)
+
+
+def least(metric: str) -> bool:
+    """Whether the least of it is the best, by its name."""
+    return any(part in metric for part in ("loss", "perplexity", "bits"))
 
 
 class Checkpoint(Section):

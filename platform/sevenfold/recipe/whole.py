@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sevenfold.errors import InputError
 from sevenfold.recipe.data import Data, Section, Tokenizer
-from sevenfold.recipe.search import Search
+from sevenfold.recipe.search import BUDGETS, Search
 from sevenfold.recipe.training import (
     Adapter,
     Checkpoint,
@@ -128,13 +128,15 @@ class Recipe(Section):
 
     def identity(self) -> dict[str, Any]:
         """What decides the run's numbers: all but where it runs, where it is kept, how often it speaks, and what is
-        decided on the way (data to skip)."""
+        decided on the way (data to skip, a sweep's budgets)."""
         out = self.model_dump(mode="json", exclude={"name", "storage", "cluster", "checkpoint", "parallel"})
         for key in ("executor", "cache", "skip", "on_bad_document"):
             del out["data"][key]
         for key in ("log_every", "activation_checkpointing", "compile", "loss_chunk"):
             del out["train"][key]
         del out["model"]["attention"], out["model"]["trust_remote_code"]
+        for key in BUDGETS if out["search"] else ():
+            del out["search"][key]
         return out
 
     def hash(self) -> str:

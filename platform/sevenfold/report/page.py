@@ -14,7 +14,6 @@ import optuna
 
 from sevenfold import storage
 from sevenfold.recipe import Search
-from sevenfold.report.trials import status
 from sevenfold.storage import RunFolder
 
 STYLE = (
@@ -31,15 +30,14 @@ def write(folder: RunFolder, search: Search) -> None:
     good = [t for t in trials if t["score"] is not None]
     pictures = [_curves(folder, trials, search), _parallel(good, search), _importance(good, search)]
     points = sorted({k for t in trials for k in t["config"]})
-    most = max(t["step"] or 0 for t in trials)
     head = ["trial", *points, "step", search.metric, "status", "reason"]
     rows = [
-        [t["trial"], *(t["config"].get(k) for k in points), t["step"], t["score"], status(t, most), t["error"] or ""]
+        [t["trial"], *(t["config"].get(k) for k in points), t["step"], t["score"], t["status"], t["error"] or ""]
         for t in trials
     ]
     body = "".join(f"<tr>{''.join(f'<td>{html.escape(_text(c))}</td>' for c in row)}</tr>" for row in rows)
     heads = "".join(f"<th>{html.escape(h)}</th>" for h in head)
-    name, best = html.escape(folder.name), "least" if search.mode == "min" else "greatest"
+    name, best = html.escape(folder.name), "least" if search.best == "min" else "greatest"
     how = f"{len(trials)} trials; {search.algorithm} search, scheduler {search.scheduler}; {search.metric}, {best} is best."
     page = (
         f"<!doctype html><meta charset=utf-8><title>{name}</title><style>{STYLE}</style><h1>{name}</h1><p>{html.escape(how)} "
@@ -63,20 +61,20 @@ def curve(folder: RunFolder, trial: str, metric: str) -> list[tuple[int, float]]
     """(step, value) of a trial's reports. A trial that went on from another's weights has several folders; the last value of a
     step counts."""
     root = storage.join(folder.root, "trials")
-    names = sorted(n for n in storage.listdir(root) if n == trial or n.startswith(f"{trial}."))
+    found = (n for n in storage.listdir(root) if n == trial or n.startswith(f"{trial}."))
+    names = sorted(found, key=lambda n: int(n.partition(".")[2] or 0))
     paths = [storage.join(root, n, "reports.json") for n in names]
-    found = {r["step"]: r.get(metric) for p in paths if storage.exists(p) for r in storage.read_json(p)}
-    return [(step, value) for step, value in sorted(found.items()) if value is not None and math.isfinite(value)]
+    values = {r["step"]: r.get(metric) for p in paths if storage.exists(p) for r in storage.read_json(p)}
+    return [(step, value) for step, value in sorted(values.items()) if value is not None and math.isfinite(value)]
 
 
 def _curves(folder: RunFolder, trials: Sequence[Mapping[str, Any]], search: Search) -> str:
     figure, axes = plt.subplots(figsize=(10, 4.5))
     colors = plt.get_cmap(COLORS)(np.linspace(1, 0, max(1, len(trials))))
-    most = max(t["step"] or 0 for t in trials)
     for color, trial in zip(colors, trials, strict=True):
         points = curve(folder, trial["trial"], search.metric)
         if points:
-            ended = status(trial, most) != "finished"
+            ended = trial["status"] != "finished"
             axes.plot(
                 *zip(*points, strict=True), color=color, linestyle="--" if ended else "-", marker=".", label=trial["trial"]
             )
@@ -102,6 +100,8 @@ def _parallel(trials: Sequence[Mapping[str, Any]], search: Search) -> str:
     for x, column in enumerate(columns):
         axes.axvline(x, color="#999", linewidth=0.5)
         there = list(dict.fromkeys(v for v in column if v is not None))
+        if not there:
+            continue
         low, high = (min(there), max(there)) if all(isinstance(v, int | float) for v in there) else (there[0], there[-1])
         axes.text(x, -0.07, _text(low), ha="center", fontsize=8)
         axes.text(x, 1.04, _text(high), ha="center", fontsize=8)
@@ -119,6 +119,8 @@ def _heights(column: Sequence[Any], log: bool) -> list[float]:
     at = [
         math.nan if v is None else (math.log(v) if log else float(v)) if numbers else float(names.index(str(v))) for v in column
     ]
+    if not names:
+        return at
     low, high = np.nanmin(at), np.nanmax(at)
     return [0.5 if high == low else float((v - low) / (high - low)) for v in at]
 
@@ -130,7 +132,7 @@ def importance(trials: Sequence[Mapping[str, Any]], search: Search) -> dict[str,
     if len(trials) < 4 or not keys or len({t["score"] for t in trials}) < 2:
         return {}
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    study = optuna.create_study(direction="minimize" if search.mode == "min" else "maximize")
+    study = optuna.create_study(direction="minimize" if search.best == "min" else "maximize")
     spaces = {k: _distribution(search, k) for k in keys}
     for t in trials:
         point = {k: t["config"][k] for k in keys}

@@ -34,7 +34,7 @@ class Live:
         """trials: Tune's."""
         if self._live is None:
             return
-        sign = 1 if self._search.mode == "min" else -1
+        sign = 1 if self._search.best == "min" else -1
         metric = self._search.metric
 
         def order(trial: Any) -> tuple[bool, float]:
@@ -66,23 +66,17 @@ def reason(error: Any) -> str:
     return (found.partition("sevenfold.errors.")[2].partition(": ")[2] or found)[:300]
 
 
-def status(trial: Mapping[str, Any], most: int) -> str:
-    """most: the steps of a trial that came to its end."""
-    return "failed" if trial["error"] else "finished" if trial["step"] == most else "stopped early"
-
-
 def write(folder: RunFolder, trials: Sequence[Mapping[str, Any]]) -> None:
     """Of ranked trials: trials.json, trials.csv, and each one's point beside its score in TensorBoard (HPARAMS)."""
     storage.write(folder.trials, json.dumps(trials, indent=1))
     points, keys = (sorted({k for t in trials for k in t[part]}) for part in ("config", "metrics"))
     keys = [k for k in keys if k != "step"]
-    most = max(t["step"] or 0 for t in trials)
     text = io.StringIO()
     writer = csv.writer(text)
     writer.writerow(["trial", "status", *points, "step", *keys, "error"])
     for t in trials:
         cells = [t["config"].get(k) for k in points] + [t["step"]] + [t["metrics"].get(k) for k in keys]
-        writer.writerow([t["trial"], status(t, most), *cells, t["error"]])
+        writer.writerow([t["trial"], t["status"], *cells, t["error"]])
     storage.write(storage.join(folder.root, "trials.csv"), text.getvalue())
     for t in trials if not storage.is_url(folder.root) else ():
         figures = {k: v for k, v in t["metrics"].items() if isinstance(v, float)}
@@ -95,7 +89,6 @@ def show(folder: RunFolder) -> None:
     """Prints the ranking."""
     trials = storage.read_json(folder.trials)
     measures = [k for k in SHOWN if k in trials[0]["metrics"]]
-    most = max(t["step"] or 0 for t in trials)
     points = sorted({k for t in trials for k in t["config"]})
     rows = [
         [
@@ -103,7 +96,7 @@ def show(folder: RunFolder) -> None:
             *(t["config"].get(k) for k in points),
             t["step"],
             *(t["metrics"].get(k) for k in measures),
-            status(t, most),
+            t["status"],
         ]
         for t in trials
     ]

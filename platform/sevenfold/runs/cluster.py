@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import time
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import worker
+from ray._private.state import state
 from ray.exceptions import RayTaskError
 from ray.train.v2._internal.execution import context
 
@@ -100,18 +104,23 @@ def fetch(ref: Any) -> Any:
 
 
 def require(need: dict[str, float], what: str, wait_seconds: float) -> None:
-    """Returns when the cluster can give `need`.
+    """Returns when the cluster can give `need`, or can scale to.
 
     Raises:
-        InputError: the cluster has less than that in all.
+        InputError: the cluster has less than that in all, and cannot scale to it.
         RunError: others hold it, and still do after wait_seconds.
     """
     need = {k: v for k, v in need.items() if v}
-    total = ray.cluster_resources()
+    there, later = _together(_now()), _together(_later())
+    total = {k: max(there.get(k, 0), later.get(k, 0)) for k in need}
     if short := _short(need, total):
         raise InputError(f"{what} needs {_list(need)}; this cluster has {_list(need, total)}: {_advice(short)}")
     begin, told = time.monotonic(), False
     while short := _short(need, ray.available_resources()):
+        if _short(need, there) or not _short(need, {k: later.get(k, 0) - there.get(k, 0) for k in need}):
+            free = _list(need, ray.available_resources())
+            say(f"{what} needs {_list(need)}, free {free}: the cluster is asked for more nodes")
+            return
         if time.monotonic() - begin > wait_seconds:
             raise RunError(
                 f"{what} needs {_list(need)}; after {wait_seconds:.0f} s only {_list(need, ray.available_resources())} "
@@ -121,6 +130,36 @@ def require(need: dict[str, float], what: str, wait_seconds: float) -> None:
             say(f"waiting for {', '.join(short)}: {what} needs {_list(need)}, free {_list(need, ray.available_resources())}")
             told = True
         time.sleep(1)
+
+
+def room(worker: dict[str, float], count: int) -> int:
+    """How many gangs of so many workers the cluster's nodes hold, or those that it can scale to."""
+    asked = {k: v for k, v in worker.items() if v}
+
+    def held(nodes: Iterable[tuple[dict[str, float], float]]) -> float:
+        return sum(n * min(int((has.get(k, 0) + 1e-6) // v) for k, v in asked.items()) for has, n in nodes if n)
+
+    return int(min(max(held(_now()), held(_later())) // count, sys.maxsize))
+
+
+def _now() -> list[tuple[dict[str, float], float]]:
+    """Resources of each node that is there, and 1."""
+    return [(n["Resources"], 1.0) for n in ray.nodes() if n["Alive"]]
+
+
+def _later() -> list[tuple[dict[str, float], float]]:
+    """Resources of a node of each kind that the autoscaler may start, and how many; nothing where there is none."""
+    found = state.get_cluster_config()
+    groups = found.node_group_configs if found is not None else ()
+    return [(dict(g.resources), float("inf") if g.max_count < 0 else float(g.max_count)) for g in groups]
+
+
+def _together(nodes: Iterable[tuple[dict[str, float], float]]) -> dict[str, float]:
+    out: dict[str, float] = defaultdict(float)
+    for has, count in nodes:
+        for k, v in has.items():
+            out[k] += v * count if count else 0
+    return out
 
 
 def require_bfloat16(what: str) -> None:

@@ -25,6 +25,7 @@ from ray.tune.schedulers.pbt import _PBTTrialState
 
 from sevenfold.recipe import Search, Space
 
+WORST = 1e30
 WEIGHED = 3  # trials that a median is taken of, at least
 
 
@@ -56,12 +57,19 @@ class _Gated(TrialScheduler):
     """A scheduler behind a gate."""
 
     gate: Gate
+    score, worst = "", math.inf  # the metric; of it, what no trial comes to
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         self.gate.controller = tune_controller
         if trial.status == Trial.PENDING and trial.trial_id in self.gate.paused:  # Tune.restore takes it for one that ran
             trial.set_status(Trial.PAUSED)
         super().on_trial_add(tune_controller, trial)
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        """A score that is no number would make none of a rung's cutoff: it counts as a very bad one."""
+        if not math.isfinite(result[self.score]):
+            result = {**result, self.score: self.worst}
+        return str(super().on_trial_result(tune_controller, trial, result))
 
     def choose_trial_to_run(self, tune_controller: Any, *more: Any, **options: Any) -> Trial | None:
         return super().choose_trial_to_run(tune_controller, *more, **options) if self.gate.room() > 0 else None
@@ -93,6 +101,8 @@ class _Population(_Gated, PopulationBasedTraining):
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Ray's refuses any searcher; ours draws the first points, and learns nothing from what PBT makes of them. The whole
         population is there from the beginning; who finds no room waits for a turn."""
+        if trial in self._trial_state:  # tried again after a failure
+            return
         if trial.status == Trial.PENDING and (trial.trial_id in self.gate.paused or self.gate.room() <= 0):
             trial.set_status(Trial.PAUSED)
         self.gate.controller = tune_controller
@@ -128,7 +138,8 @@ def scheduler(search: Search, steps: int, reports: int, seed: int, gate: Gate) -
         )  # fmt: skip
     else:
         made = _All()
-    made.gate = gate
+    made.gate, made.score = gate, search.metric
+    made.worst = WORST if search.best == "min" else -WORST
     return made
 
 
@@ -169,12 +180,23 @@ def dumped(scheduler: TrialScheduler) -> bytes:
     return stream.getvalue()
 
 
-def restored(scheduler: TrialScheduler, state: bytes, trials: Iterable[Trial]) -> None:
+def restored(scheduler: TrialScheduler, state: bytes, trials: Iterable[Trial], gate: Gate) -> None:
     """Puts back what `dumped` kept, about the trials of this process."""
     known = {t.trial_id: t for t in trials}
 
     class Unpickler(pickle.Unpickler):
-        def persistent_load(self, trial_id: str) -> Trial:
-            return known[trial_id]
+        def persistent_load(self, trial_id: str) -> Trial | str:
+            return known.get(trial_id, trial_id)  # Tune may not know it: a kill came between its file and this one
 
+    controller = gate.controller
     vars(scheduler).update(Unpickler(io.BytesIO(state)).load())
+    if isinstance(scheduler, _HyperBand):
+        for lost in [t for t in scheduler._trial_info if isinstance(t, str)]:
+            bracket, _ = scheduler._trial_info.pop(lost)
+            bracket.cleanup_trial(lost)
+    if isinstance(scheduler, _Population):
+        scheduler._trial_state = {t: s for t, s in scheduler._trial_state.items() if not isinstance(t, str)}
+    told = vars(scheduler).get("_trial_info", vars(scheduler).get("_trial_state"))
+    for trial in known.values():  # and the other way round
+        if told is not None and trial not in told and trial.trial_id not in told and not trial.is_finished():
+            scheduler.on_trial_add(controller, trial)

@@ -54,7 +54,7 @@ class Points(OptunaSearch):
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         known = search.grid() if search.algorithm == "grid" else None
         super().__init__(
-            _Define(search), metric=search.metric, mode=search.mode, sampler=sampler(search, seed), points_to_evaluate=known
+            _Define(search), metric=search.metric, mode=search.best, sampler=sampler(search, seed), points_to_evaluate=known
         )
         self._room = room
 

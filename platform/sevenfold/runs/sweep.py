@@ -23,7 +23,8 @@ from sevenfold.recipe import Recipe, Search
 from sevenfold.report import page
 from sevenfold.report import trials as report
 from sevenfold.report.console import say
-from sevenfold.runs import prepare, schedule, train, trial
+from sevenfold.runs import cluster, prepare, schedule, train, trial
+from sevenfold.runs.lease import Lease
 from sevenfold.runs.prepare import Job
 from sevenfold.runs.schedule import Gate
 from sevenfold.runs.seats import Seats
@@ -64,9 +65,13 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     if job is None:
         report.show(folder)
         return folder
+    lease = Lease(folder)
+    fewest = job.recipe.workers[0]  # a sweep widens by trials
+    job = replace(job, recipe=job.recipe.override({"cluster.num_workers": fewest}))
     try:
-        trials = _searched(job, search, each, verbose)
+        trials = _searched(job, search, each, lease, verbose)
     finally:
+        lease.close()
         left = _free()
     for what in left:
         say(f"freed what a stopped trial left behind: {what}")
@@ -86,14 +91,15 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     return folder
 
 
-def _searched(job: Job, search: Search, each: dict[str, float], verbose: bool) -> list[dict[str, Any]]:
+def _searched(job: Job, search: Search, each: dict[str, float], lease: Lease, verbose: bool) -> list[dict[str, Any]]:
     """The trials, ranked."""
     recipe = job.recipe
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", SNAPSHOT)
+    os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"  # it would end the sweep as if that were all
     # Train's cleaner of placement groups asks "the" Ray of this host: with two of them it dies (ray#54305)
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
-    gate = Gate(_capacity(search, each))
+    gate = Gate(_capacity(search, each, recipe.workers[0]))
     reports = math.ceil(recipe.steps / trial.every(recipe))
     scheduler = schedule.scheduler(search, recipe.steps, reports, recipe.seed, gate)
     under_way = RunFolder(job.folder).ray
@@ -102,12 +108,12 @@ def _searched(job: Job, search: Search, each: dict[str, float], verbose: bool) -
         say(f"{job.folder}: under way; going on")
     say(f"{recipe.name}: {search.number} trials of {recipe.steps} steps, {gate.room()} at a time")
     seats = Seats(job)
-    watch = Watch(search, scheduler, gate, seats, goes_on)
+    watch = Watch(search, scheduler, gate, seats, lease, goes_on)
     trainable = tune.with_resources(tune.with_parameters(trial.run, job=job, desk=seats.desk), {"CPU": DRIVER_CPUS})
     room = (lambda: 1) if search.scheduler == "pbt" else gate.room  # a population is there from the beginning
     try:
         made = tune.run(
-            trainable, name=TUNE, storage_path=under_way, resume=goes_on, metric=search.metric, mode=search.mode,
+            trainable, name=TUNE, storage_path=under_way, resume=goes_on, metric=search.metric, mode=search.best,
             num_samples=search.number, search_alg=Points(search, recipe.seed, room), scheduler=scheduler, stop=Budget(watch),
             max_failures=search.max_failures, raise_on_failed_trial=False, callbacks=[watch], reuse_actors=True,
             trial_dirname_creator=lambda t: t.trial_id, verbose=2 if verbose else 0,
@@ -118,7 +124,9 @@ def _searched(job: Job, search: Search, each: dict[str, float], verbose: bool) -
     spent = {"worker_hours": watch.worker_hours, "hours": watch.hours, "trials": len(made.trials)}
     storage.write(storage.join(job.folder, SPENT), json.dumps(spent))
     say(f"spent {watch.worker_hours:.3g} worker hours in {watch.hours:.3g} hours")
-    return ranked(made.trials, search)
+    if not watch.spent() and (len(made.trials) < search.number or not all(t.is_finished() for t in made.trials)):
+        raise RunError(f"{job.folder}: it was ended before its trials were; the same command goes on")
+    return ranked(made.trials, job, search)
 
 
 def checked(recipe: Recipe) -> Search:
@@ -126,10 +134,10 @@ def checked(recipe: Recipe) -> Search:
     if recipe.search is None:
         raise InputError(f"{recipe.name}: expected a `search` section (space, trials), found none")
     for key, space in recipe.search.space.items():
-        if not key.startswith(SEARCHABLE):
+        if not key.startswith(SEARCHABLE) or key in ("train.steps", "train.tokens"):  # by which trials are compared
             raise InputError(f"search.space: {key!r} is the same for all trials; expected one of {', '.join(SEARCHABLE)}")
         given = {k: v[0] if isinstance(v, list) else v for k, v in space.when.items()}
-        for value in space.ends:
+        for value in space.samples:
             recipe.override({**given, key: value})
     if recipe.search.metric not in metrics_of(recipe):
         raise InputError(f"search.metric {recipe.search.metric!r}: this recipe reports {', '.join(metrics_of(recipe))}")
@@ -158,22 +166,22 @@ def metrics_of(recipe: Recipe) -> list[str]:
     return out
 
 
-def _capacity(search: Search, each: dict[str, float]) -> Callable[[], int]:
-    """How many trials the cluster holds with all that each takes: driver, workers and data tasks. It may grow meanwhile."""
+def _capacity(search: Search, each: dict[str, float], workers: int) -> Callable[[], int]:
+    """How many trials the cluster holds, or can scale to hold, with all that each takes: driver, workers and data tasks."""
     seen: list[tuple[float, int]] = []
 
     def holds() -> int:
         if not seen or time.monotonic() - seen[-1][0] > LOOK:
-            total = ray.cluster_resources()
-            most = min(int(total.get(k, 0) // v) for k, v in each.items() if v)
+            most = cluster.room({k: v / workers for k, v in each.items()}, workers)
             seen[:] = [(time.monotonic(), max(1, min(search.number, most, search.max_concurrent or most)))]
         return seen[-1][1]
 
     return holds
 
 
-def ranked(trials: Sequence[Trial], search: Search) -> list[dict[str, Any]]:
-    """The trials, best first: trial (its id), config, step, score (None where it is not finite), metrics, error."""
+def ranked(trials: Sequence[Trial], job: Job, search: Search) -> list[dict[str, Any]]:
+    """The trials, best first, those that failed last: trial (its id), config, step, status (finished, stopped early or failed),
+    score (None where it is not finite), metrics, error."""
     out = []
     for each in trials:
         last = each.last_result or {}
@@ -184,12 +192,18 @@ def ranked(trials: Sequence[Trial], search: Search) -> list[dict[str, Any]]:
         out.append(
             {
                 "trial": each.trial_id, "config": dict(each.config), "step": last.get("step"),
-                "score": score, "metrics": metrics,
+                "score": score, "metrics": metrics, "status": _status(each, job),
                 "error": report.reason(each.get_error()) if each.status == Trial.ERROR else None,
             }
         )  # fmt: skip
-    sign = 1 if search.mode == "min" else -1
-    return sorted(out, key=lambda t: (t["score"] is None, sign * (t["score"] or 0), t["trial"]))
+    sign = 1 if search.best == "min" else -1
+    return sorted(out, key=lambda t: (t["score"] is None, t["status"] == "failed", sign * (t["score"] or 0), t["trial"]))
+
+
+def _status(found: Trial, job: Job) -> str:
+    if found.status == Trial.ERROR:
+        return "failed"
+    return "finished" if storage.exists(trial.whole(job.folder, found.trial_id)) else "stopped early"
 
 
 def _free(wait_seconds: float = 30) -> list[str]:

@@ -52,6 +52,12 @@ def run(config: dict[str, Any], job: Job, desk: Any) -> None:
             with open(os.path.join(aside, POINTER), "w", encoding="utf-8") as f:
                 json.dump(pointer, f)
             tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(aside))
+    storage.write(whole(job.folder, own), "")
+
+
+def whole(sweep: str, own: str) -> str:
+    """File that is there once a trial has come to its own end."""
+    return storage.join(sweep, "trials", own, "whole")
 
 
 def _pointer() -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from ray import tune
@@ -15,6 +16,7 @@ from sevenfold.recipe import Search
 from sevenfold.report import trials as report
 from sevenfold.report.console import say
 from sevenfold.runs import schedule
+from sevenfold.runs.lease import Lease
 from sevenfold.runs.schedule import Gate
 from sevenfold.runs.seats import Seats
 
@@ -26,10 +28,10 @@ class Watch(tune.Callback):
         worker_hours, hours: spent so far, those of earlier processes too.
     """
 
-    def __init__(self, search: Search, scheduler: TrialScheduler, gate: Gate, seats: Seats, goes_on: bool):
+    def __init__(self, search: Search, scheduler: TrialScheduler, gate: Gate, seats: Seats, lease: Lease, goes_on: bool):
         """goes_on: Tune has to bring back an earlier process's state."""
         self.gate, self.worker_hours, self.hours = gate, 0.0, 0.0
-        self._search, self._scheduler, self._seats, self._awaits = search, scheduler, seats, goes_on
+        self._search, self._scheduler, self._seats, self._lease, self._awaits = search, scheduler, seats, lease, goes_on
         self._trials: list[Trial] = []
         self._state: dict[str, Any] | None = None
         self._seen: dict[str, dict[str, Any]] = {}  # the last point of each trial
@@ -62,8 +64,10 @@ class Watch(tune.Callback):
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         if self._awaits:  # Tune logs the error, and would begin anew
             raise RunError("the sweep's state cannot be read back: give it another name, or remove its folder")
+        if self._lease.lost:
+            raise RunError("another driver has taken this sweep over, and goes on with it: this one ends")
         if self._state is not None:  # all trials have been added again by now
-            schedule.restored(self._scheduler, self._state["scheduler"], trials)
+            schedule.restored(self._scheduler, self._state["scheduler"], trials, self.gate)
             self._state, self.gate.paused = None, set()
         now = time.monotonic()
         hours, self._looked = (now - self._looked) / 3600, now
@@ -94,7 +98,9 @@ class Watch(tune.Callback):
         say(f"trial {trial.trial_id}: step {result.get('step')}  " + "  ".join(f"{k} {v:.4f}" for k, v in shown.items()))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        say(f"trial {trial.trial_id}: failed: {report.reason(trial.get_error() or '')}")
+        path = trial.error_file  # it is in the sweep's folder only later
+        told = Path(path).read_text(errors="replace") if path and Path(path).exists() else trial.get_error()
+        say(f"trial {trial.trial_id}: failed: {report.reason(told)}")
 
     def close(self) -> None:
         self._live.close()
