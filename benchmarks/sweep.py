@@ -56,6 +56,7 @@ def sweep(home: Path, name: str, data: Path, quick: bool) -> dict[str, Any]:
     words = [
         f"name={label}", f"data.path={data}", f"train.steps={steps}", f"validation.every={steps // 5}",
         "validation.keep_best=false", "validation.metric=validation/loss", f"search={json.dumps(search)}",
+        f"schedule.warmup_steps={steps // 10}",  # over before the grace is: what is judged then has trained at its rate
     ]  # fmt: skip
     command = [sys.executable, str(ROOT / "jobs/sweep.py"), str(ROOT / "jobs/recipes/classify.yaml"), *words]
     done = subprocess.run(command, env={**os.environ, "SEVENFOLD_HOME": str(home)}, cwd=home)

@@ -18,8 +18,9 @@ from sevenfold.engine.best import Best, UnknownMetricError
 from sevenfold.engine.guard import Guard
 from sevenfold.engine.interval import Interval
 from sevenfold.engine.meter import Meter
+from sevenfold.engine.notice import Notice
 from sevenfold.engine.objectives import Causal, Words
-from sevenfold.engine.step import Notice, evaluate
+from sevenfold.engine.step import evaluate
 from sevenfold.errors import InputError, RunError
 from sevenfold.recipe import Recipe, Validation
 

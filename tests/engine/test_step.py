@@ -11,8 +11,9 @@ from conftest import run_ranks
 from sevenfold.data.rows import Rows, labels
 from sevenfold.engine import optim
 from sevenfold.engine.batch import IGNORE, Batch, micro_batches, to_batch
+from sevenfold.engine.notice import Notice
 from sevenfold.engine.objectives import Causal, Words, attach
-from sevenfold.engine.step import Notice, evaluate, train_step
+from sevenfold.engine.step import evaluate, train_step
 from sevenfold.errors import RunError
 from sevenfold.model import build, parallel
 from sevenfold.recipe import Recipe

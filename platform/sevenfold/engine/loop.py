@@ -18,9 +18,10 @@ from sevenfold.engine.best import Best
 from sevenfold.engine.guard import Guard
 from sevenfold.engine.interval import Interval, due
 from sevenfold.engine.meter import Meter
+from sevenfold.engine.notice import Notice
 from sevenfold.engine.objectives import Causal
 from sevenfold.engine.optim import learning_rate, sparsity
-from sevenfold.engine.step import NoTargets, Notice, Step, train_step
+from sevenfold.engine.step import NoTargets, Step, train_step
 from sevenfold.errors import RunError
 from sevenfold.recipe import Recipe
 

@@ -6,7 +6,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import Any
 
 import torch
@@ -14,20 +13,12 @@ import torch.distributed as dist
 from torch import nn
 
 from sevenfold.engine.batch import IGNORE, Batch
+from sevenfold.engine.notice import Notice
 from sevenfold.errors import RunError
 
 
 class NoTargets(RunError):
     """A step without a single target token, on any rank."""
-
-
-class Notice(IntEnum):
-    """What rank 0 has been told from outside, and every rank heeds after the step."""
-
-    NONE = 0
-    SAVE = 1  # a machine will be taken away: save at once, and go on
-    END = 2  # save at once, and end
-    LEAVE = 3  # end; nobody goes on from this step
 
 
 @dataclass

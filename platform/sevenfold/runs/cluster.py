@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import ray
 from ray._private import worker
 from ray._private.state import state
+from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.exceptions import RayTaskError
 from ray.train.v2._internal.execution import context
 
@@ -77,6 +80,8 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
             )  # fmt: skip
     except ConnectionError as e:
         raise RunError(f"no Ray cluster answers at {address}: {str(e).splitlines()[0]}") from None
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # `ray job stop`: as Ctrl-C
     token = Path("~/.ray/auth_token").expanduser()
     if token.exists() and token.stat().st_mode & 0o077:
         token.chmod(0o600)  # Ray writes it for everyone to read
@@ -130,6 +135,18 @@ def require(need: dict[str, float], what: str, wait_seconds: float) -> None:
             say(f"waiting for {', '.join(short)}: {what} needs {_list(need)}, free {_list(need, ray.available_resources())}")
             told = True
         time.sleep(1)
+
+
+def awaited(need: dict[str, float]) -> str:
+    """What is free of `need`, and what the autoscaler is about: nodes that start, and why some did not."""
+    said = f"{_list(need)} needed, {_list(need, ray.available_resources())} free"
+    found = get_cluster_status(ray.get_runtime_context().gcs_address)
+    starting = Counter(n.ray_node_type_name for n in found.pending_nodes)
+    for launch in found.pending_launches:
+        starting[launch.ray_node_type_name] += launch.count
+    failed = {f.ray_node_type_name: f.details for f in found.failed_launches}
+    said += "".join(f"; starting: {n} {kind}" for kind, n in starting.items())
+    return said + "".join(f"; {kind} did not start: {why[:200]}" for kind, why in failed.items())
 
 
 def room(worker: dict[str, float], count: int) -> int:

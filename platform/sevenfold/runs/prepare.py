@@ -58,6 +58,7 @@ class Job:
     validation: Stream | None
     queue: Any = None  # ray.util.queue.Queue of (step, metrics) and sentences, for whoever watches
     post: Any = None  # seats.Post of a trial, whose reports go to a sweep, and wait for their checkpoints
+    bell: Any = None  # train.Bell, where the run may be asked to end
     verbose: bool = False
     descent: str = ""  # identity of the run whose checkpoint this one goes on from, under other settings
 

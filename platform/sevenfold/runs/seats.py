@@ -20,6 +20,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sevenfold import storage
+from sevenfold.engine.notice import Notice
 from sevenfold.errors import RunError
 from sevenfold.recipe import Parallel, Recipe
 from sevenfold.report.console import say
@@ -60,7 +61,7 @@ class _Sitting:
     before: _Sitting | None  # the same trial's, which has to be over first
     starts: int = 0  # of the seat's workers with it
     reports: int = 0
-    left: bool = False  # nobody waits for it any more
+    notice: Notice = Notice.NONE  # that its workers are given
     over: bool = False
     error: str = ""
 
@@ -104,7 +105,7 @@ class Desk:
         it is to close."""
         self._workers[seat] = workers
         sitting = self._seats[seat]
-        if sitting is None or sitting.over or sitting.left:
+        if sitting is None or sitting.over or sitting.notice:
             self._end(sitting)
             self._seats[seat] = None
             await self._tell()
@@ -131,24 +132,25 @@ class Desk:
             self._end(sitting, why)
             await self._tell()
 
-    async def gone(self, number: int, start: int) -> None:
-        """Returns when nobody waits for this start any more."""
+    async def noticed(self, number: int, start: int) -> Notice:
+        """Returns when there is one for the workers of this start."""
         sitting = self._sittings[number]
-        await self._until(lambda: sitting.left or sitting.starts > start)
+        await self._until(lambda: sitting.notice or sitting.starts > start)
+        return sitting.notice if sitting.starts == start else Notice.LEAVE
 
     # of the driver
     async def leave(self, trials: list[str]) -> None:
         for sitting in self._sittings.values():
             if sitting.trial in trials and not sitting.over:
-                sitting.left = True
-        for sitting in [s for s in self._waiting if s.left]:
+                sitting.notice = Notice.LEAVE
+        for sitting in [s for s in self._waiting if s.notice]:
             self._waiting.remove(sitting)
             self._end(sitting)
         await self._tell()
 
     async def open(self) -> list[str]:
         """Names of the seats to be opened, for those that wait and will find none."""
-        free = sum(s is None or s.over or s.left for s in self._seats.values())
+        free = sum(s is None or s.over or s.notice for s in self._seats.values())
         names = [secrets.token_hex(4) for _ in range(len(self._waiting) - free)]
         self._seats |= dict.fromkeys(names)
         return names
@@ -161,7 +163,7 @@ class Desk:
             sitting = self._waiting.pop(0)
             sitting.starts += 1
         if sitting is not None and not sitting.over:
-            if sitting.left or sitting.starts > self._max_failures:
+            if sitting.notice or sitting.starts > self._max_failures:
                 self._end(sitting, error)
             else:
                 self._waiting.insert(0, sitting)
@@ -172,7 +174,11 @@ class Desk:
         return sum(self._workers.values())
 
     async def close(self) -> None:
+        """What still trains is saved."""
         self._closing = True
+        for sitting in self._seats.values():
+            if sitting is not None and not sitting.notice:
+                sitting.notice = Notice.END
         await self._tell()
 
     def _end(self, sitting: _Sitting | None, why: str = "") -> None:
@@ -193,11 +199,10 @@ class Post:
 
     def __init__(self, desk: Any, start: tuple[int, int], since: int):
         self.since, self._desk, self._start = since, desk, start
-        self._gone = desk.gone.remote(*start)
+        self._noticed = desk.noticed.remote(*start)
 
-    def left(self) -> bool:
-        """Whether nobody waits for the trial any more."""
-        return bool(ray.wait([self._gone], timeout=0)[0])
+    def notice(self) -> Notice:
+        return ray.get(self._noticed) if ray.wait([self._noticed], timeout=0)[0] else Notice.NONE
 
     def report(self, recipe: Recipe, folder: RunFolder, metrics: dict[str, Any]) -> None:
         """Puts metrics of a step into the trial's reports.json, where they are not yet, and tells."""
@@ -298,7 +303,7 @@ class Seats:
         return int(ray.get(self.desk.workers.remote()))
 
     def close(self, wait_seconds: float = 60) -> None:
-        """Each ends after the step that it is at."""
+        """Each ends after the step that it is at, which is saved."""
         self._stop.set()
         self._watch.join()
         ray.get(self.desk.close.remote())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
@@ -24,6 +26,9 @@ from sevenfold.report.console import Progress, say
 from sevenfold.runs import cluster, prepare
 from sevenfold.runs.prepare import Job
 from sevenfold.storage import RunFolder
+
+LONG = 30.0  # seconds without workers after which it is said what is missing
+GRACE = 50  # seconds that a run has to save and end when it is asked to; `ray job stop` waits a minute
 
 
 def launch(job: Job, work: Callable[[Job], dict[str, Any]], storage_path: str, name: str) -> dict[str, Any]:
@@ -77,10 +82,52 @@ def _cause(error: str) -> str:
     return found.partition("sevenfold.errors.")[2].partition(": ")[2] or found
 
 
+class Bell:
+    """An actor: tells a run's workers that it is to end."""
+
+    def __init__(self) -> None:
+        self._rung, self._listeners = asyncio.Event(), 0
+
+    async def rung(self) -> None:
+        """Returns when it is rung."""
+        self._listeners += 1
+        await self._rung.wait()
+
+    async def ring(self) -> bool:
+        """Whether anybody listens."""
+        self._rung.set()
+        return self._listeners > 0
+
+
+def _until_asked(work: Callable[[], dict[str, Any]], bell: Any) -> dict[str, Any]:
+    """Does the work beside this thread. Ctrl-C or SIGTERM interrupts it: then the workers save, and end. Raises as `work`."""
+    doing: Future[dict[str, Any]] = Future()
+
+    def do() -> None:
+        try:
+            doing.set_result(work())
+        except BaseException as e:
+            doing.set_exception(e)
+
+    threading.Thread(target=do, daemon=True).start()
+    try:
+        return doing.result()
+    except KeyboardInterrupt:
+        if doing.done() or not ray.get(bell.ring.remote()):
+            raise
+        say("asked to end: saving the step under way; asked again, it ends at once")
+        wait([doing], timeout=GRACE)
+        if not doing.done():
+            raise
+        return doing.result()
+
+
 class _Watcher:
     """Shows what rank 0 sends while fit() blocks."""
 
-    def __init__(self, name: str, steps: int):
+    def __init__(self, name: str, steps: int, need: dict[str, float]):
+        """need: of the run; what is missing is told while no worker speaks."""
+        self._need = need
         # beside the driver: with any other node it might be lost
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.queue = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
@@ -89,17 +136,22 @@ class _Watcher:
         self._thread.start()
 
     def _show(self) -> None:
+        alone: float | None = time.monotonic()  # since when there are no workers
         while True:
             try:
                 item = self.queue.get(timeout=0.5)
             except Empty:
                 if self._stop.is_set():
                     return
+                if alone is not None and time.monotonic() - alone > LONG:
+                    say(f"waiting for workers: {cluster.awaited(self._need)}")
+                    alone = time.monotonic()
                 continue
             except RayActorError:  # the cluster is about to end, and this process with it
                 if self._stop.wait(1):
                     return
                 continue
+            alone = time.monotonic() if isinstance(item, dict) else None
             if isinstance(item, str):
                 say(item)
             elif isinstance(item, dict):
@@ -135,10 +187,13 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
 
         return Worker(job).run()
 
-    watcher = _Watcher(recipe.name, recipe.steps)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    bell: Any = ray.remote(num_cpus=0, scheduling_strategy=here, max_concurrency=100)(Bell)
+    job.bell = bell.remote()
+    watcher = _Watcher(recipe.name, recipe.steps, prepare.needs(recipe))
     job.queue = watcher.queue
     try:
-        reported = launch(job, train, folder.ray, "train")
+        reported = _until_asked(lambda: launch(job, train, folder.ray, "train"), job.bell)
     finally:
         watcher.close()
     finish(job, reported, time.time() - began)

@@ -35,8 +35,9 @@ from sevenfold.engine.best import Best, UnknownMetricError
 from sevenfold.engine.guard import Guard
 from sevenfold.engine.interval import Interval, due
 from sevenfold.engine.meter import Meter
+from sevenfold.engine.notice import Notice
 from sevenfold.engine.objectives import Causal
-from sevenfold.engine.step import Notice, evaluate
+from sevenfold.engine.step import evaluate
 from sevenfold.errors import DivergedError, RunError
 from sevenfold.evaluate.generate import complete
 from sevenfold.evaluate.metrics import bits_per_byte, bleu, classification, rouge
@@ -72,6 +73,7 @@ class Worker:
         self.ranks: list[dict[str, Any]] = []  # what this start wrote to workers.json
         self.draws: list[Draw] = []  # since the last committed checkpoint, of all ranks
         self.run_log: RunLog | None = None  # of rank 0
+        self.bell = self.job.bell.rung.remote() if self.job.bell is not None and self.rank == 0 else None
         self.told, self.looked = 0, time.time()  # how far a notice has been heeded; the last look for one
 
     def run(self) -> dict[str, Any]:
@@ -155,6 +157,8 @@ class Worker:
         torch.distributed.all_gather_object(self.ranks, mine)
         if self.rank == 0:
             storage.write(self.folder.workers, json.dumps(self.ranks, indent=1))
+            if self.job.queue is not None:
+                self._tell(f"training on {self.world} workers, {len({r['node'] for r in self.ranks})} machines")
 
     def _read(self, start: int, state: ReaderState) -> LaneReader:
         stream = replace(self.job.train, skip=(*self.job.train.skip, *self.passed))
@@ -268,8 +272,11 @@ class Worker:
     def _noticed(self) -> Notice:
         """On rank 0, which is told what all are: SAVE once when a machine of this run will go, and once more when a save can
         just be done before the deadline."""
-        if self.rank == 0 and self.job.post is not None and self.job.post.left():
-            return Notice.LEAVE
+        if self.rank == 0 and self.bell is not None and ray.wait([self.bell], timeout=0)[0]:
+            self.bell = None
+            return Notice.END
+        if self.rank == 0 and self.job.post is not None and (notice := self.job.post.notice()):
+            return Notice(notice)
         # not ray.train.get_preemption_info(), whose value this is: that one is a barrier by way of an actor
         info = get_train_context().preemption_context.preemption_info if self.rank == 0 else None
         now = time.time()
