@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -30,6 +31,7 @@ os.environ.pop("RAY_ADDRESS", None)
 atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
+RAY = str(Path(sys.executable).with_name("ray"))
 PACKAGES = ("json", "email", "http", "logging", "asyncio", "importlib", "unittest", "xml")
 
 
@@ -97,6 +99,38 @@ def run_job(*args: str, home: Path, code: int = 0) -> str:
     out, err = process.communicate(timeout=400)
     assert process.returncode == code, f"{args}: exit {process.returncode}\n{out}\n{err}"
     return out if code == 0 else err
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running_head(home: Path, **environment: str) -> Iterator[dict[str, str]]:
+    """Ray's own `ray start --head`, in a shell of this environment. Yields it, with the head's address."""
+    gcs, dashboard = free_port(), free_port()
+    env = {**os.environ, "HOME": str(home), "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}", **environment}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    start = [
+        RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2",
+        f"--object-store-memory={200 * 2**20}", f"--ray-client-server-port={free_port()}",
+        f"--dashboard-agent-listen-port={free_port()}",  # its default is taken where another Ray runs
+    ]  # fmt: skip
+    process = subprocess.Popen(start, env={k: v for k, v in env.items() if k != "RAY_ADDRESS"}, stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 120
+        while subprocess.run([RAY, "job", "submit", "--", "true"], env=env, capture_output=True).returncode:
+            assert process.poll() is None and time.monotonic() < deadline, "the head did not start"
+            time.sleep(1)
+        yield env
+    finally:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()  # asked politely it takes half a minute to drain itself
+        process.kill()
+        process.wait(60)
 
 
 def run_ranks(world: int, store: Path, target: Callable[..., Any], *args: Any) -> list[Any]:

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -346,7 +347,12 @@ def test_s3(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert pq.ParquetFile(storage.open_read(f"{root}/sub/a.parquet")).read().equals(made)
     copy = Path(storage.local(root))
     assert (copy / "x.bin").read_bytes() == BYTES and (copy / "sub/a.parquet").read_bytes() == shard
+    other = f"from sevenfold import storage; print(storage.local({root!r}))"
+    done = subprocess.run([sys.executable, "-c", other], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(copy)  # not fetched once more
     storage.write(f"{root}/x.bin", "again")
+    storage.local.cache_clear()
+    assert (Path(storage.local(root)) / "x.bin").read_text() == "again"
     assert storage.read_text(f"{root}/x.bin") == "again"
     storage.remove(f"{root}/x.bin")
     storage.remove(root)

@@ -5,9 +5,9 @@ A storage that fails for a while is waited out, whatever is done with it: see `_
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
+import hashlib
 import io
 import json
 import logging
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 from urllib.parse import urlsplit
 
+import filelock
 import fsspec
 
 from sevenfold import object_stores
@@ -28,6 +29,7 @@ from sevenfold.errors import InputError, RunError
 
 PATIENCE = 120.0  # seconds that a failing storage is given in all
 FIRST_WAIT, LONGEST_WAIT = 0.5, 8.0  # seconds between two tries: doubled from one to the other
+VERSION = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified", "created")  # by what filesystems tell a file's
 WHOLE = 2 << 30  # the largest file that is read from an http server without range requests
 T = TypeVar("T")
 
@@ -181,17 +183,25 @@ def read_json(path: str) -> Any:
 
 @functools.cache
 def local(folder: str) -> str:
-    """A folder of this machine with the files of `folder`: itself, or a copy that lasts as long as the process."""
+    """A folder of this machine with the files of `folder`: itself, or a copy below the temporary folder. That is made once a
+    machine, by the first process that asks, and again only when the files have changed."""
     if not is_url(folder):
         return folder
-    copy = tempfile.mkdtemp(prefix="sevenfold-")
-    atexit.register(shutil.rmtree, copy, ignore_errors=True)
     fs, root = _fs(folder)
-    for found in _again(folder, "listed", lambda: fs.find(root, on_error="raise")):
-        to = os.path.join(copy, found[len(root) :].lstrip("/"))
-        os.makedirs(os.path.dirname(to), exist_ok=True)
-        with open_read(fs.unstrip_protocol(found)) as source, open(to, "wb") as target:
-            shutil.copyfileobj(source, target, 4 << 20)
+    files = _again(folder, "listed", lambda: fs.find(root, detail=True, on_error="raise"))
+    version = sorted((name, *(str(about.get(k)) for k in VERSION)) for name, about in files.items())
+    key = hashlib.sha256(json.dumps([folder, version]).encode()).hexdigest()[:24]
+    copy = os.path.join(tempfile.gettempdir(), f"sevenfold-{os.getuid()}", key)
+    os.makedirs(os.path.dirname(copy), mode=0o700, exist_ok=True)
+    with filelock.FileLock(f"{copy}.lock"):
+        if not os.path.isdir(copy):
+            shutil.rmtree(f"{copy}.part", ignore_errors=True)  # of a process that was killed
+            for name in files:
+                to = os.path.join(f"{copy}.part", name[len(root) :].lstrip("/"))
+                os.makedirs(os.path.dirname(to), exist_ok=True)
+                with open_read(fs.unstrip_protocol(name)) as source, open(to, "wb") as target:
+                    shutil.copyfileobj(source, target, 4 << 20)
+            os.rename(f"{copy}.part", copy)
     return copy
 
 

@@ -1,61 +1,25 @@
 """Ray's own door: `ray job submit` to a cluster that `ray start --head` made."""
 
-import contextlib
 import json
-import os
 import shutil
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import RAY, ROOT, running_head
 
 from sevenfold.engine import checkpoint as ckpt
-
-RAY = str(Path(sys.executable).with_name("ray"))
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
 
 
 @pytest.fixture
 def head(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a shell beside a running head."""
-    gcs, dashboard = free_port(), free_port()
-    env = {
-        **os.environ, "RAY_AUTH_MODE": "disabled", "HOME": str(tmp_path),
-        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
-    }  # fmt: skip
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
-    env["RAY_JOB_STOP_WAIT_TIME_S"] = "60"  # as cluster.yaml has it
-    start = [
-        RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", "--num-cpus=2",
-        f"--object-store-memory={200 * 2**20}", f"--ray-client-server-port={free_port()}",
-        f"--dashboard-agent-listen-port={free_port()}",  # its default is taken where another Ray runs
-    ]  # fmt: skip
-    process = subprocess.Popen(start, env={k: v for k, v in env.items() if k != "RAY_ADDRESS"}, stdout=subprocess.DEVNULL)
-    try:
-        deadline = time.monotonic() + 120
-        while subprocess.run([RAY, "job", "submit", "--", "true"], env=env, capture_output=True).returncode:
-            assert process.poll() is None and time.monotonic() < deadline, "the head did not start"
-            time.sleep(1)
+    with running_head(tmp_path, RAY_AUTH_MODE="disabled", RAY_JOB_STOP_WAIT_TIME_S="60") as env:  # as cluster.yaml has it
         yield env
-    finally:
-        for child in psutil.Process(process.pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()  # asked politely it takes half a minute to drain itself
-        process.kill()
-        process.wait(60)
 
 
 def test_submit(head: dict[str, str], tree: dict[str, Any], texts: Path, tmp_path: Path) -> None:
