@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _evaluate(commands)
     _export(commands)
     _ledger(commands)
-    for command in (_generate, _chat, _search, _inspect):
+    for command in (_generate, _chat, _search, _inspect, _doctor):
         command(commands)
     args, rest = parser.parse_known_args(argv)  # argparse takes no second run of key.path=value after an option
     if unknown := [r for r in rest if r.startswith("-") or "=" not in r or not hasattr(args, "overrides")]:
@@ -272,6 +272,22 @@ def _inspect(commands: Any) -> None:
             from sevenfold.runs import inspect
 
             inspect.run(args.model, _given(args.text, args.text_file), args.target, args.saliency, args.attention, args.json)
+
+    parser.set_defaults(run=run)
+
+
+def _doctor(commands: Any) -> None:
+    parser = commands.add_parser("doctor", help="what is wrong with this machine, a cluster, a cluster.yaml, a recipe")
+    parser.add_argument("recipe", nargs="?", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument("--cluster", metavar="FILE", help="a cluster.yaml of `ray up`; with a recipe also whether it fits")
+    parser.add_argument("--address", metavar="HOST:PORT", help="a running cluster's head, as 127.0.0.1:6379")
+
+    def run(args: argparse.Namespace) -> None:
+        from sevenfold.recipe import parse
+        from sevenfold.runs import doctor
+
+        doctor.run(parse(args.recipe, args.overrides) if args.recipe else None, args.cluster, args.address)
 
     parser.set_defaults(run=run)
 

@@ -38,6 +38,7 @@ class Stream:
     packing: str = "best_fit"
     skip: tuple[tuple[int, int], ...] = ()  # data steps passed over, from 1, inclusive
     cache: TokenCache | None = None
+    labels: tuple[tuple[str, str], ...] = ()  # of the nodes that Ray Data's tasks run on
 
     def documents(self, shuffle: bool = False) -> Iterator[list[list[str]]]:
         """The texts of each row group, in the manifest's order or by the plan's seed: one list a field."""
@@ -294,7 +295,7 @@ def _by_ray(stream: Stream, order: Iterator[int], chunk: int) -> Generator[Windo
         return _to_arrow(_stream_of(shared[0]).window(index))
 
     while wanted := [{"window": i} for i in itertools.islice(order, chunk)]:
-        with ray.data.DataContext.current(_context()):
+        with ray.data.DataContext.current(_context(dict(stream.labels))):
             windows = ray.data.from_items(wanted, override_num_blocks=len(wanted)).map_batches(
                 make, batch_size=1, num_cpus=TASK_CPUS
             )
@@ -343,7 +344,7 @@ def _from_arrow(block: pa.Table, sequence_length: int) -> Window:
     return Window(block["window"][0].as_py(), rows, block["hash"].chunk(0).to_numpy(), wrong)
 
 
-def _context() -> Any:
+def _context(labels: dict[str, str]) -> Any:
     """Blocks in order: without it nothing is reproducible. One task at a time makes some 20 M tokens a second, and each
     more is a process that imports and warms its encoder for itself (benchmarks/RESULTS.md)."""
     from ray.data import DataContext, ExecutionOptions, ExecutionResources
@@ -351,6 +352,6 @@ def _context() -> Any:
     context = DataContext.get_current().copy()
     context.enable_progress_bars = False
     context.execution_options = ExecutionOptions(
-        preserve_order=True, resource_limits=ExecutionResources.for_limits(cpu=TASK_CPUS)
+        preserve_order=True, resource_limits=ExecutionResources.for_limits(cpu=TASK_CPUS), label_selector=labels or None
     )
     return context

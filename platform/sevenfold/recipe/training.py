@@ -191,6 +191,9 @@ class Cluster(Section):
     )
     cpus_per_worker: float = Field(1, gt=0, description="Below 1, workers share cores; a worker computes with as many threads")
     gpus_per_worker: int = Field(0, ge=0, le=1, description="1: CUDA and nccl; 0: CPU and gloo")
+    data_labels: dict[str, str] = Field(
+        {}, description="Ray labels of the nodes that data tasks run on, as {pool: data}; default: wherever there is a CPU free"
+    )
     max_failures: int = Field(3, ge=0, description="Worker failures survived before the run counts as failed")
     resize_seconds: float = Field(60, gt=0, description="Between looks for room for more workers, of a range")
     wait_seconds: float = Field(300, ge=0, description="How long to wait for resources that the cluster has but others hold")

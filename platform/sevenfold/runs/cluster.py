@@ -179,6 +179,19 @@ def _together(nodes: Iterable[tuple[dict[str, float], float]]) -> dict[str, floa
     return out
 
 
+def require_labels(labels: dict[str, str], what: str) -> None:
+    """Raises InputError where no node has these labels, and none with them can be added."""
+    found = state.get_cluster_config()
+    known = [n.get("Labels") or {} for n in ray.nodes() if n["Alive"]]
+    known += [dict(g.labels) for g in (found.node_group_configs if found is not None else ())]
+    if not any(labels.items() <= each.items() for each in known):
+        seen = sorted({f"{k}={v}" for each in known for k, v in each.items() if not k.startswith("ray.io/")})
+        raise InputError(
+            f"{what}: cluster.data_labels {labels}: no node of this cluster has them, found {', '.join(seen) or 'none'}: "
+            "ray start --labels, or cluster.data_labels={}"
+        )
+
+
 def require_bfloat16(what: str) -> None:
     """Raises InputError where no GPU of the cluster computes in bfloat16. Ray names the kinds that it knows."""
     kinds = {k.partition(":")[2] for k in ray.cluster_resources() if k.startswith("accelerator_type:")}

@@ -86,6 +86,8 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
         ray.shutdown()
         raise
     cluster.require(need, what, recipe.cluster.wait_seconds)
+    if recipe.cluster.data_labels:
+        cluster.require_labels(recipe.cluster.data_labels, recipe.name)
     if recipe.train.dtype == "bfloat16" and recipe.cluster.gpus_per_worker:
         cluster.require_bfloat16(recipe.name)
     if root := corpus_to_make(recipe):
@@ -288,6 +290,7 @@ def streams(recipe: Recipe, found: Inputs, tokenizer: str) -> tuple[Stream, Stre
     chosen = Selection.of(data, encoder.fields)
     made = TokenCache.open(storage.locate(data.cache), found.train, chosen, encoder) if data.cache else None
     train = Stream(plan, chosen, encoder, data.sequence_length, data.executor, data.packing, tuple(data.skip), made)
+    train = replace(train, labels=tuple(recipe.cluster.data_labels.items()))
     held = None
     if found.validation:
         held = Stream(Plan(found.validation, 0, 1), replace(chosen, held_out=0), encoder, data.sequence_length, "inline")
