@@ -21,7 +21,7 @@ test: setup
 	$(BIN)/python -m pytest -q -m 'not slow'
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow --durations=20 -rs
 
 lint: setup
 	$(BIN)/ruff check .

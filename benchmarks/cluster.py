@@ -148,7 +148,7 @@ def main() -> int:
     measure.show("a mistake in cluster.yaml", ("mistake", "sevenfold doctor", "Ray"), rows)
     ours, others = sum(bool(o) for _, o, _ in found) / len(found), sum(r for *_, r in found) / len(found)
     print(f"{len(found)} mistakes: {ours:.0%} told by sevenfold doctor, {others:.0%} by Ray's own checks")
-    return 0 if measure.report([measure.claim("mistakes_caught", ours, others, 1.0)], a.json) else 1
+    return 0 if measure.report([measure.claim("mistakes_caught", ours, None, 1.0)], a.json) else 1
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import time
 import traceback
 import urllib.request
 from collections.abc import Callable, Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,23 @@ atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 ROOT = Path(__file__).resolve().parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
 PACKAGES = ("json", "email", "http", "logging", "asyncio", "importlib", "unittest", "xml")
+
+
+BEGIN = time.monotonic()
+SECONDS = float(os.environ.get("SEVENFOLD_TEST_SECONDS", "inf"))  # that there are for the tests; no more begin after it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where time is short, each day begins with other tests, so that each has its day."""
+    if float("inf") > SECONDS and items:
+        first = date.today().toordinal() * 7 % len(items)
+        items[:] = items[first:] + items[:first]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    if time.monotonic() - BEGIN > SECONDS:
+        pytest.skip("no time left (SEVENFOLD_TEST_SECONDS)")
 
 
 def stdlib_texts() -> list[str]:

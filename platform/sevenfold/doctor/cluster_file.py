@@ -74,6 +74,8 @@ def _top(config: Config) -> Iterator[Finding]:
     for key in config:
         if key in ("min_workers", "initial_workers", "head_node", "worker_nodes"):
             yield key, "found here, where Ray ignores it since node types: put it into available_node_types.NAME"
+        elif key.endswith("_commands") and not isinstance(config[key], list):
+            yield key, f"expected a list of commands, found {config[key]!r}"
         elif key not in schema["properties"]:
             yield key, f"no such setting{_near(key, schema['properties'])}"
     if not NAME.fullmatch(str(config.get("cluster_name", ""))):
@@ -154,7 +156,7 @@ def _node_type(where: str, name: str, kind: Config, config: Config) -> Iterator[
         )
     elif least > most:
         yield f"{where}.min_workers", f"expected at most max_workers, {most}, found {least}"
-    elif not most and name != config.get("head_node_type"):
+    elif not most and config.get("head_node_type") in config["available_node_types"].keys() - {name}:
         yield f"{where}.max_workers", "found 0: no machine of this kind is ever started"
     resources = kind.get("resources") or {}
     for key, value in resources.items():
