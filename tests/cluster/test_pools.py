@@ -1,15 +1,18 @@
 """A cluster of pools: who runs where, and what more may come."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import yaml
-from conftest import run_job
+from conftest import run_job, start_job
 from ray.cluster_utils import Cluster
 from ray.util.state import list_tasks
+
+from sevenfold.runs.nodes import LocalNodes
 
 
 @pytest.mark.slow
@@ -21,7 +24,10 @@ def test_data_tasks_stay_on_their_pool(tree: dict[str, Any], tmp_path: Path, mon
         pool = cluster.add_node(num_cpus=2, labels={"pool": "data"})
         cluster.add_node(num_cpus=8, labels={"pool": "train"})
         tree |= {"cluster": {"num_workers": 2, "cpus_per_worker": 2.5, "data_labels": {"pool": "data"}}}
+        tree["cluster"]["worker_labels"] = {"pool": "train"}
         (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+        said = run_job("pretrain", "r.yaml", "cluster.worker_labels={pool: trian}", home=tmp_path, code=2)
+        assert "cluster.worker_labels {'pool': 'trian'}: no node of this cluster has them, found pool=data, pool=train" in said
         run_job("pretrain", "r.yaml", home=tmp_path)
         ray.init(address=cluster.address, log_to_driver=False)
         tasks = list_tasks(address=cluster.address, detail=True, limit=1000)
@@ -32,3 +38,27 @@ def test_data_tasks_stay_on_their_pool(tree: dict[str, Any], tmp_path: Path, mon
     finally:
         ray.shutdown()
         cluster.shutdown()
+
+
+@pytest.mark.slow
+def test_a_sweep_widens_as_nodes_join(tree: dict[str, Any], tmp_path: Path) -> None:
+    tree["data"] |= {"executor": "inline"}
+    tree["train"] |= {"steps": 100}
+    space = {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}}
+    tree |= {"validation": {"every": 20, "rows": 8}, "search": {"trials": 6, "scheduler": "none", "space": space}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
+    nodes = LocalNodes(1, dashboard=True)
+    try:
+        nodes.ready(1)
+        process = start_job("sweep", "r.yaml", "name=wide", *(f"{k}={v}" for k, v in nodes.worker.items()), home=tmp_path)
+        root, deadline = tmp_path / "runs/wide-sweep/trials", time.monotonic() + 200
+        while not list(root.glob("*/reports.json")) and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.2)
+        nodes.ready(2)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "6 trials of 100 steps, 1 at a time" in out
+        where = {json.loads(p.read_text())[0]["node"] for p in root.glob("*/workers.json")}
+        assert len(where) == 2
+    finally:
+        nodes.close()

@@ -8,59 +8,66 @@ from typing import Any
 from sevenfold.data.stream import TASK_CPUS
 from sevenfold.recipe import Recipe
 
+Pool = Mapping[str, Any]
+TYPES = "available_node_types"
+
 
 def fit(config: Mapping[str, Any], recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Whether the pools can hold the recipe's workers, and feed them."""
-    pools = {n: t for n, t in config["available_node_types"].items() if n != config.get("head_node_type")}
-    c, (fewest, _) = recipe.cluster, recipe.workers
+    """(where in the file, what does not fit)."""
+    everywhere = {n: t for n, t in config[TYPES].items() if n != config.get("head_node_type")}
+    most = config.get("max_workers", 2)
+    yield from _holds(_with(everywhere, recipe.cluster.worker_labels), most, recipe)
+    if recipe.data.executor == "ray":
+        yield from _feeds(everywhere, most, recipe)
 
-    def most(pool: Mapping[str, Any]) -> int:
-        return int(min(pool.get("max_workers", config.get("max_workers", 2)), config.get("max_workers", 2)))
 
-    def held(pool: Mapping[str, Any]) -> int:
-        """Workers on one machine."""
-        has = pool.get("resources") or {}
-        by_gpu = has.get("GPU", 0) // c.gpus_per_worker if c.gpus_per_worker else 10**9
-        return int(min(by_gpu, has.get("CPU", 0) // c.cpus_per_worker))
+def _with(pools: Mapping[str, Pool], labels: Mapping[str, str]) -> dict[str, Pool]:
+    return {n: t for n, t in pools.items() if labels.items() <= (t.get("labels") or {}).items()}
 
-    room = {n: held(t) * most(t) for n, t in pools.items()}
-    total = min(sum(room.values()), max(map(held, pools.values()), default=0) * config.get("max_workers", 2))
+
+def _resource(pool: Pool, name: str) -> int:
+    return int((pool.get("resources") or {}).get(name, 0))
+
+
+def _workers(pool: Pool, recipe: Recipe) -> int:
+    """On one machine."""
+    c = recipe.cluster
+    by_cpu = int(_resource(pool, "CPU") // c.cpus_per_worker)
+    return min(by_cpu, _resource(pool, "GPU") // c.gpus_per_worker) if c.gpus_per_worker else by_cpu
+
+
+def _holds(pools: Mapping[str, Pool], most: int, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    c, fewest = recipe.cluster, recipe.workers[0]
+    total = sum(_workers(t, recipe) * min(t.get("max_workers", most), most) for t in pools.values())
+    total = min(total, most * max((_workers(t, recipe) for t in pools.values()), default=0))
     if total < fewest:
-        yield "available_node_types", f"{recipe.name} needs {fewest} workers, and all pools together hold {total} at most"
+        labels = f" with {c.worker_labels}" if c.worker_labels else ""
+        yield TYPES, f"{recipe.name} needs {fewest} workers, and all pools{labels} together hold {total} at most"
     for name, pool in pools.items():
-        at, gpus = f"available_node_types.{name}", (pool.get("resources") or {}).get("GPU", 0)
+        at, gpus = f"{TYPES}.{name}", _resource(pool, "GPU")
         if gpus and not c.gpus_per_worker:
-            yield (
-                f"available_node_types.{name}",
-                f"{recipe.name} uses no GPU (cluster.gpus_per_worker=0): this pool is never filled",
-            )
-        elif gpus and fewest % gpus and fewest < gpus:
-            yield (
-                f"available_node_types.{name}",
-                f"a machine has {gpus} GPUs, and {recipe.name} fills {fewest}: take a smaller one",
-            )
-        elif gpus and held(pool) < gpus:
-            yield (
-                f"{at}.resources.CPU",
-                f"{c.cpus_per_worker:g} CPUs a worker leave {gpus - held(pool)} of {gpus} GPUs without one: lower "
-                "cluster.cpus_per_worker",
-            )
-    if recipe.data.executor != "ray":
+            yield at, f"{recipe.name} uses no GPU (cluster.gpus_per_worker=0): its workers waste this pool, or never fill it"
+        elif fewest < gpus:
+            yield at, f"a machine has {gpus} GPUs, and {recipe.name} fills {fewest}: take a smaller one"
+        elif (alone := gpus - _workers(pool, recipe)) and gpus:
+            why = f"{c.cpus_per_worker:g} CPUs a worker leave {alone} of {gpus} GPUs without one"
+            yield f"{at}.resources.CPU", f"{why}: lower cluster.cpus_per_worker"
+
+
+def _feeds(everywhere: Mapping[str, Pool], most: int, recipe: Recipe) -> Iterator[tuple[str, str]]:
+    c, fewest = recipe.cluster, recipe.workers[0]
+    pools = _with(everywhere, c.data_labels)
+    if not pools:
+        yield TYPES, f"no pool has the labels {c.data_labels} of {recipe.name}'s cluster.data_labels"
         return
-    chosen = {n: t for n, t in pools.items() if c.data_labels.items() <= (t.get("labels") or {}).items()}
-    if not chosen:
-        yield "available_node_types", f"no pool has the labels {c.data_labels} of {recipe.name}'s cluster.data_labels"
-        return
-    cpus = sum((t.get("resources") or {}).get("CPU", 0) * most(t) for t in chosen.values())
-    taken = fewest * c.cpus_per_worker if set(chosen) & {n for n, r in room.items() if r} else 0
-    if cpus - taken < fewest * TASK_CPUS:
+    cpus = sum(_resource(t, "CPU") * min(t.get("max_workers", most), most) for t in pools.values())
+    if any(_workers(t, recipe) for t in _with(pools, c.worker_labels).values()):
+        cpus = max(0, cpus - int(fewest * c.cpus_per_worker))  # the workers' own
+    need = fewest * TASK_CPUS
+    if cpus < need:
         yield (
-            "available_node_types",
-            f"{fewest} workers' data tasks need {fewest * TASK_CPUS:g} CPUs, and {', '.join(chosen)} has "
-            f"{max(0, cpus - taken):g}: raise max_workers there",
+            TYPES,
+            f"{fewest} workers' data tasks need {need:g} CPUs, and {', '.join(pools)} has {cpus}: raise max_workers there",
         )
-    if not c.data_labels and c.gpus_per_worker and any(not (t.get("resources") or {}).get("GPU") for t in pools.values()):
-        yield (
-            "available_node_types",
-            f"{recipe.name}: data tasks land on GPUs' machines too: set cluster.data_labels",
-        )
+    if not c.data_labels and c.gpus_per_worker and not all(_resource(t, "GPU") for t in pools.values()):
+        yield TYPES, f"{recipe.name}: data tasks land on GPUs' machines too: set cluster.data_labels"

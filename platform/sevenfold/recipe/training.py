@@ -191,8 +191,9 @@ class Cluster(Section):
     )
     cpus_per_worker: float = Field(1, gt=0, description="Below 1, workers share cores; a worker computes with as many threads")
     gpus_per_worker: int = Field(0, ge=0, le=1, description="1: CUDA and nccl; 0: CPU and gloo")
+    worker_labels: dict[str, str] = Field({}, description="Ray labels of the nodes that workers run on, as {pool: train}")
     data_labels: dict[str, str] = Field(
-        {}, description="Ray labels of the nodes that data tasks run on, as {pool: data}; default: wherever there is a CPU free"
+        {}, description="Those of data tasks' nodes, as {pool: data}; default of both: wherever there is room"
     )
     max_failures: int = Field(3, ge=0, description="Worker failures survived before the run counts as failed")
     resize_seconds: float = Field(60, gt=0, description="Between looks for room for more workers, of a range")

@@ -179,7 +179,7 @@ def _together(nodes: Iterable[tuple[dict[str, float], float]]) -> dict[str, floa
     return out
 
 
-def require_labels(labels: dict[str, str], what: str) -> None:
+def require_labels(what: str, labels: dict[str, str]) -> None:
     """Raises InputError where no node has these labels, and none with them can be added."""
     found = state.get_cluster_config()
     known = [n.get("Labels") or {} for n in ray.nodes() if n["Alive"]]
@@ -187,8 +187,8 @@ def require_labels(labels: dict[str, str], what: str) -> None:
     if not any(labels.items() <= each.items() for each in known):
         seen = sorted({f"{k}={v}" for each in known for k, v in each.items() if not k.startswith("ray.io/")})
         raise InputError(
-            f"{what}: cluster.data_labels {labels}: no node of this cluster has them, found {', '.join(seen) or 'none'}: "
-            "ray start --labels, or cluster.data_labels={}"
+            f"{what} {labels}: no node of this cluster has them, found {', '.join(seen) or 'none'}: start nodes with "
+            "`ray start --labels`, or leave the setting out"
         )
 
 

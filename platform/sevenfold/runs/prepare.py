@@ -86,8 +86,8 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
         ray.shutdown()
         raise
     cluster.require(need, what, recipe.cluster.wait_seconds)
-    if recipe.cluster.data_labels:
-        cluster.require_labels(recipe.cluster.data_labels, recipe.name)
+    for key in ("worker_labels", "data_labels"):
+        cluster.require_labels(f"{recipe.name}: cluster.{key}", getattr(recipe.cluster, key))
     if recipe.train.dtype == "bfloat16" and recipe.cluster.gpus_per_worker:
         cluster.require_bfloat16(recipe.name)
     if root := corpus_to_make(recipe):

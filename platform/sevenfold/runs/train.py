@@ -56,6 +56,7 @@ def launch(job: Job, work: Callable[[Job], dict[str, Any]], storage_path: str, n
         train_loop_config={"job": ray.put(job)},
         scaling_config=ray.train.ScalingConfig(
             num_workers=c.num_workers, elastic_resize_monitor_interval_s=c.resize_seconds, use_gpu=c.gpus_per_worker > 0,
+            label_selector=c.worker_labels or None,
             resources_per_worker={"CPU": c.cpus_per_worker, **({"GPU": c.gpus_per_worker} if c.gpus_per_worker else {})},
         ),
         run_config=ray.train.RunConfig(

@@ -62,7 +62,7 @@ class Worker:
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
         self.place = parallel.Place.of(self.rank, self.world, self.recipe.parallel.tensor)
         self.device = ray.train.torch.get_device()
-        cpu.prepare(threads=max(1, int(self.recipe.cluster.cpus_per_worker)))
+        cpu.prepare(threads=max(1, min(int(self.recipe.cluster.cpus_per_worker), os.cpu_count() or 1)))
         self.tokenizer = load_tokenizer(job.tokenizer)
         self.token_bytes = torch.from_numpy(token_bytes(self.tokenizer))
         self.ledger = Ledger(self.folder.ledger)
