@@ -92,7 +92,7 @@ def test_a_trial_that_failed_is_not_the_best(tmp_path: Path) -> None:
         trials.append(made)
     (tmp_path / "trials/b").mkdir(parents=True)
     (tmp_path / "trials/b/whole").touch()
-    job: Any = SimpleNamespace(folder=str(tmp_path))
+    job: Any = SimpleNamespace(folder=str(tmp_path), recipe=SimpleNamespace(steps=20))
     found = sweep.ranked(trials, job, search())
     assert [(t["trial"], t["status"]) for t in found] == [("b", "finished"), ("a", "failed"), ("c", "stopped early")]
 

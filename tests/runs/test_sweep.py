@@ -64,7 +64,6 @@ def test_killed_and_resubmitted_it_ends_as_if_nothing_had_been(home: Path) -> No
         if finished and len(found) > len(finished):  # one is over, the next under way
             break
         time.sleep(0.2)
-    assert "another driver works on it" in run_job("sweep", "r.yaml", "name=killed", home=home, code=2)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     before = {n: (home / f"runs/killed-sweep/trials/{n}/metrics.jsonl").read_text() for n in finished}
@@ -189,10 +188,10 @@ def test_a_trial_that_fails_is_marked_and_the_sweep_goes_on(home: Path) -> None:
 
 @pytest.mark.slow
 def test_a_budget_ends_it_with_what_it_has(home: Path) -> None:
-    budget = ["search.trials=40", "search.worker_hour_cost=2", "search.max_cost=0.04"]  # 72 s
+    budget = ["search.trials=40", "search.worker_hour_cost=2", "search.max_cost=0.02"]  # 36 s
     out = run_job("sweep", "r.yaml", "name=dear", *budget, home=home)
-    assert "search.max_cost 0.04 is spent: the sweep ends with what it has" in out
-    assert not any(t["status"] == "finished" and t["step"] < STEPS for t in told(home, "dear"))
+    assert "search.max_cost 0.02 is spent: the sweep ends with what it has" in out
+    assert all((t["status"] == "finished") == (t["step"] == STEPS) for t in told(home, "dear") if t["score"] is not None)
     assert 0 < len([t for t in told(home, "dear") if t["score"] is not None]) < 40
 
 

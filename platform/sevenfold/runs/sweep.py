@@ -203,7 +203,9 @@ def ranked(trials: Sequence[Trial], job: Job, search: Search) -> list[dict[str, 
 def _status(found: Trial, job: Job) -> str:
     if found.status == Trial.ERROR:
         return "failed"
-    return "finished" if storage.exists(trial.whole(job.folder, found.trial_id)) else "stopped early"
+    steps = (found.last_result or {}).get("step") or 0  # a run may come to its end before its last step
+    whole = steps >= job.recipe.steps or storage.exists(trial.whole(job.folder, found.trial_id))
+    return "finished" if whole else "stopped early"
 
 
 def _free(wait_seconds: float = 30) -> list[str]:
