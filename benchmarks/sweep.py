@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -26,6 +27,11 @@ from typing import Any
 
 import measure
 import numpy as np
+from ray.tune.experiment import Trial
+
+from sevenfold.recipe import Search
+from sevenfold.runs import schedule
+from sevenfold.runs.schedule import Gate
 
 ROOT = Path(__file__).resolve().parents[1]
 SPACE: dict[str, Any] = {
@@ -84,6 +90,45 @@ def reached(found: dict[str, Any], score: float) -> float | None:
     """Worker-seconds until the score was there: the steps until then, at what a step of this sweep took with all around it."""
     steps = next((s for s, best in found["course"] if best <= score), None)
     return None if steps is None else steps * found["worker_s"] / found["steps"]
+
+
+class Nobody:
+    """What ASHA asks of Tune."""
+
+    def get_trials(self) -> list[Trial]:
+        return []
+
+
+def orders(home: Path, count: int = 300) -> None:
+    """Random search's trials, whose curves are whole, met by our ASHA one after another in other orders: how often it keeps the
+    best, and after how many steps of all trials that one is there; random search beside it."""
+    reports = [json.loads(p.read_text()) for p in sorted(home.glob("runs/random-sweep/trials/*/reports.json"))]
+    curves = [[(r["step"], r[METRIC]) for r in rows] for rows in reports]
+    length, best = max(c[-1][0] for c in curves), min(c[-1][1] for c in curves)
+    search = Search.model_validate({"trials": len(curves), "metric": METRIC, "space": SPACE})
+    logging.disable(logging.CRITICAL)
+    taken, whole, plain = [], [], []
+    for seed in range(count):
+        order = np.random.default_rng(seed).permutation(len(curves))
+        asha = schedule.scheduler(search, length, len(curves[0]), 0, Gate(lambda: 1))
+        asha.set_search_properties(METRIC, search.best)
+        plain.append(length * (1 + next(i for i, k in enumerate(order) if curves[k][-1][1] == best)))
+        spent, there = 0, None
+        for k in order:
+            trial, at = Trial("x", trial_id=str(k), stub=True), 0
+            asha.on_trial_add(Nobody(), trial)
+            for step, value in curves[k]:
+                spent, at = spent + step - at, step
+                there = spent if value == best and there is None else there
+                if asha.on_trial_result(Nobody(), trial, {"step": step, METRIC: value}) == asha.STOP:
+                    break
+        whole.append(spent)
+        taken += [there] if there is not None else []
+    print(
+        f"the same curves in {count} orders, one at a time: ASHA keeps the best in {len(taken) / count:.0%}, has it after "
+        f"{np.mean(taken):.0f} steps and ends after {np.mean(whole):.0f}; random search has it after {np.mean(plain):.0f} of "
+        f"{length * len(curves)}"
+    )
 
 
 def compare(home: Path, data: Path, quick: bool) -> list[dict[str, Any]]:
@@ -149,8 +194,10 @@ def main() -> int:
         if not a.data.is_file():
             print(f"{a.data}: expected a file of texts and labels (--data), found none: nothing is measured")
             return 2
-        claims += [] if a.quick else compare(home, a.data.absolute(), a.quick)
-        if a.quick:
+        if not a.quick:
+            claims += compare(home, a.data.absolute(), a.quick)
+            orders(home)
+        else:
             sweep(home, "ASHA", a.data.absolute(), quick=True)
         found = curves(Path(aside))
         for part, expected in GOALS.items():
