@@ -12,7 +12,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -148,10 +148,10 @@ class Desk:
             self._end(sitting)
         await self._tell()
 
-    async def open(self) -> list[str]:
-        """Names of the seats to be opened, for those that wait and will find none."""
+    async def open(self, most: int) -> list[str]:
+        """Names of the seats to be opened, for those that wait and will find none. most: seats that there may be in all."""
         free = sum(s is None or s.over or s.notice for s in self._seats.values())
-        names = [secrets.token_hex(4) for _ in range(len(self._waiting) - free)]
+        names = [secrets.token_hex(4) for _ in range(min(len(self._waiting) - free, most - len(self._seats)))]
         self._seats |= dict.fromkeys(names)
         return names
 
@@ -264,18 +264,19 @@ def sit(desk: Any, seat: str, job: Job) -> dict[str, Any]:
 class Seats:
     """Of a sweep, for its driver: opens one where a trial waits that will find none."""
 
-    def __init__(self, job: Job):
+    def __init__(self, job: Job, capacity: Callable[[], int]):
+        """capacity: seats that the cluster holds."""
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         made: Any = ray.remote(num_cpus=0, scheduling_strategy=here, max_concurrency=1000)(Desk)
         self.desk = made.remote(job.recipe.cluster.max_failures)
-        self._job, self._stop = job, threading.Event()
+        self._job, self._capacity, self._stop = job, capacity, threading.Event()
         self._open: list[threading.Thread] = []
         self._watch = threading.Thread(target=self._opens, daemon=True)
         self._watch.start()
 
     def _opens(self) -> None:
         while not self._stop.wait(LOOK):
-            for name in ray.get(self.desk.open.remote()):
+            for name in ray.get(self.desk.open.remote(self._capacity())):
                 self._open.append(threading.Thread(target=self._run, args=(name,), daemon=True))
                 self._open[-1].start()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
 from ray.tune.experiment import Trial
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_actors, list_placement_groups
+from ray.util.state.exception import RayStateApiException
 
 from sevenfold import storage
 from sevenfold.errors import InputError, RunError
@@ -65,18 +67,23 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     if job is None:
         report.show(folder)
         return folder
-    lease = Lease(folder)
     fewest = job.recipe.workers[0]  # a sweep widens by trials
     job = replace(job, recipe=job.recipe.override({"cluster.num_workers": fewest}))
-    try:
-        trials = _searched(job, search, each, lease, verbose)
-    finally:
-        lease.close()
-        left = _free()
-    for what in left:
-        say(f"freed what a stopped trial left behind: {what}")
-    if not left:
-        say(f"{len(trials)} trials ended; none left a placement group or a process")
+    with contextlib.closing(Lease(folder)) as lease:
+        try:
+            trials = _searched(job, search, each, lease, verbose)
+        finally:
+            left = _freed()
+        if left is not None and not left:
+            say(f"{len(trials)} trials ended; none left a placement group or a process")
+        _finish(job, recipe, trials, time.time() - began)
+        report.show(folder)
+    return folder
+
+
+def _finish(job: Job, recipe: Recipe, trials: list[dict[str, Any]], seconds: float) -> None:
+    """Writes what a sweep leaves; the summary, which says that it is finished, last."""
+    folder, search = RunFolder(job.folder), checked(recipe)
     if not any(t["score"] is not None for t in trials):
         storage.remove(storage.join(folder.ray, TUNE))  # resubmitted, it begins anew
         why = next((t["error"] for t in trials if t["error"]), "it ended before one was validated")
@@ -84,11 +91,8 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     report.write(folder, trials)
     best = trials[0]
     storage.write(storage.join(folder.root, "best.yaml"), recipe.override({**best["config"], "search": None}).to_yaml())
-    winner = replace(job, recipe=job.recipe.override(best["config"]))
-    train.finish(winner, best["metrics"], time.time() - began)
     page.write(folder, search)
-    report.show(folder)
-    return folder
+    train.finish(replace(job, recipe=job.recipe.override(best["config"])), best["metrics"], seconds)
 
 
 def _searched(job: Job, search: Search, each: dict[str, float], lease: Lease, verbose: bool) -> list[dict[str, Any]]:
@@ -99,7 +103,8 @@ def _searched(job: Job, search: Search, each: dict[str, float], lease: Lease, ve
     # Train's cleaner of placement groups asks "the" Ray of this host: with two of them it dies (ray#54305)
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
-    gate = Gate(_capacity(search, each, recipe.workers[0]))
+    capacity = _capacity(search, each, recipe.workers[0])
+    gate = Gate(capacity)
     reports = math.ceil(recipe.steps / trial.every(recipe))
     scheduler = schedule.scheduler(search, recipe.steps, reports, recipe.seed, gate)
     under_way = RunFolder(job.folder).ray
@@ -107,7 +112,7 @@ def _searched(job: Job, search: Search, each: dict[str, float], lease: Lease, ve
     if goes_on:
         say(f"{job.folder}: under way; going on")
     say(f"{recipe.name}: {search.number} trials of {recipe.steps} steps, {gate.room()} at a time")
-    seats = Seats(job)
+    seats = Seats(job, capacity)
     watch = Watch(search, scheduler, gate, seats, lease, goes_on)
     trainable = tune.with_resources(tune.with_parameters(trial.run, job=job, desk=seats.desk), {"CPU": DRIVER_CPUS})
     room = (lambda: 1) if search.scheduler == "pbt" else gate.room  # a population is there from the beginning
@@ -206,6 +211,18 @@ def _status(found: Trial, job: Job) -> str:
     steps = (found.last_result or {}).get("step") or 0  # a run may come to its end before its last step
     whole = steps >= job.recipe.steps or storage.exists(trial.whole(job.folder, found.trial_id))
     return "finished" if whole else "stopped early"
+
+
+def _freed() -> list[str] | None:
+    """As _free, and says so; None where the cluster could not be asked."""
+    try:
+        left = _free()
+    except RayStateApiException as e:
+        say(f"whether stopped trials left anything behind could not be asked: {str(e).splitlines()[0]}")
+        return None
+    for what in left:
+        say(f"freed what a stopped trial left behind: {what}")
+    return left
 
 
 def _free(wait_seconds: float = 30) -> list[str]:
