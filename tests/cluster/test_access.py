@@ -1,16 +1,13 @@
-"""Who gets in, and what gets out: tokens, listening sockets, secrets."""
+"""Who gets in, and what gets out: tokens, secrets."""
 
-import os
 import shutil
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 import yaml
 from conftest import RAY, ROOT, running_head
@@ -84,30 +81,3 @@ def _read(path: Path) -> bytes | None:
         return path.read_bytes()
     except OSError:  # a socket; gone meanwhile
         return None
-
-
-@pytest.mark.slow
-def test_a_laptop_listens_to_itself_alone(tree: dict[str, Any], tmp_path: Path) -> None:
-    tree["train"] |= {"steps": 20_000}
-    (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
-    words = [sys.executable, str(ROOT / "jobs/pretrain.py"), "r.yaml"]
-    process = subprocess.Popen(
-        words, cwd=tmp_path, stdout=subprocess.PIPE, text=True, env={**os.environ, "HOME": str(tmp_path)}
-    )
-    assert process.stdout is not None
-    try:
-        while "step" not in (line := process.stdout.readline()):
-            assert line, "it ended"
-        ours = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        open_to = {(p.name(), c.laddr.ip, c.laddr.port) for p in ours for c in _listening(p)}
-        assert open_to and {ip for _, ip, _ in open_to} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}, open_to
-    finally:
-        process.terminate()
-        process.wait(60)
-
-
-def _listening(process: psutil.Process) -> list[Any]:
-    try:
-        return [c for c in process.net_connections("tcp") if c.status == psutil.CONN_LISTEN]
-    except psutil.NoSuchProcess:
-        return []
