@@ -69,6 +69,8 @@ MISTAKES: dict[str, Edit] = {
     "head that takes work": lambda c: kind(c, "head")["resources"].update(CPU=8),
     "spot head": lambda c: kind(c, "head")["node_config"].update(InstanceMarketOptions={"MarketType": "spot"}),
     "image by tag": lambda c: c["docker"].update(image="registry.example.com/sevenfold:latest"),
+    "a pool's image by tag": lambda c: kind(c)["docker"].update(worker_image="registry.example.com/sevenfold:latest"),
+    "GPUs asked for where there are none": lambda c: c["docker"].update(worker_run_options=["--gpus all"]),
     "container without a name": lambda c: c["docker"].pop("container_name"),
     "dashboard open": lambda c: c.update(head_start_ray_commands=["RAY_AUTH_MODE=token " + START.replace("127.0.0.1", "::")]),
     "dashboard's port open to the world": lambda c: ssh(c, 8265),

@@ -90,8 +90,52 @@ def test_the_manifests_say_what_cluster_yaml_says() -> None:
         assert (pool["minReplicas"], pool["maxReplicas"]) == (theirs["min_workers"], theirs["max_workers"])
         (container,) = pool["template"]["spec"]["containers"]
         assert container["resources"]["limits"].get("nvidia.com/gpu", "0") == str(theirs["resources"].get("GPU", 0))
-        assert "@sha256:" in container["image"] and container["env"][0] == {"name": "RAY_AUTH_MODE", "value": "token"}
+        assert "@sha256:" in container["image"]
+        assert container["securityContext"]["runAsUser"] == 1000  # the Dockerfile's
+        assert not pool["template"]["spec"]["automountServiceAccountToken"]
+    assert spec["authOptions"]["mode"] == "token"
     assert spec["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0", "num-gpus": "0"}
+
+
+FIELDS = {  # of KubeRay 1.7's reference of its ray.io/v1 API, transcribed: there is no package of the schema to check by
+    "RayCluster": "upgradeStrategy authOptions suspend managedBy autoscalerOptions headServiceAnnotations "
+    "enableInTreeAutoscaling gcsFaultToleranceOptions historyServerOptions networkPolicy tlsOptions headGroupSpec rayVersion "
+    "workerGroupSpecs",
+    "authOptions": "enableK8sTokenAuth secretName mode",
+    "autoscalerOptions": "resources image imagePullPolicy securityContext idleTimeoutSeconds upscalingMode version env envFrom "
+    "volumeMounts command args",
+    "headGroupSpec": "template headService enableIngress ingressOptions resources labels rayStartParams serviceType",
+    "workerGroupSpecs": "suspend groupName replicas minReplicas maxReplicas idleTimeoutSeconds priority resources labels "
+    "rayStartParams template scaleStrategy numOfHosts",
+    "RayJob": "activeDeadlineSeconds backoffLimit rayClusterSpec submitterPodTemplate metadata clusterSelector submitterConfig "
+    "managedBy deletionStrategy entrypoint runtimeEnvYAML jobId submissionMode entrypointResources entrypointNumCpus "
+    "entrypointNumGpus ttlSecondsAfterFinished preRunningDeadlineSeconds shutdownAfterJobFinishes suspend",
+}
+
+
+@pytest.mark.parametrize("name", ["kuberay-cluster.yaml", "kuberay-job.yaml"])
+def test_kuberay_knows_each_field_of_the_manifests(name: str) -> None:
+    (made,) = documents(name)
+    assert made["apiVersion"] == "ray.io/v1" and made.keys() == {"apiVersion", "kind", "metadata", "spec"}
+    parts = [(made["kind"], made["spec"])]
+    for key, value in made["spec"].items():
+        parts += [(key, v) for v in (value if isinstance(value, list) else [value]) if key in FIELDS]
+    for kind, part in parts:
+        assert part.keys() <= set(FIELDS[kind].split()), kind
+        if "template" in part:  # what the operator refuses: no container; labels in another place; a restart policy
+            pod = part["template"]["spec"]
+            assert len(pod["containers"]) == 1 and pod["restartPolicy"] == "Never"
+            assert "labels" not in part["rayStartParams"] and all(type(v) is str for v in part["rayStartParams"].values())
+
+
+def test_the_image_is_what_its_users_take_it_for() -> None:
+    lines = (ROOT / "platform/deploy/Dockerfile").read_text().splitlines()
+    env = dict(pair.split("=", 1) for line in lines if line.startswith("ENV ") for pair in line.split()[1:])
+    (made,) = re.findall(r"useradd --create-home --uid 1000 (\w+)", "\n".join(lines))
+    # Ray mounts files below HOME as the image's environment has it, or below /root; the reader of the token is the user
+    assert env["HOME"] == f"/home/{made}" and f"USER {made}" in lines
+    for word in ("rsync", "constraints.txt", "wget"):  # `ray up` and KubeRay's probes need the first and the last
+        assert any(word in line for line in lines if not line.startswith("#"))
 
 
 def test_the_job_of_the_manifest_is_one() -> None:

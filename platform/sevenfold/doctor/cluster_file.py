@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
 import io
 import json
 import logging
@@ -113,13 +114,23 @@ def _provider(config: Config) -> Iterator[Finding]:
 
 
 def _docker(config: Config) -> Iterator[Finding]:
-    docker = config.get("docker") or {}
-    for key in ("image", "head_image", "worker_image"):
-        image = docker.get(key)
-        if image and "@sha256:" not in image:
+    docker, kinds = config.get("docker") or {}, config["available_node_types"]
+    own = {f"available_node_types.{n}.docker": (t or {}).get("docker") or {} for n, t in kinds.items()}
+    for where, part in {"docker": docker, **own}.items():
+        for key in ("image", "head_image", "worker_image"):
+            image = part.get(key)
+            if image and "@sha256:" not in image:
+                why = "a tag can be another one tomorrow"
+                yield f"{where}.{key}", f"expected it by digest (name@sha256:...), found {image}: {why}"
+    without = [n for n, t in kinds.items() if n != config.get("head_node_type") and not (t.get("resources") or {}).get("GPU")]
+    for key in ("run_options", "worker_run_options"):
+        if without and "--gpus" in " ".join(map(str, docker.get(key) or [])):
             yield (
                 f"docker.{key}",
-                f"expected it by digest (name@sha256:...), found {image}: a tag can be another one tomorrow",
+                (
+                    f"--gpus: Docker starts no container with it on the machines of {', '.join(without)}, which have no GPU: "
+                    "put it into available_node_types.NAME.docker.worker_run_options of those that have"
+                ),
             )
     if docker and not NAME.fullmatch(str(docker.get("container_name", ""))):
         yield "docker.container_name", f"expected letters, digits, - and _, found {docker.get('container_name')!r}"
@@ -186,11 +197,10 @@ def _machine(where: str, name: str, kind: Config, resources: Config, config: Con
 def _as_aws_reads(where: str, node: Config) -> Iterator[Finding]:
     """Against EC2's own description of RunInstances, where botocore is installed (Ray needs it for AWS)."""
     try:
-        import botocore.session
         import botocore.validate
     except ImportError:
         return
-    shape = botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
+    shape = _run_instances()
     for key, value in node.items():
         if key not in shape.members:
             yield f"{where}.{key}", f"no such setting of a machine{_near(key, shape.members)}"
@@ -202,6 +212,13 @@ def _as_aws_reads(where: str, node: Config) -> Iterator[Finding]:
         known = shape.members["InstanceType"].enum if at == "InstanceType" else _markets(shape)
         if value is not None and value not in known:
             yield f"{where}.{at}", f"AWS knows no {value!r}{_near(str(value), known)}"
+
+
+@functools.cache
+def _run_instances() -> Any:
+    import botocore.session
+
+    return botocore.session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape
 
 
 def _market(node: Config) -> Any:
