@@ -11,9 +11,10 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ray
+import yaml
 from ray._private import worker
 from ray._private.state import state
 from ray.autoscaler.v2.sdk import get_cluster_status
@@ -44,6 +45,8 @@ _LOCAL = {
 _LOCAL_STORE = 512 * 2**20  # bytes of a local Ray's object store: windows are a few MB
 
 
+BOOTSTRAP = "~/ray_bootstrap_config.yaml"  # the cluster.yaml of `ray up`, on the head
+UNTOLD = {"RAY_USAGE_STATS_KUBERAY_IN_USE"}  # in KubeRay's pods: what its autoscaler may start is known to the operator alone
 WITHOUT_BFLOAT16 = {"V100", "P100", "P4", "K80", "T4"}  # Ray's names of GPUs older than Ampere
 
 
@@ -118,7 +121,8 @@ def require(need: dict[str, float], what: str, wait_seconds: float) -> None:
     need = {k: v for k, v in need.items() if v}
     there, later = _together(_now()), _together(_later())
     total = {k: max(there.get(k, 0), later.get(k, 0)) for k in need}
-    if short := _short(need, total):
+    short = _short(need, total)
+    if short and not UNTOLD & os.environ.keys():
         raise InputError(f"{what} needs {_list(need)}; this cluster has {_list(need, total)}: {_advice(short)}")
     begin, told = time.monotonic(), False
     while short := _short(need, ray.available_resources()):
@@ -164,11 +168,44 @@ def _now() -> list[tuple[dict[str, float], float]]:
     return [(n["Resources"], 1.0) for n in ray.nodes() if n["Alive"]]
 
 
+class Group(NamedTuple):
+    """Nodes of one kind that the autoscaler may start."""
+
+    resources: dict[str, float]
+    labels: dict[str, str]
+    most: float
+
+
+def _groups() -> list[Group]:
+    """What the autoscaler may start; nothing where there is none, or where that cannot be told (KubeRay). Whoever runs it may
+    tell Ray's head. `ray up` (Ray 2.60) does not: its file lies on the head, where a job's driver runs."""
+    found = state.get_cluster_config()
+    if found is not None and found.node_group_configs:
+        many = float("inf")
+        return [
+            Group(dict(g.resources), dict(g.labels), many if g.max_count < 0 else float(g.max_count))
+            for g in found.node_group_configs
+        ]
+    try:
+        told = yaml.safe_load(Path(BOOTSTRAP).expanduser().read_text()) if _at_head() else {}
+    except FileNotFoundError:
+        return []
+    kinds = {n: t for n, t in told.get("available_node_types", {}).items() if n != told["head_node_type"]}
+    most = told.get("max_workers", 0)
+    return [
+        Group(t.get("resources") or {}, t.get("labels") or {}, float(min(most, t.get("max_workers", most))))
+        for t in kinds.values()
+    ]
+
+
+def _at_head() -> bool:
+    here = ray.get_runtime_context().get_node_id()
+    return any(n["NodeID"] == here and "node:__internal_head__" in n["Resources"] for n in ray.nodes())
+
+
 def _later() -> list[tuple[dict[str, float], float]]:
     """Resources of a node of each kind that the autoscaler may start, and how many; nothing where there is none."""
-    found = state.get_cluster_config()
-    groups = found.node_group_configs if found is not None else ()
-    return [(dict(g.resources), float("inf") if g.max_count < 0 else float(g.max_count)) for g in groups]
+    return [(g.resources, g.most) for g in _groups()]
 
 
 def _together(nodes: Iterable[tuple[dict[str, float], float]]) -> dict[str, float]:
@@ -181,10 +218,8 @@ def _together(nodes: Iterable[tuple[dict[str, float], float]]) -> dict[str, floa
 
 def require_labels(what: str, labels: dict[str, str]) -> None:
     """Raises InputError where no node has these labels, and none with them can be added."""
-    found = state.get_cluster_config()
-    known = [n.get("Labels") or {} for n in ray.nodes() if n["Alive"]]
-    known += [dict(g.labels) for g in (found.node_group_configs if found is not None else ())]
-    if not any(labels.items() <= each.items() for each in known):
+    known = [n.get("Labels") or {} for n in ray.nodes() if n["Alive"]] + [g.labels for g in _groups()]
+    if not UNTOLD & os.environ.keys() and not any(labels.items() <= each.items() for each in known):
         seen = sorted({f"{k}={v}" for each in known for k, v in each.items() if not k.startswith("ray.io/")})
         raise InputError(
             f"{what} {labels}: no node of this cluster has them, found {', '.join(seen) or 'none'}: start nodes with "
