@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -60,42 +59,3 @@ def test_submit(head: dict[str, str], tree: dict[str, Any], texts: Path, tmp_pat
 
     failed = submit("jobs/pretrain.py", "jobs/recipes/tiny.yaml", "train.stepps=9")
     assert failed.returncode != 0 and "did you mean 'steps'" in failed.stdout + failed.stderr
-
-
-@pytest.mark.slow
-def test_a_job_that_is_stopped_saves_and_goes_on_when_submitted_again(
-    head: dict[str, str], tree: dict[str, Any], tmp_path: Path
-) -> None:
-    checkout = tmp_path / "checkout"
-    checkout.mkdir()
-    for part in ("platform", "jobs"):
-        shutil.copytree(ROOT / part, checkout / part)
-    tree |= {"cluster": {"num_workers": 2, "cpus_per_worker": 0.75}}
-    tree["train"] |= {"steps": 20_000}
-    (checkout / "jobs/recipes/tiny.yaml").write_text(yaml.safe_dump(tree))
-
-    def ray(*words: str) -> str:
-        done = subprocess.run([RAY, "job", *words], cwd=checkout, env=head, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def started(name: str, says: str) -> str:
-        """The log of a new submission, once that is in it."""
-        job = ["--submission-id", name, "--working-dir", "."]
-        ray("submit", *job, "--no-wait", "--", "python", "jobs/pretrain.py", "jobs/recipes/tiny.yaml")
-        deadline = time.monotonic() + 200
-        while says not in (log := ray("logs", name)):
-            assert time.monotonic() < deadline, log
-            time.sleep(0.5)
-        return log
-
-    started("first", "tiny: step ")
-    begin = time.monotonic()
-    ray("stop", "first")
-    assert time.monotonic() - begin < 60 and "STOPPED" in ray("status", "first")
-    log = ray("logs", "first")
-    assert "asked to end: saving the step under way" in log and "the same command goes on from there" in log
-    newest = ckpt.latest(str(Path(head["HOME"]) / "sevenfold/runs/tiny/checkpoints"))
-    assert newest is not None and f"stopped after step {newest.step}, which is saved" in log
-    started("again", f"going on from step {newest.step} ")
-    ray("stop", "again")
