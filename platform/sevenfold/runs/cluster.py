@@ -143,6 +143,7 @@ def require(need: dict[str, float], what: str, wait_seconds: float) -> None:
 
 def awaited(need: dict[str, float]) -> str:
     """What is free of `need`, and what the autoscaler is about: nodes that start, and why some did not."""
+    need = {k: v for k, v in need.items() if v}
     said = f"{_list(need)} needed, {_list(need, ray.available_resources())} free"
     found = get_cluster_status(ray.get_runtime_context().gcs_address)
     starting = Counter(n.ray_node_type_name for n in found.pending_nodes)
