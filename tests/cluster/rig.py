@@ -27,7 +27,7 @@ CREDENTIALS = {
     "AWS_ENDPOINT_URL": f"http://{GATE}:{PORT}", "AWS_EC2_METADATA_DISABLED": "true",
 }  # fmt: skip
 # what all hosts find at its own place, though /tmp and /root are theirs
-KEPT = [p for p in {str(BIN.parent), sys.base_prefix, str(Path(__file__).parents[2])} if p.startswith(("/tmp/", "/root/"))]  # noqa: S108
+KEPT = [p for p in {str(BIN.parent), sys.base_prefix, str(Path(__file__).parents[2])} if p.startswith(("/tmp/", "/root/"))]
 OWN = {
     # Ray must not begin a process a core that it is told of; what is open to others on a fake host is nobody's business
     "RAY_prestart_worker_first_driver": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_maximum_startup_concurrency": "4",

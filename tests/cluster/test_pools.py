@@ -10,7 +10,7 @@ import ray
 import yaml
 from conftest import run_job, start_job
 from ray.cluster_utils import Cluster
-from ray.util.state import list_tasks
+from ray.util.state import list_actors, list_tasks
 
 from sevenfold.runs.nodes import LocalNodes
 
@@ -35,6 +35,8 @@ def test_data_tasks_stay_on_their_pool(tree: dict[str, Any], tmp_path: Path, mon
         assert where == {pool.node_id}
         workers = json.loads((tmp_path / f"runs/{tree['name']}/workers.json").read_text())
         assert pool.node_id not in {w["node"] for w in workers}
+        left = list_actors(address=cluster.address, detail=True, filters=[("state", "=", "ALIVE")])
+        assert {a.node_id for a in left} <= {cluster.head_node.node_id}  # else a machine of a pool would never be idle
     finally:
         ray.shutdown()
         cluster.shutdown()

@@ -19,6 +19,7 @@ from sevenfold.doctor import cluster_file
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
 DATA, TRAIN = "m6i.8xlarge", "p4d.24xlarge"
+DOOR = ["env", "RAY_ADDRESS=http://127.0.0.1:8265", "RAY_AUTH_MODE=token"]
 
 
 @pytest.mark.slow
@@ -93,14 +94,13 @@ class Jobs:
         self.cloud, self.say = cloud, say
         say.until(lambda: "Traceback" not in self.ask("list", fails=True), 60, "ray dashboard: the head's jobs are listed")
 
-    def ask(self, *words: str, fails: bool = False, token: str = "token") -> str:  # noqa: S107
-        env = ["env", "RAY_ADDRESS=http://127.0.0.1:8265", f"RAY_AUTH_MODE={token}"]
-        return self.cloud.inside("laptop", *env, "ray", "job", *words, fails=fails)
+    def ask(self, *words: str, fails: bool = False) -> str:
+        return self.cloud.inside("laptop", *DOOR, "ray", "job", *words, fails=fails)
 
     def submit(self, name: str) -> None:
         pools = ["cluster.worker_labels={pool: train, market: spot}", "cluster.data_labels={pool: data}"]
         less = [f"train.steps={STEPS}", "train.log_every=1", "checkpoint.every=5", f"validation.every={STEPS}"]
-        shell = ["sh", "-c", f'cd {ROOT} && exec "$@"', "sh", "env", "RAY_ADDRESS=http://127.0.0.1:8265", "RAY_AUTH_MODE=token"]
+        shell = ["sh", "-c", f'cd {ROOT} && exec "$@"', "sh", *DOOR]
         self.cloud.inside(
             "laptop", *shell, "ray", "job", "submit", "--no-wait", "--submission-id", name, "--working-dir", ".", "--",
             "env", f"SEVENFOLD_HOME={self.cloud.shared}", "python", "jobs/pretrain.py", "jobs/recipes/quickstart.yaml",
@@ -151,9 +151,8 @@ def whole(cloud: rig.Cloud, jobs: Jobs, head: str, say: Transcript) -> None:
     )
     pools = {address: kind for address, kind, _ in cloud.instances.values()}
     assert {pools[a] for a in workers(cloud.shared / "runs/whole")} == {TRAIN}
-    env = ["env", "RAY_ADDRESS=http://127.0.0.1:8265", "RAY_AUTH_MODE=token"]
-    listed = json.loads(cloud.inside(head, *env, "ray", "list", "tasks", "--detail", "--format=json", "--limit=10000"))
-    nodes = json.loads(cloud.inside(head, *env, "ray", "list", "nodes", "--format=json"))
+    listed = json.loads(cloud.inside(head, *DOOR, "ray", "list", "tasks", "--detail", "--format=json", "--limit=10000"))
+    nodes = json.loads(cloud.inside(head, *DOOR, "ray", "list", "nodes", "--format=json"))
     at = {n["node_id"]: n["node_ip"] for n in nodes}
     data = [pools[at[t["node_id"]]] for t in listed if "MapBatches" in t["name"] and t["node_id"]]
     assert data and set(data) == {DATA}
@@ -185,9 +184,7 @@ def drive() -> None:
         say = Transcript()
         head = up(cloud, say)
         jobs = Jobs(cloud, say)
-        without = cloud.inside(
-            "laptop", "env", "HOME=/nowhere", "RAY_ADDRESS=http://127.0.0.1:8265", "ray", "job", "list", fails=True
-        )
+        without = cloud.inside("laptop", "env", "HOME=/nowhere", DOOR[1], "ray", "job", "list", fails=True)
         assert "authentication" in without.lower(), without
         say("without the token: refused")
         whole(cloud, jobs, head, say)

@@ -73,6 +73,7 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
             # what this process imports is what the workers import, whatever is installed there
             env = {k: os.environ[k] for k in settings}
             ray.init(log_to_driver=verbose, logging_level=level, runtime_env={"py_modules": [library], "env_vars": env})
+            _keep_books()
         else:
             paths = [str(Path(library).parent), os.environ.get("PYTHONPATH", "")]
             os.environ.update(_LOCAL)
@@ -88,6 +89,20 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
     token = Path("~/.ray/auth_token").expanduser()
     if token.exists() and token.stat().st_mode & 0o077:
         token.chmod(0o600)  # Ray writes it for everyone to read
+
+
+def _keep_books() -> None:
+    """Ray Data's bookkeepers, one of each a cluster, outlive the run that first asks for them and hold the machine that it asks
+    from, which is then never idle: that shall be the driver's, and not one of a pool that comes and goes."""
+    from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+    from ray.data._internal.execution.node_trackers import get_or_create_actor_location_tracker
+    from ray.data._internal.stats import get_or_create_stats_actor
+    from ray.data._internal.usage.actor import get_or_create_usage_collection_actor
+
+    get_or_create_autoscaling_coordinator()
+    get_or_create_actor_location_tracker()
+    get_or_create_stats_actor()
+    get_or_create_usage_collection_actor()
 
 
 def _first_line(told: dict[str, Any], ignore_prefix: bool) -> None:
