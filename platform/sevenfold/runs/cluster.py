@@ -84,7 +84,7 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
     except ConnectionError as e:
         raise RunError(f"no Ray cluster answers at {address}: {str(e).splitlines()[0]}") from None
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # `ray job stop`: as Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop`: as Ctrl-C, which a shell's `&` has ignored
     token = Path("~/.ray/auth_token").expanduser()
     if token.exists() and token.stat().st_mode & 0o077:
         token.chmod(0o600)  # Ray writes it for everyone to read
