@@ -1,16 +1,21 @@
 """Who gets in, and what gets out: tokens, secrets."""
 
+import contextlib
+import ipaddress
 import shutil
 import subprocess
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import yaml
-from conftest import RAY, ROOT, running_head
+from conftest import RAY, ROOT, running_head, start_job
 
 TOKEN = "0123456789abcdef" * 3
 SECRETS = {
@@ -43,6 +48,39 @@ def test_who_has_no_token_is_refused(guarded: dict[str, str]) -> None:
     without = {k: v for k, v in guarded.items() if not k.startswith("RAY_AUTH")} | {"HOME": "/nowhere"}
     refused = subprocess.run([RAY, "job", "submit", "--", "true"], env=without, capture_output=True, text=True)
     assert refused.returncode and "authentication" in (refused.stdout + refused.stderr).lower()
+
+
+def listening(process: psutil.Process) -> Iterator[tuple[str, bool]]:
+    """Of a process and what it has started: each port that is listened on, in words, and whether for this host alone."""
+    for p in [process, *process.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.ZombieProcess):
+            title = " ".join(p.cmdline())  # Ray's Python processes give themselves one
+            name = title.strip() if title.startswith("ray::") else p.name()
+            for c in p.net_connections("inet"):
+                if c.status == psutil.CONN_LISTEN:
+                    at = ipaddress.ip_address(c.laddr.ip)
+                    at = getattr(at, "ipv4_mapped", None) or at
+                    yield f"{name} on {c.laddr.ip}", at.is_loopback
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", ["pretrain", "drill"])
+def test_nothing_listens_beyond_loopback(job: str, tree: dict[str, Any], tmp_path: Path) -> None:
+    tree |= {"cluster": {"num_workers": 2}}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
+    more = ["-v"] if job == "pretrain" else ["--faults", "worker", "--steps", "12"]  # -v: with the dashboard
+    process = start_job(job, "tiny.yaml", *more, home=tmp_path)
+    seen: set[tuple[str, bool]] = set()
+    with ThreadPoolExecutor(1) as pool, contextlib.suppress(psutil.NoSuchProcess):
+        said = pool.submit(process.communicate)
+        while not said.done():
+            seen |= set(listening(psutil.Process(process.pid)))
+            time.sleep(0.1)
+    assert process.returncode == 0, said.result()
+    assert not {port for port, here in seen if not here}
+    names = " ".join(port for port, _ in seen)
+    for each in ("gcs_server", "raylet", "ray::DashboardAgent", "ray::TrainController", "ray::RayTrainWorker"):
+        assert each in names, seen
 
 
 @pytest.mark.slow

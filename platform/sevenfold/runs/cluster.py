@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import ray
 import yaml
-from ray._private import worker
+from ray._private import ray_constants, worker
 from ray._private.state import state
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.exceptions import RayTaskError
@@ -76,6 +76,7 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
         else:
             paths = [str(Path(library).parent), os.environ.get("PYTHONPATH", "")]
             os.environ.update(_LOCAL)
+            stay_here()
             os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
             ray.init(
                 address="local", num_cpus=2 * (os.cpu_count() or 1) + 4, object_store_memory=_LOCAL_STORE,
@@ -88,6 +89,21 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
     token = Path("~/.ray/auth_token").expanduser()
     if token.exists() and token.stat().st_mode & 0o077:
         token.chmod(0o600)  # Ray writes it for everyone to read
+
+
+def stay_here() -> None:
+    """What this process, and those that it starts, start of Ray from now on listens on the loopback address alone.
+
+    Ray does so by itself on macOS and Windows, where clusters are not supported (2.60, services.get_node_ip_address). Else each
+    of its processes listens on all interfaces, and ray.init puts the host's address in place of a loopback one.
+    """
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+
+
+def alone() -> bool:
+    """Whether Ray is one of this machine alone: stay_here was called where it was started."""
+    return all(n["NodeManagerAddress"] in ("127.0.0.1", "::1") for n in ray.nodes() if n["Alive"])
 
 
 def _first_line(told: dict[str, Any], ignore_prefix: bool) -> None:

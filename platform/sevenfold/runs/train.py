@@ -49,11 +49,13 @@ def launch(job: Job, work: Callable[[Job], dict[str, Any]], storage_path: str, n
             if queue is not None:
                 queue.actor.put_nowait.remote({rank: str(error) for rank, error in worker_exceptions.items()})
 
-    c = job.recipe.cluster
+    c, alone = job.recipe.cluster, cluster.alone()
+    if alone:
+        from sevenfold.runs.loopback import Loopback
     starts = 3 + math.ceil(c.wait_seconds / cluster.START)  # a machine that was lost may take a while to be replaced
     trainer = TorchTrainer(
         lambda config: work(ray.get(config["job"])),
-        train_loop_config={"job": ray.put(job)},
+        train_loop_config={"job": ray.put(job)}, torch_config=Loopback() if alone else None,
         scaling_config=ray.train.ScalingConfig(
             num_workers=c.num_workers, elastic_resize_monitor_interval_s=c.resize_seconds, use_gpu=c.gpus_per_worker > 0,
             label_selector=c.worker_labels or None,
