@@ -3,11 +3,14 @@
 import json
 import shutil
 import subprocess
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import torch
 import yaml
 from conftest import RAY, ROOT, running_head
 
@@ -23,14 +26,24 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 @pytest.fixture
-def checkout(tree: dict[str, Any], tmp_path: Path) -> Path:
-    """What a person has on a laptop, with the recipe `tiny`."""
+def checkout(tree: dict[str, Any], texts: Path, tmp_path: Path) -> Path:
+    """What a person has on a laptop, with the recipes `tiny` and `sft`, which is one of a sweep, too."""
     made = tmp_path / "checkout"
     made.mkdir()
     for part in ("platform", "jobs"):
         shutil.copytree(ROOT / part, made / part)
     tree |= {"cluster": {"num_workers": 2, "cpus_per_worker": 0.75}}
     (made / "jobs/recipes/tiny.yaml").write_text(yaml.safe_dump(tree))
+    pairs = [{"path": str(texts / "pairs")}]
+    sft = {
+        "name": "sft", "objective": "sft", "model": {"path": "runs/tiny"}, "adapter": {"rank": 2},
+        "data": {"sources": pairs, "validation": pairs, "sequence_length": 64, "lanes": 2},
+        "train": {"global_batch": 4, "micro_batch": 4, "steps": 2}, "cluster": {"cpus_per_worker": 0.75},
+        "validation": {"every": 1, "rows": 8},
+        "search": {"trials": 2, "scheduler": "none", "space": {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}}},
+    }  # fmt: skip
+    (made / "jobs/recipes/sft.yaml").write_text(yaml.safe_dump(sft))
+
     return made
 
 
@@ -71,23 +84,21 @@ class Shell:
         assert stopped.returncode == 0, stopped.stdout
         return stopped.stdout + status.stdout
 
+    def told(self, job: str) -> dict[str, Any]:
+        """What the cluster knows of a job."""
+        with urllib.request.urlopen(f"{self._at['env']['RAY_ADDRESS']}/api/jobs/{job}", timeout=20) as answer:
+            found: dict[str, Any] = json.load(answer)
+            return found
+
 
 @pytest.fixture
 def shell(head: dict[str, str], checkout: Path) -> Shell:
     return Shell(head, checkout)
 
 
-def test_submit(shell: Shell, checkout: Path, texts: Path) -> None:
+def test_submit(shell: Shell, checkout: Path) -> None:
     mark = checkout / "platform/sevenfold/__init__.py"
     mark.write_text(mark.read_text().replace('__version__ = "', '__version__ = "9.9.'))
-    pairs = [{"path": str(texts / "pairs")}]
-    sft = {
-        "name": "sft", "objective": "sft", "model": {"path": "runs/tiny"}, "adapter": {"rank": 2},
-        "data": {"sources": pairs, "validation": pairs, "sequence_length": 64, "lanes": 2},
-        "train": {"global_batch": 4, "micro_batch": 4, "steps": 2}, "cluster": {"cpus_per_worker": 0.75},
-    }  # fmt: skip
-    (checkout / "jobs/recipes/sft.yaml").write_text(yaml.safe_dump(sft))
-
     assert "tiny: step 8/8  loss" in shell.done("python", "jobs/pretrain.py", "jobs/recipes/tiny.yaml")  # its log is streamed
     run = shell.runs / "tiny"
     newest = ckpt.latest(str(run / "checkpoints"))
@@ -99,8 +110,29 @@ def test_submit(shell: Shell, checkout: Path, texts: Path) -> None:
     assert (shell.runs / "sft/adapter/adapter_model.safetensors").exists()
     assert "sft continues" in shell.done("python", "jobs/evaluate.py", "runs/sft")
 
-    failed = shell.submit("python", "jobs/pretrain.py", "jobs/recipes/tiny.yaml", "train.stepps=9")
-    assert failed.returncode != 0 and "did you mean 'steps'" in failed.stdout
+    words = ("python", "jobs/pretrain.py", "jobs/recipes/tiny.yaml", "train.stepps=9")
+    failed = shell.submit(*words, options=("--submission-id", "wrong"))
+    assert failed.returncode == 1 and "did you mean 'steps'" in failed.stdout
+    assert "did you mean 'steps'" in shell.job("logs", "wrong").stdout
+    told = shell.told("wrong")
+    assert (told["status"], told["driver_exit_code"]) == ("FAILED", 2)
+
+
+@pytest.mark.slow
+def test_every_other_job_goes_in_this_way(shell: Shell, head: dict[str, str]) -> None:
+    tiny, sft, home = "jobs/recipes/tiny.yaml", "jobs/recipes/sft.yaml", shell.runs.parent
+    assert "an epoch is about" in shell.done("python", "jobs/tokenize.py", tiny, "data.cache=cache")
+    shell.done("python", "jobs/pretrain.py", tiny, "name=base", "data.cache=cache", "checkpoint.every=4")
+    assert "base, step 4: " in shell.done("python", "jobs/export.py", "runs/base", "--step", "4", "--out", "exported")
+    assert (home / "exported/model.safetensors").exists()
+    assert "2 trials ended" in shell.done("python", "jobs/sweep.py", sft, "name=tuned", "model.path=runs/base")
+    assert len(json.loads((shell.runs / "tuned-sweep/trials.json").read_text())) == 2
+    drilled = shell.done("python", "jobs/drill.py", tiny, "name=base", "--faults", "worker", "--steps", "12")
+    assert "SIGKILL of a worker" in drilled and "to the bit" in drilled
+
+    made = Path(head["RAY_TMPDIR"], "ray")  # what Ray made for the jobs: of their own code, and no environment
+    assert list(made.glob("session_*/runtime_resources/py_modules_files/*/sevenfold"))
+    assert not [p for kind in ("pip", "uv", "conda") for p in made.glob(f"session_*/runtime_resources/{kind}/*")]
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -118,6 +150,9 @@ def test_a_stopped_job_saves_and_the_same_goes_on_from_there(shell: Shell, head:
     deaf = f"trap '' INT; exec python {' '.join(words)} name=stopped"
     shell.submit("sh", "-c", deaf, options=("--no-wait", "--submission-id", "first"))
     shell.until("first", "stopped: step 8/40")
+    for worker in json.loads((shell.runs / "stopped/workers.json").read_text()):  # runs what is installed on its node
+        libraries = {m.path for m in psutil.Process(worker["pid"]).memory_maps() if Path(m.path).name == "libtorch_cpu.so"}
+        assert libraries == {str(Path(torch.__file__).with_name("lib") / "libtorch_cpu.so")}
     assert "Job 'first' was stopped" in shell.stop("first")
     [told] = Path(head["RAY_TMPDIR"]).rglob("supervisor-first.log")
     assert "has been terminated gracefully" in told.read_text()  # by itself, before Ray's patience of 60 s had ended
@@ -140,3 +175,15 @@ def test_a_stopped_job_saves_and_the_same_goes_on_from_there(shell: Shell, head:
     assert f"going on from step {at} " in shell.done("python", *words, "name=stopped")
     shell.done("python", *words, "name=whole")
     assert losses(shell.runs / "stopped") == losses(shell.runs / "whole")
+
+
+@pytest.mark.slow
+def test_a_job_may_bring_the_patience_of_its_stop(shell: Shell, head: dict[str, str]) -> None:
+    brought = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "1"}})
+    stays = "import signal, time; signal.signal(signal.SIGTERM, print); print('up', flush=True); time.sleep(300)"
+    options = ("--no-wait", "--submission-id", "stays", "--runtime-env-json", brought)
+    shell.job("submit", *options, "--", "python", "-c", stays)
+    shell.until("stays", "up")
+    assert "Job 'stays' was stopped" in shell.stop("stays")
+    [told] = Path(head["RAY_TMPDIR"]).rglob("supervisor-stays.log")
+    assert "has timed out after 1 seconds" in told.read_text()
