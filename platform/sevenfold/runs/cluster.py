@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import ray
 import yaml
-from ray._private import worker
+from ray._private import ray_constants, worker
 from ray._private.state import state
 from ray.autoscaler.v2.sdk import get_cluster_status
 from ray.exceptions import RayTaskError
@@ -77,6 +77,7 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
         else:
             paths = [str(Path(library).parent), os.environ.get("PYTHONPATH", "")]
             os.environ.update(_LOCAL)
+            stay_here()
             os.environ["PYTHONPATH"] = os.pathsep.join(p for p in paths if p)
             ray.init(
                 address="local", num_cpus=2 * (os.cpu_count() or 1) + 4, object_store_memory=_LOCAL_STORE,
@@ -85,7 +86,7 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
     except ConnectionError as e:
         raise RunError(f"no Ray cluster answers at {address}: {str(e).splitlines()[0]}") from None
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # `ray job stop`: as Ctrl-C
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # `ray job stop`: as Ctrl-C, which a shell's `&` has ignored
     token = Path("~/.ray/auth_token").expanduser()
     if token.exists() and token.stat().st_mode & 0o077:
         token.chmod(0o600)  # Ray writes it for everyone to read
@@ -103,6 +104,21 @@ def _keep_books() -> None:
     get_or_create_actor_location_tracker()
     get_or_create_stats_actor()
     get_or_create_usage_collection_actor()
+
+
+def stay_here() -> None:
+    """What this process, and those that it starts, start of Ray from now on listens on the loopback address alone.
+
+    Ray does so by itself on macOS and Windows, where clusters are not supported (2.60, services.get_node_ip_address). Else each
+    of its processes listens on all interfaces, and ray.init puts the host's address in place of a loopback one.
+    """
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+
+
+def alone() -> bool:
+    """Whether Ray is one of this machine alone: stay_here was called where it was started."""
+    return all(n["NodeManagerAddress"] in ("127.0.0.1", "::1") for n in ray.nodes() if n["Alive"])
 
 
 def _first_line(told: dict[str, Any], ignore_prefix: bool) -> None:

@@ -127,6 +127,7 @@ class LocalNodes(Nodes):
         from ray.cluster_utils import Cluster
 
         cluster.quieten()
+        cluster.stay_here()
         authentication.enable_token_auth_by_default()  # as ray.init does
         authentication.ensure_token_if_auth_enabled(create_token_if_missing=True)
         system = {f"health_check_{k}": v for k, v in HEALTH.items()}

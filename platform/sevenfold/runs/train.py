@@ -49,11 +49,13 @@ def launch(job: Job, work: Callable[[Job], dict[str, Any]], storage_path: str, n
             if queue is not None:
                 queue.actor.put_nowait.remote({rank: str(error) for rank, error in worker_exceptions.items()})
 
-    c = job.recipe.cluster
+    c, alone = job.recipe.cluster, cluster.alone()
+    if alone:
+        from sevenfold.runs.loopback import Loopback
     starts = 3 + math.ceil(c.wait_seconds / cluster.START)  # a machine that was lost may take a while to be replaced
     trainer = TorchTrainer(
         lambda config: work(ray.get(config["job"])),
-        train_loop_config={"job": ray.put(job)},
+        train_loop_config={"job": ray.put(job)}, torch_config=Loopback() if alone else None,
         scaling_config=ray.train.ScalingConfig(
             num_workers=c.num_workers, elastic_resize_monitor_interval_s=c.resize_seconds, use_gpu=c.gpus_per_worker > 0,
             label_selector=c.worker_labels or None,
@@ -84,7 +86,8 @@ def _cause(error: str) -> str:
 
 
 class Bell:
-    """An actor: tells a run's workers that it is to end."""
+    """An actor: tells a run's workers that it is to end. They listen from their first step on: before it they have nothing to
+    save that is not saved, and may be a minute from being able to."""
 
     def __init__(self) -> None:
         self._rung, self._listeners = asyncio.Event(), 0
@@ -94,14 +97,19 @@ class Bell:
         self._listeners += 1
         await self._rung.wait()
 
+    async def deaf(self) -> None:
+        """To whoever starts anew."""
+        self._listeners = 0
+
     async def ring(self) -> bool:
-        """Whether anybody listens."""
+        """Whether anybody listens, who saves and ends then."""
         self._rung.set()
         return self._listeners > 0
 
 
 def _until_asked(work: Callable[[], dict[str, Any]], bell: Any) -> dict[str, Any]:
-    """Does the work beside this thread. Ctrl-C or SIGTERM interrupts it: then the workers save, and end. Raises as `work`."""
+    """Does the work beside this thread. Ctrl-C or SIGTERM interrupts it: then the workers save, and end; or where they have not
+    done a step yet, it ends at once. Raises as `work`."""
     doing: Future[dict[str, Any]] = Future()
 
     def do() -> None:

@@ -73,7 +73,10 @@ class Worker:
         self.ranks: list[dict[str, Any]] = []  # what this start wrote to workers.json
         self.draws: list[Draw] = []  # since the last committed checkpoint, of all ranks
         self.run_log: RunLog | None = None  # of rank 0
-        self.bell = self.job.bell.rung.remote() if self.job.bell is not None and self.rank == 0 else None
+        self.bell: Any = None  # that rank 0 listens to, once it has done a step
+        self.stepped = False
+        if self.job.bell is not None and self.rank == 0:
+            self.job.bell.deaf.remote()
         self.told, self.looked = 0, time.time()  # how far a notice has been heeded; the last look for one
 
     def run(self) -> dict[str, Any]:
@@ -272,8 +275,7 @@ class Worker:
     def _noticed(self) -> Notice:
         """On rank 0, which is told what all are: SAVE once when a machine of this run will go, and once more when a save can
         just be done before the deadline."""
-        if self.rank == 0 and self.bell is not None and ray.wait([self.bell], timeout=0)[0]:
-            self.bell = None
+        if self.rank == 0 and self.job.bell is not None and self._asked():
             return Notice.END
         if self.rank == 0 and self.job.post is not None and (notice := self.job.post.notice()):
             return Notice(notice)
@@ -287,6 +289,13 @@ class Worker:
         left = info.deadline_ms / 1000 - now if info.deadline_ms is not None else float("inf")
         self.told = max(told, 2 if left < 2 * (step + self.saver.seconds) + MARGIN else 1)
         return Notice.SAVE if self.told > told else Notice.NONE
+
+    def _asked(self) -> bool:
+        """Whether the run is to end. Before the first step it is not listened for, see train.Bell."""
+        if self.bell is None and self.stepped:
+            self.bell = self.job.bell.rung.remote()
+        self.stepped = True
+        return self.bell is not None and bool(ray.wait([self.bell], timeout=0)[0])
 
     def _settle(self) -> None:
         self.saver.wait()
