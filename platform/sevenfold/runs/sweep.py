@@ -14,6 +14,7 @@ from typing import Any
 import ray
 from ray import tune
 from ray.train.v2._internal.constants import ENV_VARS_TO_PROPAGATE
+from ray.tune.execution import class_cache
 from ray.tune.experiment import Trial
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 from ray.util.state import list_actors, list_placement_groups
@@ -103,6 +104,8 @@ def _searched(job: Job, search: Search, each: dict[str, float], lease: Lease, ve
     # Train's cleaner of placement groups asks "the" Ray of this host: with two of them it dies (ray#54305)
     os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
     ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    # Tune hands its trials the driver's AWS keys by their runtime environment (2.60), which logs and the dashboard show
+    class_cache.ENV_VARS_TO_PROPAGATE -= {n for n in class_cache.ENV_VARS_TO_PROPAGATE if n.startswith("AWS_")}
     capacity = _capacity(search, each, recipe.workers[0])
     gate = Gate(capacity)
     reports = math.ceil(recipe.steps / trial.every(recipe))
