@@ -13,15 +13,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode  # pinned (constraints.txt): private, and nothing public does it
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from sevenfold.engine import objectives
 from sevenfold.engine.batch import Batch, Decoder
 from sevenfold.model import build, parallel
+from sevenfold.plan import shape
 from sevenfold.recipe import Recipe
 
 NAME = "sdpa_without_mask"  # documents are kept apart by FlexAttention's block mask, which is next to nothing
@@ -75,8 +76,14 @@ def of(recipe: Recipe, vocab_size: int, micro_batch: int, checkpointing: str) ->
     return one + (two + one * -1) * (micro_batch - 1)
 
 
+def _key(recipe: Recipe) -> _Key:
+    """Without what the work does not hang on."""
+    changes = {"cluster": {}, "parallel": {}, "train.activation_checkpointing": "none", "train.micro_batch": 1}
+    return _Key(recipe.override(changes))
+
+
 class _Key:
-    """A recipe as a key: pydantic's models have no hash."""
+    """A recipe, known by its text."""
 
     def __init__(self, recipe: Recipe):
         self.recipe, self.text = recipe, recipe.to_yaml()
@@ -88,35 +95,9 @@ class _Key:
         return hash(self.text)
 
 
-def _key(recipe: Recipe) -> _Key:
-    """Without what the work does not hang on."""
-    changes = {"cluster": {}, "parallel": {}, "train.activation_checkpointing": "none", "train.micro_batch": 1}
-    return _Key(recipe.override(changes | {"data.lanes": None}))
-
-
-def depths(config: PreTrainedConfig) -> dict[str, int]:
-    """The config's fields that say how many blocks there are: an encoder-decoder has two."""
-    names = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers")
-    known = {n: getattr(config, n, None) for n in names}
-    told = {n: v for n, v in known.items() if isinstance(v, int) and n not in config.attribute_map}
-    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
-    return told or {name: config.num_hidden_layers}
-
-
-def cut(config: PreTrainedConfig, layers: Mapping[str, int]) -> PreTrainedConfig:
-    """The same with other numbers of blocks."""
-    most = max(depths(config).values())
-    for name, n in layers.items():
-        setattr(config, name, n)
-    for key, value in list(vars(config).items()):  # layer_types
-        if isinstance(value, list) and len(value) == most:
-            setattr(config, key, value[: max(layers.values())])
-    return config
-
-
 @functools.lru_cache(maxsize=64)
 def _passed(key: _Key, vocab_size: int, rows: int, checkpointing: str) -> Pass:
-    known = depths(build.config_of(key.recipe, vocab_size))
+    known = shape.depths(build.config_of(key.recipe, vocab_size))
     base = dict.fromkeys(known, 1)
     first = _run(key.recipe, vocab_size, base, rows, checkpointing)
     (forward, backward), blocks = first, (Work(), Work())
@@ -130,7 +111,7 @@ def _passed(key: _Key, vocab_size: int, rows: int, checkpointing: str) -> Pass:
 
 def _run(recipe: Recipe, vocab_size: int, layers: Mapping[str, int], rows: int, checkpointing: str) -> tuple[Work, Work]:
     """(forward, backward) of a model of so many blocks."""
-    config = cut(build.config_of(recipe, vocab_size), layers)
+    config = shape.config_at(recipe, vocab_size, dict(layers))
     for name in build.dropouts(config):  # with it a CPU's attention falls apart into single operations
         setattr(config, name, 0.0)
     with FakeTensorMode(allow_non_fake_inputs=True):
