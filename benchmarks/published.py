@@ -42,7 +42,7 @@ for _name, (_width, _blocks, _heads) in _MPT.items():
 @dataclass(frozen=True)
 class Row:
     """checkpointing: none, selective, full, or `half`: as torchtitan's, which keeps attention and each second product.
-    given: tokens a second a GPU. flash: attention is a flash kernel's and not FlexAttention's."""
+    given: tokens a second a GPU. kernel: of attention: flex, flash or triton (LLM Foundry's, of 2023)."""
 
     source: str
     model: str
@@ -55,35 +55,35 @@ class Row:
     compiled: bool
     given: float
     fitted: bool = False
-    flash: bool = True
+    kernel: str = "flash"
     chunk: int | None = None
 
 
 ROWS = [
-    Row(OURS, "Llama 1.24B", "h200-141gb", 1, 8192, 2, 1, "none", True, 45_905, True, False),
+    Row(OURS, "Llama 1.24B", "h200-141gb", 1, 8192, 2, 1, "none", True, 45_905, True, "flex"),
     Row(OURS, "Llama 1.24B", "h200-141gb", 1, 8192, 2, 1, "none", True, 49_878, True),
-    Row(OURS, "Llama 1.24B", "h200-141gb", 1, 8192, 2, 1, "none", False, 38_490, True, False),
-    Row(OURS, "Llama 7B", "h200-141gb", 1, 4096, 1, 1, "full", True, 7_412, False, False, 2048),  # see speed.estimate
-    Row(OURS, "Llama 8B", "h200-141gb", 1, 8192, 1, 1, "full", True, 6_926, True, False, 2048),
+    Row(OURS, "Llama 1.24B", "h200-141gb", 1, 8192, 2, 1, "none", False, 38_490, True, "flex"),
+    Row(OURS, "Llama 7B", "h200-141gb", 1, 4096, 1, 1, "full", True, 7_412, False, "flex", 2048),  # see speed.estimate
+    Row(OURS, "Llama 8B", "h200-141gb", 1, 8192, 1, 1, "full", True, 6_926, True, "flex", 2048),
     Row(TITAN, "Llama 8B", "h100-96gb-500w", 8, 8192, 2, 1, "half", False, 5_762, True),
     Row(TITAN, "Llama 8B", "h100-96gb-500w", 8, 8192, 2, 1, "half", True, 6_667, True),
     Row(TITAN, "Llama 8B", "h100-96gb-500w", 128, 8192, 2, 1, "half", False, 5_605),
     Row(TITAN, "Llama 8B", "h100-96gb-500w", 128, 8192, 2, 1, "half", True, 6_514),
     Row(TITAN_A100, "Llama 8B", "a100-80gb", 64, 8192, 1, 1, "half", True, 2_973),
-    Row(FOUNDRY, "MPT 7B", "a100-80gb", 8, 2048, 6, 2, "none", False, 4_641, True),
-    Row(FOUNDRY, "MPT 1B", "a100-80gb", 8, 2048, 14, 4, "none", False, 20_513),
-    Row(FOUNDRY, "MPT 3B", "a100-80gb", 8, 2048, 10, 2, "none", False, 10_811),
-    Row(FOUNDRY, "MPT 13B", "a100-80gb", 8, 2048, 2, 3, "none", False, 2_262),
-    Row(FOUNDRY, "MPT 7B", "a100-80gb", 8, 8192, 8, 2, "full", False, 3_206),
-    Row(FOUNDRY, "MPT 30B", "a100-80gb", 8, 2048, 3, 21, "full", False, 916),
-    Row(FOUNDRY, "MPT 7B", "a100-40gb", 128, 2048, 18, 1, "full", False, 3_623),
-    Row(FOUNDRY, "MPT 7B", "h100-80gb", 8, 2048, 6, 1, "none", False, 10_643),
-    Row(FOUNDRY, "MPT 1B", "h100-80gb", 8, 2048, 14, 1, "none", False, 45_455),
-    Row(FOUNDRY, "MPT 3B", "h100-80gb", 16, 2048, 10, 3, "none", False, 24_142),
-    Row(FOUNDRY, "MPT 13B", "h100-80gb", 8, 2048, 2, 1, "none", False, 4_792),
-    Row(FOUNDRY, "MPT 13B", "h100-80gb", 64, 2048, 2, 1, "none", False, 4_800),
-    Row(FOUNDRY, "MPT 7B", "h100-80gb", 8, 8192, 8, 2, "full", False, 6_935),
-    Row(FOUNDRY, "MPT 30B", "h100-80gb", 8, 2048, 3, 21, "full", False, 2_002),
+    Row(FOUNDRY, "MPT 7B", "a100-80gb", 8, 2048, 6, 2, "none", False, 4_641, True, "triton"),
+    Row(FOUNDRY, "MPT 1B", "a100-80gb", 8, 2048, 14, 4, "none", False, 20_513, False, "triton"),
+    Row(FOUNDRY, "MPT 3B", "a100-80gb", 8, 2048, 10, 2, "none", False, 10_811, False, "triton"),
+    Row(FOUNDRY, "MPT 13B", "a100-80gb", 8, 2048, 2, 3, "none", False, 2_262, False, "triton"),
+    Row(FOUNDRY, "MPT 7B", "a100-80gb", 8, 8192, 8, 2, "full", False, 3_206, False, "triton"),
+    Row(FOUNDRY, "MPT 30B", "a100-80gb", 8, 2048, 3, 21, "full", False, 916, False, "triton"),
+    Row(FOUNDRY, "MPT 7B", "a100-40gb", 128, 2048, 18, 1, "full", False, 3_623, False, "triton"),
+    Row(FOUNDRY, "MPT 7B", "h100-80gb", 8, 2048, 6, 1, "none", False, 10_643, False, "triton"),
+    Row(FOUNDRY, "MPT 1B", "h100-80gb", 8, 2048, 14, 1, "none", False, 45_455, False, "triton"),
+    Row(FOUNDRY, "MPT 3B", "h100-80gb", 16, 2048, 10, 3, "none", False, 24_142, False, "triton"),
+    Row(FOUNDRY, "MPT 13B", "h100-80gb", 8, 2048, 2, 1, "none", False, 4_792, False, "triton"),
+    Row(FOUNDRY, "MPT 13B", "h100-80gb", 64, 2048, 2, 1, "none", False, 4_800, False, "triton"),
+    Row(FOUNDRY, "MPT 7B", "h100-80gb", 8, 8192, 8, 2, "full", False, 6_935, True, "triton"),
+    Row(FOUNDRY, "MPT 30B", "h100-80gb", 8, 2048, 3, 21, "full", False, 2_002, False, "triton"),
 ]
 
 
@@ -106,13 +106,15 @@ def fleet(row: Row) -> hardware.Fleet:
     gpu = made.gpu
     if row.gpu == "h100-96gb-500w":  # torchtitan's own: HBM2e, and less power, which the products' rate is fitted to
         gpu = replace(gpu, bandwidth=2.4e12, gemm=TITANS_GEMM)
-    if row.flash:
-        gpu = replace(gpu, attention=gpu.flash)
+    if row.kernel != "flex":
+        gpu = replace(gpu, attention=FLASH if row.kernel == "flash" else TRITON[gpu.name[0]])
     network = (1600 if gpu.name.startswith("a100") else 3200) * hardware.GBIT
     return replace(made, gpu=gpu, gpus_per_node=min(8, row.gpus), network=network)
 
 
-TITANS_GEMM = 0.58
+TITANS_GEMM = 0.565  # fitted: 500 W, not 700
+FLASH = 0.6  # of the peak, that torch's flash kernels reach; fitted to our own row with model.attention=sdpa
+TRITON = {"a": 0.36, "h": 0.168}  # the first: FlashAttention-2's own comparison (arXiv 2307.08691, figure 4); the second fitted
 
 
 def predicted(row: Row) -> speed.Speed:

@@ -30,7 +30,6 @@ class Gpu:
     bandwidth: float
     gemm: float = 0.65
     attention: float = 0.39
-    flash: float = 0.6
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,7 @@ class Fleet:
         spot: whether a node may be taken away.
         name: of its pool or machine.
         priced: where the price is from, as a sentence.
+        beside: of the head and the machines that feed, USD an hour.
     """
 
     gpu: Gpu
@@ -55,6 +55,7 @@ class Fleet:
     spot: bool = False
     name: str = ""
     priced: str = ""
+    beside: float = 0.0
 
     @property
     def nodes(self) -> int:
@@ -62,8 +63,8 @@ class Fleet:
 
     @property
     def usd_per_hour(self) -> float | None:
-        """Of all nodes: one that is not filled is paid for whole."""
-        return None if self.hourly is None else self.hourly * self.nodes
+        """Of all machines: one whose GPUs are not all used is paid for whole."""
+        return None if self.hourly is None else self.hourly * self.nodes + self.beside
 
     def of(self, gpus: int) -> Fleet:
         """So many GPUs of it."""
@@ -117,7 +118,7 @@ def gpu(table: Table, name: str) -> Gpu:
     try:
         flops = {k: float(v) * 1e12 for k, v in entry["tflops"].items()}
         memory, bandwidth = int(entry["memory_gib"] * GIB), entry["bandwidth_gbs"] * 1e9
-        efficiencies = {k: float(entry[k]) for k in ("gemm", "attention", "flash") if k in entry}
+        efficiencies = {k: float(entry[k]) for k in ("gemm", "attention") if k in entry}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(f"hardware: gpus.{name}: expected memory_gib, tflops by dtype and bandwidth_gbs, found no {e}") from None
     return Gpu(name.lower(), memory, flops, bandwidth, **efficiencies)
@@ -180,8 +181,20 @@ def of_cluster(table: Table, config: Mapping[str, Any], where: str, recipe: Reci
             made = machine(table, str(node.get("InstanceType")), count * gpus, spot, name)
         except InputError as e:
             raise InputError(f"{where}: available_node_types.{name}: {e}") from None
-        out.append(replace(made, gpus_per_node=gpus))
+        out.append(replace(made, gpus_per_node=gpus, beside=_beside(table, config, recipe)))
     if not out:
         named = f" with the labels {labels}" if labels else ""
         raise InputError(f"{where}: expected a pool of workers{named} with GPUs (resources: {{GPU: 8}}), found {', '.join(kinds)}")
     return out
+
+
+def _beside(table: Table, config: Mapping[str, Any], recipe: Recipe | None) -> float:
+    """USD an hour of the head, and of a machine of the pool that feeds, where there is one without GPUs."""
+    kinds, labels = config["available_node_types"], recipe.cluster.data_labels if recipe is not None else {}
+    feeds = [
+        n for n, k in kinds.items()
+        if n != config.get("head_node_type") and not (k.get("resources") or {}).get("GPU")
+        and labels.items() <= (k.get("labels") or {}).items()
+    ]  # fmt: skip
+    types = [str((kinds[n].get("node_config") or {}).get("InstanceType")) for n in (config.get("head_node_type"), *feeds[:1]) if n in kinds]
+    return float(sum(table["machines"].get(t, {}).get("usd") or 0.0 for t in types))
