@@ -10,7 +10,7 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import astuple, dataclass, fields
 from multiprocessing import get_context
 from typing import Any
 
@@ -69,12 +69,12 @@ class Held:
 
     @property
     def total(self) -> float:
-        return sum(asdict(self).values())
+        return float(sum(astuple(self)))
 
-    def towards(self, other: Held, share: float) -> Held:
-        """On the line through both: at 0 this one, at 1 the other."""
-        mine, theirs = asdict(self), asdict(other)
-        return Held(**{k: max(0.0, v + share * (theirs[k] - v)) for k, v in mine.items()})
+    @staticmethod
+    def mix(*terms: tuple[float, Held]) -> Held:
+        """The sum of so many times each, nothing below 0."""
+        return Held(**{f.name: max(0.0, sum(n * getattr(held, f.name) for n, held in terms)) for f in fields(Held)})
 
 
 Phases = dict[str, Held]  # the fullest moment of each part of a step, by the part's name
@@ -82,13 +82,13 @@ Phases = dict[str, Held]  # the fullest moment of each part of a step, by the pa
 
 def traces(jobs: Sequence[Job]) -> list[Phases]:
     """Of each job, seconds each. Raises InputError where a model cannot be made or split."""
-    return list(_process().map(trace, jobs))
+    return list(_processes().map(trace, jobs))
 
 
 @functools.cache
-def _process() -> ProcessPoolExecutor:
-    """Started once: it takes longer than a trace."""
-    return ProcessPoolExecutor(1, get_context("spawn"))
+def _processes() -> ProcessPoolExecutor:
+    """Started once: that takes longer than a trace."""
+    return ProcessPoolExecutor(2, get_context("spawn"))
 
 
 def trace(job: Job) -> Phases:
@@ -97,7 +97,7 @@ def trace(job: Job) -> Phases:
     try:
         mesh = parallel.mesh_of(torch.device("cpu"), job.recipe.parallel)  # of real tensors
         with FakeTensorMode(), _real_meshes():
-            return _steps(job, mesh)
+            return _step(job, mesh)
     finally:
         dist.destroy_process_group()
 
@@ -125,34 +125,29 @@ def _real_meshes() -> Iterator[None]:
             setattr(DeviceMesh, name, staticmethod(method) if name == "_concatenate" else method)
 
 
-def _steps(job: Job, mesh: DeviceMesh) -> Phases:
-    """Two: AdamW's states come with the first."""
+def _step(job: Job, mesh: DeviceMesh) -> Phases:
+    """Without AdamW: fused, as it is in a run, it holds nothing while it works (plan.memory counts its states), and torch's
+    fake of that on a CPU is wrong."""
     model, objective = _model(job, mesh)
     model.train()
     batch = shape.batch_of(job.recipe)
-    optimizers = optim.build(model, job.recipe.optimizer)
-    for group in (g for o in optimizers for g in o.param_groups if "fused" in g):
-        group["fused"] = group["foreach"] = False  # torch's fake of it on a CPU is wrong
-    tracker = _Tracker(model, -(-model.config.vocab_size // job.recipe.parallel.tensor))
+    optimizers = [o for o in optim.build(model, job.recipe.optimizer) if isinstance(o, optim.Muon)]
+    tracker = _Tracker(model, model.config.vocab_size)
+    tracker.know(getattr(objective, "reference", None))
     _announce(model, tracker)
     count = min(2, job.micro_batches)
     with tracker:
-        for step in range(2):
-            for i in range(count):
-                tracker.phase = "forward" if step else None
-                model.set_requires_gradient_sync(i == count - 1)
-                loss = model.token_losses(batch).sum()
-                (loss * torch.ones(())).backward()
-                del loss
-                tracker.find_whole()
-            for optimizer in optimizers:
-                # Fused, as it is in a run, AdamW holds nothing while it works; here it does
-                tracker.phase = "step" if step and isinstance(optimizer, optim.Muon) else None
-                tracker.step(optimizer)
-            tracker.phase = "step" if step else None
-            for optimizer in optimizers:
-                tracker.mark()
-                optimizer.zero_grad()
+        for i in range(count):
+            tracker.phases = ("forward",)
+            model.set_requires_gradient_sync(i == count - 1)
+            loss = model.token_losses(batch).sum()
+            (loss * torch.ones(())).backward()
+            del loss
+            tracker.find_whole()
+        tracker.phases = ("step",)
+        tracker.mark()
+        for optimizer in optimizers:
+            tracker.step(optimizer)
     del objective
     return tracker.peaks
 
@@ -205,7 +200,7 @@ class _Tracker(FSDPMemTracker):
 
     def __init__(self, model: nn.Module, vocab_size: int):
         super().__init__(model)
-        self.phase: str | None = None  # None: not looked at
+        self.phases: tuple[str, ...] = ()  # names of the one that there is now
         self.peaks: Phases = {}
         self.memory_tracking: Any = _Nowhere()
         self._vocab_size, self._model = vocab_size, model
@@ -224,7 +219,7 @@ class _Tracker(FSDPMemTracker):
         return wrapped
 
     def _track(self, reftype: Any, t: torch.Tensor) -> None:
-        if t.ndim > 1 and t.shape[-1] == self._vocab_size and self.phase == "forward":
+        if t.ndim > 1 and t.shape[-1] == self._vocab_size and "forward" in self.phases:
             reftype = _FSDPRefType.INP  # which is free: inputs are small and not told to the tracker
         super()._track(reftype, t)
 
@@ -233,17 +228,16 @@ class _Tracker(FSDPMemTracker):
 
     def mark(self) -> None:
         """Looks how much there is now."""
-        if self.phase is None:
-            return
         now = next((held for device, held in self._curr_mem_snap.items() if device.type == "cpu"), None)
-        if now is not None and now["Total"] > self._full.get(self.phase, 0.0):
-            self._full[self.phase] = now["Total"]
-            kind = _FSDPRefType
-            self.peaks[self.phase] = Held(
-                parameters=now[kind.SHARDED_PARAM], gradients=now[kind.SHARDED_GRAD], whole=now[kind.UNSHARDED_GRAD],
-                optimizer=now[kind.OPT], activations=now[kind.ACT] + now[kind.TEMP], logits=now[kind.INP],
-                buffers=sum(now[k] for k in (kind.UNSHARDED_PARAM, kind.ALL_GATHER, kind.REDUCE_SCATTER, kind.BUFFER)),
-            )  # fmt: skip
+        for phase in self.phases if now else ():
+            if now["Total"] > self._full.get(phase, 0.0):
+                self._full[phase] = now["Total"]
+                self.peaks[phase] = _held(now)
+
+    def know(self, frozen: nn.Module | None) -> None:
+        """A model beside the one that is trained, laid out as that is."""
+        for p in frozen.parameters() if frozen is not None else ():
+            self._update_and_maybe_create_winfos(p, _FSDPRefType.SHARDED_PARAM)
 
     def find_whole(self) -> None:
         """Gradients that FSDP keeps whole until the last micro-batch, which torch's tracker takes for activations."""
@@ -262,9 +256,18 @@ class _Tracker(FSDPMemTracker):
         self._track_optimizer_states(_FSDPRefType.OPT, optimizer)
 
 
+def _held(now: dict[Any, float]) -> Held:
+    kind = _FSDPRefType
+    return Held(
+        parameters=now[kind.SHARDED_PARAM], gradients=now[kind.SHARDED_GRAD], whole=now[kind.UNSHARDED_GRAD],
+        optimizer=now[kind.OPT], activations=now[kind.ACT] + now[kind.TEMP], logits=now[kind.INP],
+        buffers=sum(now[k] for k in (kind.UNSHARDED_PARAM, kind.ALL_GATHER, kind.REDUCE_SCATTER, kind.BUFFER)),
+    )  # fmt: skip
+
+
 def _announce(model: nn.Module, tracker: _Tracker) -> None:
     """Tells the tracker when backward enters a block: `stack+0`, `stack+1` are the first of a stack, `stack-1`, `stack-2`
-    the last; and when it has left the first (`stack below`)."""
+    the last, and one may be both; and when it has left the first (`stack below`)."""
     stacks: dict[str, list[nn.Module]] = {}
     blocks = parallel.blocks(model)
     for name, module in model.named_modules():
@@ -273,27 +276,26 @@ def _announce(model: nn.Module, tracker: _Tracker) -> None:
     for name, members in stacks.items():
         for i, block in enumerate(members):
             left = len(members) - i
-            phase = f"{name}+{i}" if i < ENDS else f"{name}-{left}" if left <= ENDS else f"{name} between"
-            block.register_forward_hook(functools.partial(_leaving, tracker, phase))
-        members[0].register_forward_pre_hook(functools.partial(_entering, tracker, f"{name} below"), with_kwargs=True)
+            phases = (f"{name}+{i}",) * (i < ENDS) + (f"{name}-{left}",) * (left <= ENDS)
+            block.register_forward_hook(functools.partial(_leaving, tracker, phases or (f"{name} between",)))
+        members[0].register_forward_pre_hook(functools.partial(_entering, tracker, (f"{name} below",)), with_kwargs=True)
 
 
-def _leaving(tracker: _Tracker, phase: str, _: nn.Module, __: Any, output: Any) -> None:
+def _leaving(tracker: _Tracker, phases: tuple[str, ...], _: nn.Module, __: Any, output: Any) -> None:
     first = output[0] if isinstance(output, tuple) else output
-    _when_its_gradient_is_there(tracker, phase, first)
+    _when_its_gradient_is_there(tracker, phases, first)
 
 
-def _entering(tracker: _Tracker, phase: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+def _entering(tracker: _Tracker, phases: tuple[str, ...], _: nn.Module, args: Any, kwargs: Any) -> None:
     first = next((t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()), None)
-    _when_its_gradient_is_there(tracker, phase, first)
+    _when_its_gradient_is_there(tracker, phases, first)
 
 
-def _when_its_gradient_is_there(tracker: _Tracker, phase: str, t: torch.Tensor | None) -> None:
+def _when_its_gradient_is_there(tracker: _Tracker, phases: tuple[str, ...], t: torch.Tensor | None) -> None:
     again = torch._C._current_graph_task_id() != -1  # backward makes it again (activation checkpointing)
 
     def enter(_: torch.Tensor) -> None:
-        if tracker.phase is not None:
-            tracker.phase = phase
+        tracker.phases = phases
 
     if t is not None and t.requires_grad and not again:
         t.register_hook(enter)
