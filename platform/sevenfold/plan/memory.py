@@ -1,0 +1,232 @@
+"""What a layout holds on each GPU at its fullest, by parts: traced on the very model, and by a closed form beside it.
+
+A trace costs seconds, so that few are made: of 3 and 4 blocks of each stack, of 1 and 8 rows, over at most 8 ranks. A step has
+phases (trace.Phases), and what is held in each is linear in depth and rows; shards are counted exactly.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+
+from sevenfold.data.order import most_rows
+from sevenfold.plan import shape
+from sevenfold.plan.layouts import Layout
+from sevenfold.plan.trace import Held, Job, Phases, traces
+from sevenfold.recipe import Parallel, Recipe
+
+GIB = 2**30
+FEW, ROWS, RANKS = 3, 8, 8  # blocks, rows and ranks that are traced; see above
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each GPU at the fullest moment of a step.
+
+    Attributes:
+        gradients: also those that are summed up whole over micro-batches (engine.step.train_step).
+        activations: what backward needs, and what is made on the way.
+        buffers: parameters that are gathered for a block, what is sent and received, buffers of the model.
+        reserve: what is free but not usable: of the allocator; and what CUDA and NCCL take for themselves.
+    """
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    buffers: float
+    reserve: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return sum(getattr(self, f.name) for f in fields(self))
+
+    @property
+    def allocated(self) -> float:
+        """As torch.cuda.max_memory_allocated."""
+        return self.total - self.reserve
+
+
+def measured(recipe: Recipe, layout: Layout, vocab_size: int | None = None, device: str = "cuda") -> Memory:
+    """Of one layout; see `all_measured`."""
+    return all_measured(recipe, [layout], vocab_size, device)[layout]
+
+
+def all_measured(
+    recipe: Recipe, layouts: Iterable[Layout], vocab_size: int | None = None, device: str = "cuda"
+) -> dict[Layout, Memory]:
+    """By traces of the recipe's model, all that are needed in one go; those made before are not made again.
+
+    With train.compile a block is taken to keep what selective checkpointing does (the compiler makes all else again in
+    backward, too), and selective checkpointing to keep what full does: it lies around the compiled block, and sees no
+    products in there.
+
+    Args:
+        vocab_size: where the recipe does not say it.
+        device: as trace.Job; on a CPU `reserve` is 0.
+
+    Raises:
+        InputError: as shape.vocabulary and build.config_of, and where the model cannot be split.
+    """
+    size = shape.vocabulary(recipe, vocab_size)
+    wanted = list(layouts)
+    families = {layout: _Family.of(recipe, layout, size, device) for layout in wanted}
+    _trace([job for layout, family in families.items() for job in family.jobs(layout.micro_batch)])
+    return {layout: _at(recipe, layout, family) for layout, family in families.items()}
+
+
+@dataclass(frozen=True)
+class _Family:
+    """Layouts that hang together by lines.
+
+    Attributes:
+        recipe: with one row a micro-batch, over `ranks` ranks.
+        depths: blocks of each stack, as the recipe has them.
+        several: micro-batches a step.
+    """
+
+    recipe: Recipe
+    vocab_size: int
+    depths: tuple[tuple[str, int], ...]
+    ranks: int
+    several: bool
+    device: str
+
+    @staticmethod
+    def of(recipe: Recipe, layout: Layout, vocab_size: int, device: str) -> _Family:
+        shard = min(layout.shard, RANKS)
+        train = recipe.train.model_copy(update={"micro_batch": 1, "activation_checkpointing": kept(recipe, layout)})
+        several = micro_batches(recipe, layout) > 1
+        one = recipe.model_copy(update={"train": train, "parallel": Parallel(tensor=layout.tensor)})
+        depths = shape.depths(shape.build.config_of(recipe, vocab_size))
+        return _Family(one, vocab_size, tuple(depths.items()), shard * layout.tensor, several, device)
+
+    def jobs(self, rows: int) -> list[Job]:
+        return [job for n in _ends(rows) for job in self.at(n)]
+
+    def at(self, rows: int) -> list[Job]:
+        """The first has few blocks, each other one more of one stack."""
+        few = {k: min(n, FEW + 1) if n <= FEW + 1 else FEW for k, n in self.depths}
+        more = [{**few, k: FEW + 1} for k, n in self.depths if n > FEW + 1]
+        train = self.recipe.train.model_copy(update={"micro_batch": rows})
+        recipe = self.recipe.model_copy(update={"train": train})
+        count = 2 if self.several else 1
+        return [
+            Job(recipe, self.vocab_size, tuple(depths.items()), self.ranks, count, self.device) for depths in (few, *more)
+        ]
+
+
+def kept(recipe: Recipe, layout: Layout) -> str:
+    """Activation checkpointing that keeps what this layout does; see all_measured."""
+    how = layout.activation_checkpointing
+    return {"none": "selective", "selective": "full"}.get(how, how) if recipe.train.compile else how
+
+
+def micro_batches(recipe: Recipe, layout: Layout) -> int:
+    """Of a step, a reader's."""
+    rows = most_rows(recipe.train.global_batch, layout.readers, max(recipe.lanes, layout.readers))
+    return max(1, -(-rows // layout.micro_batch))
+
+
+def _ends(rows: int) -> tuple[int, ...]:
+    return (rows,) if rows in (1, ROWS) else (1, ROWS)
+
+
+_TRACED: dict[str, Phases] = {}
+
+
+def _name(job: Job) -> str:
+    """Of all that a trace hangs on."""
+    told = (job.vocab_size, job.depths, job.gpus, job.micro_batches, job.device)
+    return f"{job.recipe.to_yaml()}{told}"
+
+
+def _trace(jobs: Iterable[Job]) -> None:
+    new = {_name(job): job for job in jobs if _name(job) not in _TRACED}
+    _TRACED.update(zip(new, traces(list(new.values())), strict=True))
+
+
+def _at(recipe: Recipe, layout: Layout, family: _Family) -> Memory:
+    held = {rows: _deep(family, rows) for rows in _ends(layout.micro_batch)}
+    low, high = held[min(held)], held[max(held)]
+    share = (layout.micro_batch - 1) / (ROWS - 1) if len(held) > 1 else 0.0
+    phases = {name: Held.mix((1 - share, low[name]), (share, high[name])) for name in low}
+
+    few = Shards.of(recipe, family.vocab_size, family.ranks // layout.tensor, layout.tensor)
+    shards = Shards.of(recipe, family.vocab_size, layout.shard, layout.tensor)
+    ratio = shards.gradients / max(1, few.gradients)
+    moments = []
+    for name, now in phases.items():
+        stepping = name == "step"
+        moments.append(
+            Memory(
+                parameters=shards.parameters, optimizer=shards.optimizer,
+                gradients=shards.gradients if stepping else now.gradients * ratio + now.whole,
+                activations=0.0 if stepping else now.activations, logits=now.logits,
+                buffers=now.buffers + (max(0.0, now.optimizer - few.muon) if stepping else 0.0),
+            )
+        )  # fmt: skip
+    fullest = max(moments, key=lambda m: m.total)
+    return fullest if family.device != "cuda" else replace(fullest, reserve=allocator(fullest) + context(layout))
+
+
+def _deep(family: _Family, rows: int) -> Phases:
+    """At the recipe's depth."""
+    few, *more = (_TRACED[_name(job)] for job in family.at(rows))
+    beyond = [n - FEW for _, n in family.depths if n > FEW + 1]
+    return {
+        name: Held.mix((1 - sum(beyond), held), *((n, other[name]) for n, other in zip(beyond, more, strict=True)))
+        for name, held in few.items()
+    }
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Bytes of a rank that has most: FSDP2 deals out rows, and rank 0 has the larger part where they cannot be dealt out evenly.
+
+    Attributes:
+        muon: of `optimizer`, Muon's alone.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    muon: int
+
+    @staticmethod
+    def of(recipe: Recipe, vocab_size: int, shard: int, tensor: int) -> Shards:
+        """float32 all of them, as model.parallel.shard has it; AdamW has two of a parameter's size and a number, Muon one."""
+        held = trained = states = muon = 0
+        for p in shape.parameters(recipe, vocab_size):
+            count = elements(p, shard, tensor)
+            held += count
+            if not p.trained:
+                continue
+            trained += count
+            if recipe.optimizer.name == "muon" and p.matrix:
+                muon += 4 * count
+            else:
+                states += 8 * count + 4
+        copies = 2 if recipe.objective == "dpo" and recipe.adapter is None else 1  # what it was, frozen
+        return Shards(4 * copies * held, 4 * trained, states + muon, muon)
+
+
+def elements(p: shape.Parameter, shard: int, tensor: int) -> int:
+    """Of rank 0's part."""
+    size = list(p.shape)
+    if p.split is not None:
+        size[p.split] //= tensor
+    if size:
+        size[0] = -(-size[0] // shard)
+    return math.prod(size)
+
+
+def allocator(held: Memory) -> float:
+    return 0.0
+
+
+def context(layout: Layout) -> float:
+    return 0.0
