@@ -1,0 +1,119 @@
+"""Which layout: of those that fit, the one that trains the most tokens a second."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sevenfold.errors import InputError
+from sevenfold.plan import hardware, layouts, memory, speed
+from sevenfold.plan.hardware import GIB, Fleet
+from sevenfold.plan.layouts import Layout
+from sevenfold.plan.memory import Memory
+from sevenfold.plan.speed import Speed
+from sevenfold.recipe import Recipe
+
+CLOSE = 0.02  # of the speed: by so little a simpler layout is not slower
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """speed: None where it does not fit."""
+
+    layout: Layout
+    memory: Memory
+    fleet: Fleet
+    speed: Speed | None
+
+    @property
+    def free(self) -> float:
+        """Bytes that are left on each GPU; below 0 it does not fit."""
+        return self.fleet.gpu.memory - self.memory.total
+
+
+def fitted(recipe: Recipe, fleet: Fleet) -> Recipe:
+    """The recipe on all GPUs of a fleet, or on as many as its global batch can be dealt out to; one that lacks lanes for them
+    gets some.
+
+    Raises InputError where there is not a row for each of two GPUs.
+    """
+    batch, gpus = recipe.train.global_batch, fleet.gpus
+    gpus = min(gpus, batch)
+    lanes = recipe.lanes
+    if gpus > lanes:
+        lanes = min((n for n in range(gpus, batch + 1) if batch % n == 0), default=lanes)
+    changes = {"cluster.num_workers": gpus, "cluster.gpus_per_worker": 1, "parallel.replicate": 1, "parallel.tensor": 1}
+    return recipe.override(changes | ({"data.lanes": lanes} if lanes != recipe.lanes else {}))
+
+
+def candidates(recipe: Recipe, vocab_size: int, fleet: Fleet) -> list[Candidate]:
+    """All sensible layouts, the quickest first, then those that do not fit, the smallest first."""
+    found = layouts.layouts(recipe, fleet.gpus, fleet.gpus_per_node)
+    held = memory.all_measured(recipe, found, vocab_size)
+    out = []
+    for layout in found:
+        fits = held[layout].total <= fleet.gpu.memory
+        said = speed.estimate(recipe, vocab_size, layout, fleet) if fits else None
+        out.append(Candidate(layout, held[layout], fleet, said))
+    return sorted(out, key=lambda c: (-c.speed.tokens, _parts(c.layout)) if c.speed else (1.0, c.memory.total))
+
+
+def _parts(layout: Layout) -> float:
+    return layout.tensor * 1000 + layout.replicate
+
+
+def best(found: Sequence[Candidate], recipe: Recipe, table: hardware.Table) -> Candidate:
+    """The quickest that fits; of those as quick within 2%, the one without tensor parallelism, with fewer copies, with more
+    memory left.
+
+    Raises InputError where none fits: says which is nearest, and what it would fit on.
+    """
+    fitting = [c for c in found if c.speed is not None]
+    if not fitting:
+        raise InputError(_nearest(found, recipe, table))
+    assert fitting[0].speed is not None
+    least = fitting[0].speed.tokens * (1 - CLOSE)
+    close = [c for c in fitting if c.speed is not None and c.speed.tokens >= least]
+    return min(close, key=lambda c: (c.layout.tensor, c.layout.replicate, -c.free))
+
+
+def _nearest(found: Sequence[Candidate], recipe: Recipe, table: hardware.Table) -> str:
+    near = min(found, key=lambda c: c.memory.total)
+    gpu, need = near.fleet.gpu, near.memory.total
+    larger = sorted((g.memory, g.name) for n in table["gpus"] if (g := hardware.gpu(table, n)).memory >= need)
+    fits = f"; it would fit on {near.layout.gpus} {larger[0][1]}" if larger else ""
+    fewer = near.memory
+    shards = fewer.parameters + fewer.gradients + fewer.optimizer
+    more = f", or on more GPUs of this kind ({shards / GIB:.1f} GiB are shards)" if shards > need - gpu.memory else ""
+    length = "" if need - shards < gpu.memory else "; its activations alone are too large: a shorter data.sequence_length"
+    return (
+        f"{recipe.name} fits in no layout on {near.layout.gpus} {gpu.name} of {gpu.memory / GIB:.1f} GiB: the nearest, "
+        f"{named(near.layout)}, needs {need / GIB:.1f} GiB{fits}{more}{length}"
+    )
+
+
+def named(layout: Layout) -> str:
+    """As FSDP 64, micro-batch 1, full checkpointing."""
+    kinds = [f"FSDP {layout.shard}"]
+    if layout.replicate > 1:
+        kinds = [f"HSDP {layout.replicate} x {layout.shard}"]
+    if layout.tensor > 1:
+        kinds.append(f"TP {layout.tensor}")
+    return f"{' + '.join(kinds)}, micro-batch {layout.micro_batch}, {layout.activation_checkpointing} checkpointing"
+
+
+def why(chosen: Candidate, found: Sequence[Candidate]) -> str:
+    """A sentence."""
+    fitting = [c for c in found if c.speed is not None]
+    assert chosen.speed is not None
+    others = [c for c in fitting if c.layout != chosen.layout]
+    said = f"{len(fitting)} of {len(found)} layouts fit"
+    if others:
+        ahead = max(c.speed.tokens for c in others if c.speed is not None)
+        quicker = chosen.speed.tokens / ahead - 1
+        said += (
+            f"; this one is the quickest, by {quicker:.1%}"
+            if quicker > 0
+            else f"; it is within {CLOSE:.0%} of the quickest, and simpler or with more memory left"
+        )
+    return f"{said}; {chosen.free / GIB:.1f} GiB of {chosen.fleet.gpu.memory / GIB:.1f} stay free"
