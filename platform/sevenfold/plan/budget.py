@@ -114,8 +114,10 @@ def train(usd: float, fleets: Sequence[Fleet]) -> list[Trained]:
     priced = [f for f in fleets if f.hourly is not None]
     if not priced:
         raise InputError(f"--budget: no price is known: {fleets[0].priced}; give one by --hardware")
-    out = []
+    out: list[Trained] = []
     for width in WIDTHS:
+        if out and out[-1].ratio < 1:  # far past both optima
+            break
         found = [made for fleet in priced if (made := _trained(usd, width, fleet)) is not None]
         if found:
             out.append(max(found, key=lambda t: t.tokens))
