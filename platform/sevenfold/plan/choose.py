@@ -11,7 +11,7 @@ from sevenfold.plan.hardware import GIB, Fleet
 from sevenfold.plan.layouts import Layout
 from sevenfold.plan.memory import Memory
 from sevenfold.plan.speed import Speed
-from sevenfold.recipe import Recipe
+from sevenfold.recipe import Cluster, Recipe
 
 CLOSE = 0.02  # of the speed: by so little a simpler layout is not slower
 
@@ -49,7 +49,10 @@ def fitted(recipe: Recipe, fleet: Fleet) -> Recipe:
 def candidates(recipe: Recipe, vocab_size: int, fleet: Fleet) -> list[Candidate]:
     """All sensible layouts, the quickest first, then those that do not fit, the smallest first."""
     found = layouts.layouts(recipe, fleet.gpus, fleet.gpus_per_node)
-    held = memory.all_measured(recipe, found, vocab_size)
+    if recipe.train.compile:  # then selective is full, see speed.estimate
+        found = [f for f in found if f.activation_checkpointing != "selective"]
+    alike = recipe.model_copy(update={"cluster": Cluster()})  # traces do not hang on it, and are made once for all fleets
+    held = memory.all_measured(alike, found, vocab_size)
     out = []
     for layout in found:
         fits = held[layout].total <= fleet.gpu.memory

@@ -72,37 +72,37 @@ class Pass:
 
 def of(recipe: Recipe, vocab_size: int, micro_batch: int, checkpointing: str) -> Pass:
     """Of one GPU without tensor parallelism."""
-    one, two = (_passed(_key(recipe), vocab_size, rows, checkpointing) for rows in (1, 2))
+    one, two = (_passed(Key(recipe, vocab_size), rows, checkpointing) for rows in (1, 2))
     return one + (two + one * -1) * (micro_batch - 1)
 
 
-def _key(recipe: Recipe) -> _Key:
-    """Without what the work does not hang on."""
-    changes = {"cluster": {}, "parallel": {}, "train.activation_checkpointing": "none", "train.micro_batch": 1}
-    return _Key(recipe.override(changes))
+class Key:
+    """A recipe, known by the text of what the work hangs on."""
 
-
-class _Key:
-    """A recipe, known by its text."""
-
-    def __init__(self, recipe: Recipe):
-        self.recipe, self.text = recipe, recipe.to_yaml()
+    def __init__(self, recipe: Recipe, vocab_size: int):
+        self.recipe, self.vocab_size = recipe, vocab_size
+        r, train = recipe, recipe.train
+        self.text = repr((
+            vocab_size, r.objective, r.data.sequence_length, r.data.classes, r.model, r.adapter, r.corruption, train.dtype,
+            train.loss_chunk, train.z_loss, train.label_smoothing, train.dropout, r.optimizer.name,
+        ))  # fmt: skip
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Key) and self.text == other.text
+        return isinstance(other, Key) and self.text == other.text
 
     def __hash__(self) -> int:
         return hash(self.text)
 
 
 @functools.lru_cache(maxsize=64)
-def _passed(key: _Key, vocab_size: int, rows: int, checkpointing: str) -> Pass:
-    known = shape.depths(build.config_of(key.recipe, vocab_size))
+def _passed(key: Key, rows: int, checkpointing: str) -> Pass:
+    recipe, vocab_size = key.recipe, key.vocab_size
+    known = shape.depths(build.config_of(recipe, vocab_size))
     base = dict.fromkeys(known, 1)
-    first = _run(key.recipe, vocab_size, base, rows, checkpointing)
+    first = _run(recipe, vocab_size, base, rows, checkpointing)
     (forward, backward), blocks = first, (Work(), Work())
     for name, layers in known.items():
-        more = _run(key.recipe, vocab_size, base | {name: 2}, rows, checkpointing)
+        more = _run(recipe, vocab_size, base | {name: 2}, rows, checkpointing)
         a, b = more[0] - first[0], more[1] - first[1]  # of a block
         blocks = blocks[0] + a * layers, blocks[1] + b * layers
         forward, backward = forward - a, backward - b

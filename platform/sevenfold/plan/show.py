@@ -13,7 +13,10 @@ from sevenfold.recipe import Recipe
 from sevenfold.report.console import say, table
 
 SHOWN, NOT_FITTING = 8, 3  # layouts
-HELD = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers", "reserve")
+HELD = {
+    "parameters": "param", "gradients": "grad", "optimizer": "optim", "activations": "activ", "logits": "logit",
+    "buffers": "buff", "reserve": "res",
+}  # fmt: skip
 
 
 def model(recipe: Recipe, made: Size, assumed: Sequence[str]) -> None:
@@ -34,24 +37,23 @@ def layouts(found: Sequence[Candidate], chosen: Candidate) -> None:
     rows = fitting[:SHOWN] + [c for c in found if c.speed is None][:NOT_FITTING]
     if chosen not in rows:
         rows = [*rows[: SHOWN - 1], chosen, *rows[SHOWN:]]
-    columns = ("layout", "micro-batch", "checkpointing", *HELD, "in all", "free", "tokens/s", "MFU")
     title = (
         f"{fleet.name}: {fleet.gpus} x {fleet.gpu.name}, {fleet.nodes} machines{', spot' if fleet.spot else ''}: GiB a GPU "
         f"of {fleet.gpu.memory / GIB:.1f}"
     )
-    table(title, columns, [_row(c, c == chosen) for c in rows], left=("checkpointing",))
+    table(title, ("layout, rows, checkpoint", *HELD.values(), "all", "free", "tokens/s", "MFU"), [_row(c, chosen) for c in rows])
+    say("  layout; rows a micro-batch; activation checkpointing; grad: of several micro-batches also whole; - does not fit")
     if hidden := len(found) - len(rows):
-        say(f"  and {hidden} more layouts, {len(fitting)} of {len(found)} fit")
+        say(f"  and {hidden} more: {len(fitting)} of {len(found)} fit")
 
 
-def _row(c: Candidate, chosen: bool) -> list[str]:
+def _row(c: Candidate, chosen: Candidate) -> list[str]:
     layout = c.layout
     held = [f"{getattr(c.memory, part) / GIB:.1f}" for part in HELD]
-    rate = [f"{c.speed.tokens:,.0f}", f"{c.speed.mfu:.1%}"] if c.speed else ["does not fit", "-"]
-    kind = choose.named(layout).split(",")[0]
-    name = f"{'> ' if chosen else ''}{kind}"
-    end = [f"{c.memory.total / GIB:.1f}", f"{c.free / GIB:.1f}", *rate]
-    return [name, str(layout.micro_batch), layout.activation_checkpointing, *held, *end]
+    rate = [f"{c.speed.tokens:,.0f}", f"{c.speed.mfu:.1%}"] if c.speed else ["-", "-"]
+    how = {"selective": "sel."}.get(layout.activation_checkpointing, layout.activation_checkpointing)
+    name = f"{'> ' if c is chosen else ''}{choose.named(layout).split(',')[0]}, {layout.micro_batch}, {how}"
+    return [name, *held, f"{c.memory.total / GIB:.1f}", f"{c.free / GIB:.1f}", *rate]
 
 
 def chosen(recipe: Recipe, found: Sequence[Candidate], picked: Candidate) -> None:
@@ -66,12 +68,11 @@ def money(recipe: Recipe, rows: Sequence[tuple[Candidate, Cost]]) -> None:
     out = []
     for c, spent in rows:
         assert c.speed is not None
-        low, high = c.speed.range
         out.append([
-            c.fleet.name, f"{c.layout.gpus} x {c.fleet.gpu.name}", f"{low:,.0f} - {high:,.0f}", _span(spent.hours, "h"),
+            f"{c.fleet.name}: {c.layout.gpus} x {c.fleet.gpu.name}", f"{c.speed.tokens:,.0f} +-{speed.SPREAD:.0%}", _span(spent.hours, "h"),
             _span(spent.usd, "USD"), f"{spent.effective:.2%}", f"{spent.mtbf:,.0f} h",
         ])  # fmt: skip
-    columns = ("machines", "GPUs", "tokens/s", "time", "money", "time that lasts", "between failures")
+    columns = ("machines", "tokens/s", "time", "money", "lasts", "a failure each")
     tokens = rows[0][1].tokens
     what = f"{tokens:,} tokens" if tokens else "its data, of which the plan does not know how much it is"
     table(f"{recipe.name}: {what}", columns, out)

@@ -8,6 +8,7 @@ holds: benchmarks/plan.py.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -67,6 +68,12 @@ class Speed:
 
 
 def size(recipe: Recipe, vocab_size: int) -> Size:
+    return _size(ops.Key(recipe, vocab_size))
+
+
+@functools.lru_cache(maxsize=64)
+def _size(key: ops.Key) -> Size:
+    recipe, vocab_size = key.recipe, key.vocab_size
     model = shape.meta(recipe, vocab_size)
     found = shape.parameters(recipe, vocab_size)
 
@@ -124,12 +131,11 @@ def timed(
     each = exposed(gathered, hidden_forward) + exposed(gathered, hidden_backward)
     last = exposed(gathered, hidden_forward) + exposed(gathered + reduced, hidden_backward)
     neighbours = _tensor(passed, model, layout, fleet, tokens / micro_batches / layout.readers, dtype, again)
-    copies = _copied(model, layout, gpu, dtype)
     parts = {
         name: micro_batches * (forward[name] + backward[name] + rest[name])
         for name in ("products", "attention", "memory", "host")
     }
-    parts["memory"] += micro_batches * copies
+    parts["memory"] += _copied(model, layout, gpu, dtype, micro_batches)
     parts["communication"] = (micro_batches - 1) * each + last + micro_batches * neighbours
     parts["optimizer"] = _optimizer(model, layout, gpu, fleet)
     step = sum(parts.values())
@@ -184,14 +190,14 @@ def _tensor(
     return model.blocks * (4 + 2 * again) * each
 
 
-def _copied(model: Size, layout: Layout, gpu: Gpu, dtype: str) -> float:
-    """Seconds that FSDP2 copies a micro-batch: shards cast (read 4, write 2), gathered ones laid out (2, 2), both twice;
-    gradients cast and laid out to be summed up (2, 4)."""
-    if dtype == "float32":
-        held, summed = 2 * (8 / layout.shard + 8), 8.0
-    else:
-        held, summed = 2 * (6 / layout.shard + 4), 6.0
-    return (held * model.parameters + summed * model.trained) / layout.tensor / (gpu.bandwidth * MEMORY)
+def _copied(model: Size, layout: Layout, gpu: Gpu, dtype: str, micro_batches: int) -> float:
+    """Seconds that FSDP2 copies in a step: of each micro-batch shards are cast (read 4, write 2) and what was gathered is laid
+    out (2, 2), both twice; gradients are laid out as float32 to be summed up (2, 4), or added to those before (6, 4)."""
+    held, summed = (2 * (6 / layout.shard + 4), 6) if dtype == "bfloat16" else (2 * (8 / layout.shard + 8), 8)
+    if micro_batches > 1:
+        summed = micro_batches * 10 + 8
+    moved = micro_batches * held * model.parameters + summed * model.trained
+    return moved / layout.tensor / (gpu.bandwidth * MEMORY)
 
 
 def _optimizer(model: Size, layout: Layout, gpu: Gpu, fleet: Fleet) -> float:
