@@ -94,6 +94,7 @@ class _Family:
     ranks: int
     several: bool
     device: str
+    compiled: bool
 
     @staticmethod
     def of(recipe: Recipe, layout: Layout, vocab_size: int, device: str) -> _Family:
@@ -101,8 +102,9 @@ class _Family:
         train = recipe.train.model_copy(update={"micro_batch": 1, "activation_checkpointing": kept(recipe, layout)})
         several = micro_batches(recipe, layout) > 1
         one = recipe.model_copy(update={"train": train, "parallel": Parallel(tensor=layout.tensor)})
+        compiled = recipe.train.compile and layout.activation_checkpointing == "none"
         depths = shape.depths(shape.build.config_of(recipe, vocab_size))
-        return _Family(one, vocab_size, tuple(depths.items()), shard * layout.tensor, several, device)
+        return _Family(one, vocab_size, tuple(depths.items()), shard * layout.tensor, several, device, compiled)
 
     def jobs(self, rows: int) -> list[Job]:
         return [job for n in _ends(rows) for job in self.at(n)]
@@ -115,7 +117,7 @@ class _Family:
         recipe = self.recipe.model_copy(update={"train": train})
         count = 2 if self.several else 1
         return [
-            Job(recipe, self.vocab_size, tuple(depths.items()), self.ranks, count, self.device) for depths in (few, *more)
+            Job(recipe, self.vocab_size, tuple(depths.items()), self.ranks, count, self.device, self.compiled) for depths in (few, *more)
         ]
 
 
@@ -140,7 +142,7 @@ _TRACED: dict[str, Phases] = {}
 
 def _name(job: Job) -> str:
     """Of all that a trace hangs on."""
-    told = (job.vocab_size, job.depths, job.gpus, job.micro_batches, job.device)
+    told = (job.vocab_size, job.depths, job.gpus, job.micro_batches, job.device, job.compiled)
     return f"{job.recipe.to_yaml()}{told}"
 
 
