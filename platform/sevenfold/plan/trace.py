@@ -17,7 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # pinned (constraints.txt): private, and nothing public does it
+from torch._subclasses.fake_tensor import (
+    FakeTensorMode,
+    unset_fake_temporarily,
+)  # pinned (constraints.txt): private, and nothing public does it
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPModMemStats, _FSDPRefType  # pinned: as above
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -296,7 +299,7 @@ def _announce(model: nn.Module, tracker: _Tracker) -> None:
     """Tells the tracker when backward enters a block: `stack+0`, `stack+1` are the first of a stack, `stack-1`, `stack-2`
     the last, and one may be both; and when it has left the first (`stack below`)."""
     stacks: dict[str, list[nn.Module]] = {}
-    blocks = parallel.blocks(model)
+    blocks = set(parallel.blocks(model))
     for name, module in model.named_modules():
         if module in blocks:
             stacks.setdefault(shape.stack(name), []).append(module)
@@ -347,5 +350,3 @@ def _when_its_gradient_is_there(tracker: _Tracker, phases: tuple[str, ...], t: t
 
     if t is not None and t.requires_grad and not _again():
         t.register_hook(enter)
-
-
