@@ -6,9 +6,9 @@ phases (trace.Phases), and what is held in each is linear in depth and rows; sha
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 from sevenfold.data.order import most_rows
@@ -94,6 +94,7 @@ class _Family:
     ranks: int
     several: bool
     device: str
+    compiled: bool
 
     @staticmethod
     def of(recipe: Recipe, layout: Layout, vocab_size: int, device: str) -> _Family:
@@ -101,8 +102,9 @@ class _Family:
         train = recipe.train.model_copy(update={"micro_batch": 1, "activation_checkpointing": kept(recipe, layout)})
         several = micro_batches(recipe, layout) > 1
         one = recipe.model_copy(update={"train": train, "parallel": Parallel(tensor=layout.tensor)})
+        compiled = recipe.train.compile and layout.activation_checkpointing == "none"
         depths = shape.depths(shape.build.config_of(recipe, vocab_size))
-        return _Family(one, vocab_size, tuple(depths.items()), shard * layout.tensor, several, device)
+        return _Family(one, vocab_size, tuple(depths.items()), shard * layout.tensor, several, device, compiled)
 
     def jobs(self, rows: int) -> list[Job]:
         return [job for n in _ends(rows) for job in self.at(n)]
@@ -115,7 +117,8 @@ class _Family:
         recipe = self.recipe.model_copy(update={"train": train})
         count = 2 if self.several else 1
         return [
-            Job(recipe, self.vocab_size, tuple(depths.items()), self.ranks, count, self.device) for depths in (few, *more)
+            Job(recipe, self.vocab_size, tuple(depths.items()), self.ranks, count, self.device, self.compiled)
+            for depths in (few, *more)
         ]
 
 
@@ -140,7 +143,7 @@ _TRACED: dict[str, Phases] = {}
 
 def _name(job: Job) -> str:
     """Of all that a trace hangs on."""
-    told = (job.vocab_size, job.depths, job.gpus, job.micro_batches, job.device)
+    told = (job.vocab_size, job.depths, job.gpus, job.micro_batches, job.device, job.compiled)
     return f"{job.recipe.to_yaml()}{told}"
 
 
@@ -224,9 +227,63 @@ def elements(p: shape.Parameter, shard: int, tensor: int) -> int:
     return math.prod(size)
 
 
+# what torch.cuda's allocator reserves beyond what is allocated, of all and of what comes and goes within a step: fitted on five
+# runs of ours on an H200 (benchmarks/RESULTS.md: 60.8 to 132.8 GB allocated), off by 2 GiB at most
+SLACK, CHURN = 0.05, 0.10
+# not measured here: CUDA's context with the kernels that are loaded, and NCCL's channels of one communicator
+CONTEXT, COMMUNICATOR = 0.6 * GIB, 0.4 * GIB
+
+
 def allocator(held: Memory) -> float:
-    return 0.0
+    """Bytes that torch.cuda's allocator reserves and cannot use at the fullest moment."""
+    return SLACK * held.allocated + CHURN * (held.activations + held.logits + held.buffers)
 
 
 def context(layout: Layout) -> float:
-    return 0.0
+    """Bytes that CUDA and NCCL take, which torch does not count."""
+    return CONTEXT + COMMUNICATOR * sum(n > 1 for n in (layout.replicate, layout.shard, layout.tensor))
+
+
+def closed_form(recipe: Recipe, layout: Layout, vocab_size: int | None = None) -> Memory:
+    """Of one layout, on a GPU, by arithmetic alone: a check beside the trace, and quick. Attention is taken to keep no
+    probabilities (FlashAttention, arXiv 2205.14135); what a block keeps is counted as in arXiv 2205.05198, by what its
+    products make: with full checkpointing its input, with selective these too, else twice these and norms' float32 copies.
+    """
+    size = shape.vocabulary(recipe, vocab_size)
+    shards = Shards.of(recipe, size, layout.shard, layout.tensor)
+    config, how = shape.build.config_of(recipe, size), kept(recipe, layout)
+    a, d = (2 if recipe.train.dtype == "bfloat16" else 4), config.hidden_size
+    sides = shape.sides(recipe)
+    inside: dict[str, list[shape.Parameter]] = defaultdict(list)
+    outside = 0
+    for p in shape.parameters(recipe, size):
+        if p.stack is None:
+            outside += elements(p, 1, layout.tensor)
+        else:
+            inside[p.stack].append(p)
+    stacks = list(inside)
+    acts, block, blocks_at_once = 0.0, 0.0, 0.0
+    for i, (name, parameters) in enumerate(inside.items()):
+        depth = shape.blocks_of(recipe, size)[name]
+        tokens = layout.micro_batch * sides[min(i, len(sides) - 1) if len(stacks) > 1 else 0]
+        made = sum(p.shape[0] // (layout.tensor if p.split == 0 else 1) for p in parameters if len(p.shape) == 2) / depth
+        eager = tokens * (2 * a * made + 8 * d)
+        one = {"full": a * tokens * d, "selective": a * tokens * (made + 2 * d)}.get(how, eager)
+        acts += depth * one
+        block = max(block, sum(elements(p, 1, layout.tensor) for p in parameters) / depth)
+        blocks_at_once = max(blocks_at_once, eager)
+    head = recipe.objective not in ("classify", "embed")
+    rows = layout.micro_batch * sides[-1]
+    logits = 12.0 * size * min(rows, recipe.train.loss_chunk or rows) * head
+    several = micro_batches(recipe, layout) > 1
+    trained = sum(elements(p, 1, layout.tensor) for p in shape.parameters(recipe, size) if p.trained)
+    whole = 4.0 * trained * several
+    gathered = a * (outside + 2 * block)
+    loss = Memory(shards.parameters, whole, shards.optimizer, acts, logits, gathered)
+    reduced = (a + 4) * block * (trained > 0)
+    last = Memory(
+        shards.parameters, whole, shards.optimizer, acts + (blocks_at_once if how != "none" else 0.0), 0.0, gathered + reduced
+    )
+    end = Memory(shards.parameters, shards.gradients, shards.optimizer, 8.0 * outside * (trained > 0), 0.0, 0.0)
+    fullest = max((loss, last, end), key=lambda m: m.total)
+    return replace(fullest, reserve=allocator(fullest) + context(layout))

@@ -6,14 +6,15 @@ import copy
 import functools
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import PreTrainedConfig
 
 from sevenfold.engine.batch import Batch, Decoder
+from sevenfold.engine.optim import embedding_parameters
 from sevenfold.errors import InputError
 from sevenfold.model import build, parallel
 from sevenfold.recipe import Recipe
@@ -94,12 +95,11 @@ class _Key:
 @functools.lru_cache(8)
 def _parameters(key: _Key) -> tuple[Parameter, ...]:
     model = meta(key.recipe, key.vocab_size)
-    from sevenfold.engine.optim import embedding_parameters
-
     ways = plan_of(model)
     embeddings = {id(p) for p in embedding_parameters(model)}
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    inside = {id(p): stack(n) for n, m in model.named_modules() if m in parallel.blocks(model) for p in m.parameters()}
+    found = set(parallel.blocks(model))
+    inside = {id(p): stack(n) for n, m in model.named_modules() if m in found for p in m.parameters()}
     out = []
     for name, p in model.named_parameters():
         style = next((s for pattern, s in ways.items() if re.fullmatch(pattern, name.rpartition(".")[0])), None)
@@ -107,6 +107,18 @@ def _parameters(key: _Key) -> tuple[Parameter, ...]:
         matrix = p.ndim >= 2 and id(p) not in embeddings and not (head is not None and p is head.weight)
         out.append(Parameter(tuple(p.shape), p.requires_grad, split, matrix, inside.get(id(p))))
     return tuple(out)
+
+
+def blocks_of(recipe: Recipe, vocab_size: int) -> dict[str, int]:
+    """How many blocks each stack has, by its name."""
+    return dict(_blocks(_Key(recipe, vocab_size)))
+
+
+@functools.lru_cache(8)
+def _blocks(key: _Key) -> tuple[tuple[str, int], ...]:
+    model = meta(key.recipe, key.vocab_size)
+    found = set(parallel.blocks(model))
+    return tuple(Counter(stack(n) for n, m in model.named_modules() if m in found).items())
 
 
 def plan_of(model: Any) -> dict[str, str]:
@@ -138,41 +150,39 @@ def batch_of(recipe: Recipe) -> Batch:
     """A micro-batch as long as the recipe's rows may be, one document each."""
     rows, length = recipe.train.micro_batch, recipe.data.sequence_length
     if recipe.objective in ("denoise", "seq2seq"):
-        reads, says = _sides(recipe)
+        reads, says = sides(recipe)
         asked = _ids(rows, says)
-        return replaced(_ids(rows, reads), asked, decoder=Decoder(_ids(rows, says), torch.zeros_like(asked)))
+        return _batch(_ids(rows, reads), asked, decoder=Decoder(_ids(rows, says), torch.zeros_like(asked)))
     plain = _ids(rows, length)
     if recipe.objective == "classify":
-        return replaced(plain, torch.zeros(rows, dtype=torch.long), attention_mask=torch.ones_like(plain, dtype=torch.bool))
+        return _batch(plain, torch.zeros(rows, dtype=torch.long), attention_mask=torch.ones_like(plain, dtype=torch.bool))
     if recipe.objective == "embed":  # queries, then documents, each half of a row
         halves = _ids(2 * rows, max(1, length // 2))
         labels = torch.zeros(rows, dtype=torch.long)
-        return replaced(halves, labels, attention_mask=torch.ones_like(halves, dtype=torch.bool))
+        return _batch(halves, labels, attention_mask=torch.ones_like(halves, dtype=torch.bool))
     if recipe.objective == "dpo":
         pairs = torch.zeros(rows, dtype=torch.long)
-        return replaced(plain, pairs, segments=torch.zeros_like(plain), targets=_ids(rows, length))
-    return replaced(plain, _ids(rows, length))
+        return _batch(plain, pairs, segments=torch.zeros_like(plain), targets=_ids(rows, length))
+    return _batch(plain, _ids(rows, length))
 
 
-def _sides(recipe: Recipe) -> tuple[int, int]:
-    """Tokens a row that an encoder reads and a decoder says: of denoise as engine.objectives.Denoise lays them out, of
-    seq2seq half and half."""
+def sides(recipe: Recipe) -> tuple[int, ...]:
+    """Tokens a row that each stack reads: of denoise as engine.objectives.Denoise lays them out, of seq2seq half and half."""
     length = recipe.data.sequence_length
     if recipe.objective == "seq2seq":
         return -(-length // 2), -(-length // 2)
-    asked = recipe.corruption.rate * (1 + 1 / recipe.corruption.mean_span)
-    return length, min(length, math.ceil(asked * length) + 1)
+    if recipe.objective == "denoise":
+        asked = recipe.corruption.rate * (1 + 1 / recipe.corruption.mean_span)
+        return length, min(length, math.ceil(asked * length) + 1)
+    return (length,)
 
 
 def _ids(rows: int, length: int) -> torch.Tensor:
     return torch.zeros(rows, length, dtype=torch.long)
 
 
-def replaced(ids: torch.Tensor, labels: torch.Tensor, **more: Any) -> Batch:
+def _batch(ids: torch.Tensor, labels: torch.Tensor, **more: Any) -> Batch:
+    """Each row one document."""
     edges = torch.arange(0, ids.numel() + 1, ids.shape[1], dtype=torch.int32)
     places = torch.arange(ids.shape[1]).expand(ids.shape[0], -1).contiguous()
     return Batch(ids, places, labels, edges, **more)
-
-
-def linears(model: nn.Module) -> list[nn.Linear]:
-    return [m for m in model.modules() if isinstance(m, nn.Linear)]

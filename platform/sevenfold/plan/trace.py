@@ -17,7 +17,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily  # pinned (constraints.txt): private, and nothing public does it
+from torch._subclasses.fake_tensor import (
+    FakeTensorMode,
+    unset_fake_temporarily,
+)  # pinned (constraints.txt): private, and nothing public does it
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker, _FSDPModMemStats, _FSDPRefType  # pinned: as above
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
@@ -45,6 +48,7 @@ class Job:
         depths: blocks of each stack, as shape.depths names them.
         micro_batches: of the step; 2 hold what any larger number does.
         device: "cuda": logits all at once, FlexAttention where the engine takes it; "cpu": as the engine does it there.
+        compiled: blocks keep what their linear layers read besides what activation checkpointing keeps: see plan.memory.
     """
 
     recipe: Recipe
@@ -53,6 +57,7 @@ class Job:
     gpus: int
     micro_batches: int = 1
     device: str = "cuda"
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,10 +140,12 @@ def _step(job: Job, mesh: DeviceMesh) -> Phases:
     tracker = _Tracker(model, model.config.vocab_size)
     tracker.know(getattr(objective, "reference", None))
     _announce(model, tracker)
+    if job.compiled:
+        _keep(model, tracker)
     count = min(2, job.micro_batches)
     with tracker:
         for i in range(count):
-            tracker.phases = ("forward",)
+            tracker.begin()
             model.set_requires_gradient_sync(i == count - 1)
             loss = model.token_losses(batch).sum()
             (loss * torch.ones(())).backward()
@@ -162,7 +169,7 @@ def _model(job: Job, mesh: DeviceMesh) -> tuple[Any, Any]:
     if unmasked and model._can_set_attn_implementation():
         model.set_attn_implementation(_NAME)
     if recipe.adapter is not None:
-        build.with_adapter(model, recipe)
+        _with_adapter(model, recipe)
     train = recipe.train.model_copy(update={"compile": False})
     logits = objectives.CPU_LOGITS if job.device == "cpu" else None
     words = objectives.Words(size)
@@ -177,6 +184,16 @@ def _model(job: Job, mesh: DeviceMesh) -> tuple[Any, Any]:
     objectives.attach(model, objective, train.loss_chunk, train.z_loss, train.label_smoothing, logits)
     parallel.lay_out(model, mesh, train, recipe.parallel)
     return model, objective
+
+
+def _with_adapter(model: Any, recipe: Recipe) -> None:
+    """peft moves each new layer to where its base is: fake tensors do not bear that, and are there in any case."""
+    move = nn.Module.to
+    nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign, assignment, misc]
+    try:
+        build.with_adapter(model, recipe)
+    finally:
+        nn.Module.to = move  # type: ignore[method-assign]
 
 
 class _Nowhere:
@@ -203,8 +220,10 @@ class _Tracker(FSDPMemTracker):
         self.phases: tuple[str, ...] = ()  # names of the one that there is now
         self.peaks: Phases = {}
         self.memory_tracking: Any = _Nowhere()
+        self.kept: list[list[torch.Tensor]] = []  # by blocks that backward has yet to leave
         self._vocab_size, self._model = vocab_size, model
         self._full: dict[str, float] = {}
+        self._inside = False
         root: Any = model
         state = root._get_fsdp_state()
         state._pre_forward = self._marking(state, state._pre_forward)  # our losses are a method; torch's tracker hooks forward
@@ -233,6 +252,17 @@ class _Tracker(FSDPMemTracker):
             if now["Total"] > self._full.get(phase, 0.0):
                 self._full[phase] = now["Total"]
                 self.peaks[phase] = _held(now)
+
+    def begin(self) -> None:
+        """A micro-batch."""
+        self.phases, self._inside = ("forward",), False
+        self.kept.clear()
+
+    def left(self) -> None:
+        """Backward is done with the block before, and with what was kept for it."""
+        if self._inside and self.kept:
+            self.kept.pop()
+        self._inside = True
 
     def know(self, frozen: nn.Module | None) -> None:
         """A model beside the one that is trained, laid out as that is."""
@@ -269,7 +299,7 @@ def _announce(model: nn.Module, tracker: _Tracker) -> None:
     """Tells the tracker when backward enters a block: `stack+0`, `stack+1` are the first of a stack, `stack-1`, `stack-2`
     the last, and one may be both; and when it has left the first (`stack below`)."""
     stacks: dict[str, list[nn.Module]] = {}
-    blocks = parallel.blocks(model)
+    blocks = set(parallel.blocks(model))
     for name, module in model.named_modules():
         if module in blocks:
             stacks.setdefault(shape.stack(name), []).append(module)
@@ -279,6 +309,28 @@ def _announce(model: nn.Module, tracker: _Tracker) -> None:
             phases = (f"{name}+{i}",) * (i < ENDS) + (f"{name}-{left}",) * (left <= ENDS)
             block.register_forward_hook(functools.partial(_leaving, tracker, phases or (f"{name} between",)))
         members[0].register_forward_pre_hook(functools.partial(_entering, tracker, (f"{name} below",)), with_kwargs=True)
+
+
+def _keep(model: nn.Module, tracker: _Tracker) -> None:
+    """Holds on to what the linear layers of each block read, until backward has left it."""
+
+    def begin(*_: Any) -> None:
+        if not _again():
+            tracker.kept.append([])
+
+    def reads(_: nn.Module, args: Any) -> None:
+        if not _again():
+            tracker.kept[-1].append(args[0])
+
+    for block in parallel.blocks(model):
+        block.register_forward_pre_hook(begin)
+        for linear in (m for m in block.modules() if isinstance(m, nn.Linear)):
+            linear.register_forward_pre_hook(reads)
+
+
+def _again() -> bool:
+    """Whether backward makes what it was not left (activation checkpointing)."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _leaving(tracker: _Tracker, phases: tuple[str, ...], _: nn.Module, __: Any, output: Any) -> None:
@@ -292,12 +344,9 @@ def _entering(tracker: _Tracker, phases: tuple[str, ...], _: nn.Module, args: An
 
 
 def _when_its_gradient_is_there(tracker: _Tracker, phases: tuple[str, ...], t: torch.Tensor | None) -> None:
-    again = torch._C._current_graph_task_id() != -1  # backward makes it again (activation checkpointing)
-
     def enter(_: torch.Tensor) -> None:
         tracker.phases = phases
+        tracker.left()
 
-    if t is not None and t.requires_grad and not again:
+    if t is not None and t.requires_grad and not _again():
         t.register_hook(enter)
-
-
