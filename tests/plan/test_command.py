@@ -28,11 +28,12 @@ model:
 # how it is trained
 train:
   steps: 1000
-  global_batch: 64
+  global_batch: 2
   micro_batch: 1  # rows
   dtype: bfloat16
+  compile: true
   # the last of its section
-cluster: {num_workers: 4, max_failures: 5}  # all of it
+cluster: {num_workers: 2, max_failures: 5}  # all of it
 """
 
 
@@ -89,28 +90,32 @@ def test_a_cluster_without_gpus(recipe: Path, capsys: pytest.CaptureFixture[str]
 
 def test_a_plan_is_shown_and_written(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = recipe.read_text()
-    assert plan("recipe.yaml", "--gpus", "2", "--gpu", "l4", "--write") == 0
+    assert plan("recipe.yaml", "--gpus", "1", "--gpu", "l4", "--write") == 0
     said = " ".join(capsys.readouterr().out.split())
-    for what in ("planned: ", "assumed: ", "chosen: ", "tokens/s a GPU", "a checkpoint: ", "fed by ", "price: g6.12xlarge"):
+    for what in ("planned: ", "assumed: ", "chosen: ", "tokens/s a GPU", "a checkpoint: ", "fed by ", "price: g6.xlarge"):
         assert what in said, said
     after = recipe.read_text()
     found = parse(str(recipe))
-    (layout,) = re.findall(r"chosen: (?:FSDP|HSDP)[^,]*, micro-batch (\d+), (\w+) checkpointing", said)
+    (layout,) = re.findall(
+        r"chosen: (?:FSDP|HSDP)[^,]*, micro-batch (\d+), (\w+) checkpointing", said.replace(" no check", " none check")
+    )
     assert (str(found.train.micro_batch), found.train.activation_checkpointing) == layout
-    assert found.workers == (2, 2) and found.cluster.gpus_per_worker == 1 and found.cluster.max_failures == 5
+    assert found.workers == (1, 1) and found.cluster.gpus_per_worker == 1 and found.cluster.max_failures == 5
     for comment in re.findall(r"#.*", before):
         assert comment in after
     capsys.readouterr()
-    assert plan("recipe.yaml", "--gpus", "2", "--gpu", "l4", "--write") == 0
+    assert plan("recipe.yaml", "--gpus", "1", "--gpu", "l4", "--write") == 0
     assert recipe.read_text() == after  # what it would choose is there
 
 
 def test_a_recipe_that_fits_nothing_is_told_the_nearest(recipe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = recipe.read_text()
     Path("h.yaml").write_text("gpus: {l4: {memory_gib: 0.001}}")
-    assert plan("recipe.yaml", "--gpus", "2", "--gpu", "l4", "--hardware", "h.yaml", "--write") == 2
+    assert plan("recipe.yaml", "--gpus", "1", "--gpu", "l4", "--hardware", "h.yaml", "--write") == 2
     said = capsys.readouterr().err
-    assert re.search(r"planned fits in no layout on 2 l4 of 0.0 GiB: the nearest, .*, needs [\d.]+ GiB; it would fit on 2 ", said)
+    assert re.search(
+        r"planned fits in no layout on 1 l4 of 0.0 GiB: the nearest, .*, needs [\d.]+ GiB; it would fit on 1 ", said
+    )
     assert recipe.read_text() == before
 
 
@@ -119,7 +124,9 @@ def changed(text: str, **changes: Any) -> str:
 
 
 def test_comments_and_order_stay() -> None:
-    text = changed(RECIPE, train__micro_batch=4, train__activation_checkpointing="full", cluster__num_workers=8, parallel__tensor=2)
+    text = changed(
+        RECIPE, train__micro_batch=4, train__activation_checkpointing="full", cluster__num_workers=8, parallel__tensor=2
+    )
     assert text.splitlines()[-7:] == [
         "  # the last of its section",
         "  activation_checkpointing: full",
@@ -159,9 +166,9 @@ def test_what_cannot_be_written_is_not(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_text(RECIPE.replace("CONFIG", str(LLAMA | {"vocab_size": VOCABULARY}).replace("False", "false")))
     before = path.read_text()
-    with pytest.raises(InputError, match="cannot be dealt out.*nothing was written"):
+    with pytest.raises(InputError, match=r"cannot be dealt out.*nothing was written"):
         write.write(str(path), {"cluster.num_workers": 1000})
-    path.write_text(braces := before.replace("train:\n", "train: &t\n"))  # an anchor is no form that is known here
-    with pytest.raises(InputError, match=r"nothing was written: put in train.micro_batch=4"):
-        write.write(str(path), {"train.micro_batch": 4})
+    path.write_text(braces := before.replace("{num_workers: 2, ", "{num_workers: 2,\n  "))  # no form that is known here
+    with pytest.raises(InputError, match=r"nothing was written: put in cluster.num_workers=2"):
+        write.write(str(path), {"cluster.num_workers": 2})
     assert path.read_text() == braces

@@ -70,14 +70,15 @@ def recipe_of(width: int, gpus: int) -> Recipe:
     rows = BATCH // LENGTH
     batch = rows if gpus <= rows else gpus
     config = {
-        "model_type": "llama", "hidden_size": width, "num_hidden_layers": max(4, width // HEAD), "tie_word_embeddings": width <= 2048,
-        "intermediate_size": 256 * round(width * 8 / 3 / 256), "num_attention_heads": width // HEAD,
+        "model_type": "llama", "hidden_size": width, "num_hidden_layers": max(4, width // HEAD),
+        "tie_word_embeddings": width <= 2048, "intermediate_size": 256 * round(width * 8 / 3 / 256), "num_attention_heads": width // HEAD,
         "num_key_value_heads": width // HEAD, "vocab_size": VOCABULARY,
     }  # fmt: skip
     return Recipe.model_validate({
         "name": "budget", "data": {"sources": [{"path": "text"}], "sequence_length": LENGTH, "lanes": batch},
         "tokenizer": {"vocab_size": VOCABULARY}, "model": {"config": config},
-        "train": {"steps": 1, "global_batch": batch, "micro_batch": 1, "dtype": "bfloat16", "compile": True, "loss_chunk": CHUNK},
+        "train": {"steps": 1, "global_batch": batch, "micro_batch": 1, "dtype": "bfloat16",
+                  "compile": True, "loss_chunk": CHUNK},
         "checkpoint": {"every": "auto"}, "cluster": {"num_workers": gpus, "gpus_per_worker": 1},
     })  # fmt: skip
 
@@ -123,7 +124,10 @@ def train(usd: float, fleets: Sequence[Fleet]) -> list[Trained]:
             out.append(max(found, key=lambda t: t.tokens))
     if not out:
         gpu = priced[0].gpu
-        raise InputError(f"--budget: not even a decoder of width {WIDTHS[0]} fits {gpu.name} of {gpu.memory / GIB:.1f} GiB in bfloat16")
+        speed.check(gpu, "bfloat16")
+        raise InputError(
+            f"--budget: not even a decoder of width {WIDTHS[0]} fits {gpu.name} of {gpu.memory / GIB:.1f} GiB in bfloat16"
+        )
     return out
 
 
@@ -207,11 +211,7 @@ def tune(fleet: Fleet) -> list[Tuned]:
 
     def fewest(name: str, trained: float | None) -> int | None:
         parameters, width, blocks, vocabulary = PRETRAINED[name]
-        need = (
-            (n, closed_form(parameters, width, blocks, vocabulary, n, 1, TUNED_LENGTH, "full", trained)) for n in counts
-        )
+        need = ((n, closed_form(parameters, width, blocks, vocabulary, n, 1, TUNED_LENGTH, "full", trained)) for n in counts)
         return next((n for n, b in need if b <= fleet.gpu.memory), None)
 
     return [Tuned(n, p[0], fewest(n, None), fewest(n, LORA * p[0])) for n, p in PRETRAINED.items()]
-
-

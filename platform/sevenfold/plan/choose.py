@@ -47,10 +47,12 @@ def fitted(recipe: Recipe, fleet: Fleet) -> Recipe:
 
 
 def candidates(recipe: Recipe, vocab_size: int, fleet: Fleet) -> list[Candidate]:
-    """All sensible layouts, the quickest first, then those that do not fit, the smallest first."""
-    found = layouts.layouts(recipe, fleet.gpus, fleet.gpus_per_node)
-    if recipe.train.compile:  # then selective is full, see speed.estimate
-        found = [f for f in found if f.activation_checkpointing != "selective"]
+    """All sensible layouts, the quickest first, then those that do not fit, the smallest first.
+
+    Raises InputError as layouts.layouts and speed.check.
+    """
+    speed.check(fleet.gpu, recipe.train.dtype)
+    found = layouts.layouts(recipe, fleet.gpus, fleet.gpus_per_node, vocab_size)
     alike = recipe.model_copy(update={"cluster": Cluster()})  # traces do not hang on it, and are made once for all fleets
     held = memory.all_measured(alike, found, vocab_size)
     out = []
@@ -102,7 +104,8 @@ def named(layout: Layout) -> str:
         kinds = [f"HSDP {layout.replicate} x {layout.shard}"]
     if layout.tensor > 1:
         kinds.append(f"TP {layout.tensor}")
-    return f"{' + '.join(kinds)}, micro-batch {layout.micro_batch}, {layout.activation_checkpointing} checkpointing"
+    how = {"none": "no"}.get(layout.activation_checkpointing, layout.activation_checkpointing)
+    return f"{' + '.join(kinds)}, micro-batch {layout.micro_batch}, {how} checkpointing"
 
 
 def why(chosen: Candidate, found: Sequence[Candidate]) -> str:

@@ -83,7 +83,9 @@ def load(path: str | None = None) -> Table:
     try:
         own = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
-        raise InputError(f"{path}: expected a table of hardware (YAML), found none: {getattr(e, 'strerror', None) or e}") from None
+        raise InputError(
+            f"{path}: expected a table of hardware (YAML), found none: {getattr(e, 'strerror', None) or e}"
+        ) from None
     except yaml.YAMLError as e:
         raise InputError(f"{path}: expected YAML: {' '.join(str(e).split())}") from None
     if not isinstance(own, dict) or not own.keys() <= table.keys():
@@ -120,24 +122,26 @@ def gpu(table: Table, name: str) -> Gpu:
         memory, bandwidth = int(entry["memory_gib"] * GIB), entry["bandwidth_gbs"] * 1e9
         efficiencies = {k: float(entry[k]) for k in ("gemm", "attention") if k in entry}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
-        raise InputError(f"hardware: gpus.{name}: expected memory_gib, tflops by dtype and bandwidth_gbs, found no {e}") from None
+        raise InputError(
+            f"hardware: gpus.{name}: expected memory_gib, tflops by dtype and bandwidth_gbs, found no {e}"
+        ) from None
     return Gpu(name.lower(), memory, flops, bandwidth, **efficiencies)
 
 
 def of_gpus(table: Table, name: str, gpus: int) -> Fleet:
-    """So many GPUs of a kind, in the nodes of the first machine of the table that has eight of them, or has it.
+    """So many GPUs of a kind, in the smallest machines of the table that hold them, or eight.
 
     Raises InputError: an unknown GPU, no number above 0.
     """
     if gpus < 1:
         raise InputError(f"--gpus: expected a number above 0, found {gpus}")
     made = gpu(table, name)
-    having = {n: m for n, m in table["machines"].items() if m.get("gpu") == made.name}
-    whole = [n for n, m in having.items() if m["gpus"] == min(NODE, gpus)] or [n for n, m in having.items() if m["gpus"] == NODE]
-    if not (whole or having):
+    having = sorted((m["gpus"], n) for n, m in table["machines"].items() if m.get("gpu") == made.name)
+    if not having:
         link = table["gpus"][made.name].get("link_gbs", 24) * 1e9
-        return Fleet(made, gpus, min(NODE, gpus), link, ETHERNET, None, False, made.name, "no machine is known that has it")
-    return machine(table, (whole or list(having))[0], gpus, spot=False)
+        return Fleet(made, gpus, min(NODE, gpus), link, ETHERNET, None, False, made.name, f"{made.name}: no price is known")
+    kind = next((n for count, n in having if count >= min(gpus, NODE)), having[-1][1])
+    return machine(table, kind, gpus, spot=False)
 
 
 def machine(table: Table, kind: str, gpus: int, spot: bool, name: str | None = None) -> Fleet:
@@ -184,7 +188,9 @@ def of_cluster(table: Table, config: Mapping[str, Any], where: str, recipe: Reci
         out.append(replace(made, gpus_per_node=gpus, beside=_beside(table, config, recipe)))
     if not out:
         named = f" with the labels {labels}" if labels else ""
-        raise InputError(f"{where}: expected a pool of workers{named} with GPUs (resources: {{GPU: 8}}), found {', '.join(kinds)}")
+        raise InputError(
+            f"{where}: expected a pool of workers{named} with GPUs (resources: {{GPU: 8}}), found {', '.join(kinds)}"
+        )
     return out
 
 
@@ -196,5 +202,9 @@ def _beside(table: Table, config: Mapping[str, Any], recipe: Recipe | None) -> f
         if n != config.get("head_node_type") and not (k.get("resources") or {}).get("GPU")
         and labels.items() <= (k.get("labels") or {}).items()
     ]  # fmt: skip
-    types = [str((kinds[n].get("node_config") or {}).get("InstanceType")) for n in (config.get("head_node_type"), *feeds[:1]) if n in kinds]
+    types = [
+        str((kinds[n].get("node_config") or {}).get("InstanceType"))
+        for n in (config.get("head_node_type"), *feeds[:1])
+        if n in kinds
+    ]
     return float(sum(table["machines"].get(t, {}).get("usd") or 0.0 for t in types))

@@ -72,8 +72,11 @@ class Pass:
 
 def of(recipe: Recipe, vocab_size: int, micro_batch: int, checkpointing: str) -> Pass:
     """Of one GPU without tensor parallelism."""
-    one, two = (_passed(Key(recipe, vocab_size), rows, checkpointing) for rows in (1, 2))
-    return one + (two + one * -1) * (micro_batch - 1)
+    key = Key(recipe, vocab_size)
+    if micro_batch == 1:  # by itself: some operations of several rows are not there
+        return _passed(key, 1, checkpointing)
+    two, three = (_passed(key, rows, checkpointing) for rows in (2, 3))
+    return two + (three + two * -1) * (micro_batch - 2)
 
 
 class Key:

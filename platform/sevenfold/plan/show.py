@@ -37,11 +37,11 @@ def layouts(found: Sequence[Candidate], chosen: Candidate) -> None:
     rows = fitting[:SHOWN] + [c for c in found if c.speed is None][:NOT_FITTING]
     if chosen not in rows:
         rows = [*rows[: SHOWN - 1], chosen, *rows[SHOWN:]]
-    title = (
-        f"{fleet.name}: {fleet.gpus} x {fleet.gpu.name}, {fleet.nodes} machines{', spot' if fleet.spot else ''}: GiB a GPU "
-        f"of {fleet.gpu.memory / GIB:.1f}"
+    machines = f"{fleet.nodes} machine{'s' * (fleet.nodes > 1)}{', spot' * fleet.spot}"
+    title = f"{fleet.name}: {fleet.gpus} x {fleet.gpu.name}, {machines}: GiB a GPU of {fleet.gpu.memory / GIB:.1f}"
+    table(
+        title, ("layout, rows, checkpoint", *HELD.values(), "all", "free", "tokens/s", "MFU"), [_row(c, chosen) for c in rows]
     )
-    table(title, ("layout, rows, checkpoint", *HELD.values(), "all", "free", "tokens/s", "MFU"), [_row(c, chosen) for c in rows])
     say("  layout; rows a micro-batch; activation checkpointing; grad: of several micro-batches also whole; - does not fit")
     if hidden := len(found) - len(rows):
         say(f"  and {hidden} more: {len(fitting)} of {len(found)} fit")
@@ -69,8 +69,8 @@ def money(recipe: Recipe, rows: Sequence[tuple[Candidate, Cost]]) -> None:
     for c, spent in rows:
         assert c.speed is not None
         out.append([
-            f"{c.fleet.name}: {c.layout.gpus} x {c.fleet.gpu.name}", f"{c.speed.tokens:,.0f} +-{speed.SPREAD:.0%}", _span(spent.hours, "h"),
-            _span(spent.usd, "USD"), f"{spent.effective:.2%}", f"{spent.mtbf:,.0f} h",
+            f"{c.fleet.name}: {c.layout.gpus} x {c.fleet.gpu.name}", f"{c.speed.tokens:,.0f} +-{speed.SPREAD:.0%}",
+            _span(spent.hours, "h"), _span(spent.usd, "USD"), f"{spent.effective:.2%}", f"{spent.mtbf:,.0f} h",
         ])  # fmt: skip
     columns = ("machines", "tokens/s", "time", "money", "lasts", "a failure each")
     tokens = rows[0][1].tokens
@@ -85,15 +85,17 @@ def money(recipe: Recipe, rows: Sequence[tuple[Candidate, Cost]]) -> None:
 def _span(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
-    spread = speed.SPREAD
-    return f"{value:,.0f} {unit} ({value / (1 + spread):,.0f} - {value / (1 - spread):,.0f})"
+    form = ",.0f" if value >= 10 else ".2g"
+    low, high = value / (1 + speed.SPREAD), value / (1 - speed.SPREAD)
+    return f"{value:{form}} {unit} ({low:{form}} - {high:{form}})"
 
 
 def beside(spent: Cost, step: float, fleet: Fleet) -> None:
     """Checkpoints, and the CPUs that feed."""
     every = f"the recipe saves each {spent.every:,}" if spent.every else "the recipe saves at the end alone"
     say(
-        f"a checkpoint: {spent.checkpoint / 1e9:,.3g} GB; best each {spent.best:,} steps ({spent.best * step / 60:,.1f} min), {every}"
+        f"a checkpoint: {spent.checkpoint / 1e9:,.3g} GB; best each {spent.best:,} steps "
+        f"({spent.best * step / 60:,.1f} min), {every}"
     )
     say(
         f"fed by {spent.cores:.3f} CPU cores at work; its data tasks ask Ray for {spent.asked:g} CPUs"
@@ -112,7 +114,9 @@ def trained(usd: float, found: Sequence[budget.Trained]) -> None:
             f"{t.hours:,.1f}", f"{t.tokens / 1e9:,.2f}e9", f"{t.ratio:,.1f}", f"{t.loss:.3f}",
         ])  # fmt: skip
     columns = ("model", "width x blocks", "GPUs", "tokens/s", "MFU", "hours", "tokens", "a parameter", "loss by the law")
-    table(f"{usd:,.0f} USD: new decoders of {budget.LENGTH} tokens a row, {budget.BATCH:,} a step", columns, rows, left=("GPUs",))
+    table(
+        f"{usd:,.0f} USD: new decoders of {budget.LENGTH} tokens a row, {budget.BATCH:,} a step", columns, rows, left=("GPUs",)
+    )
     twenty, least = budget.optimum(found)
     sizes = [t.size.parameters for t in found]
 
@@ -120,7 +124,9 @@ def trained(usd: float, found: Sequence[budget.Trained]) -> None:
         at_end = "" if sizes[0] * 1.01 < point[0] < sizes[-1] * 0.99 else " (an end of the sizes looked at)"
         return f"{point[0] / 1e6:,.0f}M parameters, {point[1] / 1e9:,.2f}e9 tokens{at_end}"
 
-    say(f"the largest that is compute-optimal: {told(twenty)}: {budget.RATIO} tokens a parameter (arXiv 2203.15556, approach 1)")
+    say(
+        f"the largest that is compute-optimal: {told(twenty)}: {budget.RATIO} tokens a parameter (arXiv 2203.15556, approach 1)"
+    )
     say(f"least loss by the refit of approach 3 (arXiv 2404.10102): {told(least)}")
     for line in dict.fromkeys(t.fleet.priced for t in found):
         say(f"price: {line}")
@@ -131,6 +137,11 @@ def tuned(fleet: Fleet) -> None:
         return "-" if gpus is None else f"{gpus}"
 
     rows = [[t.name, f"{t.parameters / 1e9:,.2f}e9", count(t.whole), count(t.adapter)] for t in budget.tune(fleet)]
-    what = f"{fleet.name}: fewest of {fleet.gpus} {fleet.gpu.name} that fine-tune it, a row of {budget.TUNED_LENGTH} tokens each"
+    what = (
+        f"{fleet.name}: fewest of {fleet.gpus} {fleet.gpu.name} that fine-tune it, a row of {budget.TUNED_LENGTH} tokens each"
+    )
     table(what, ("pretrained", "parameters", "whole", "LoRA"), rows)
-    say("by a closed form, full checkpointing, float32 shards (AdamW): the plan of a recipe with model.path traces it; -: does not fit")
+    say(
+        "by a closed form, full checkpointing, float32 shards, AdamW (the plan of a recipe with model.path traces it); "
+        "-: does not fit"
+    )

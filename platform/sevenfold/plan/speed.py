@@ -106,15 +106,15 @@ def timed(
     passed: ops.Pass, model: Size, layout: Layout, fleet: Fleet, dtype: str, compiled: bool, micro_batches: int, tokens: int,
     again: int = 0,
 ) -> Speed:  # fmt: skip
-    """
+    """Raises InputError as `check`.
+
     Args:
         passed: a micro-batch's operations.
         tokens: of a step of all GPUs.
         again: how often a block's forward pass is run a second time, for what tensor parallelism then sends again.
     """
     gpu = fleet.gpu
-    if dtype not in gpu.flops:
-        raise InputError(f"train.dtype {dtype}: {gpu.name} has no fast products of it: take float32, or another GPU")
+    check(gpu, dtype)
     forward = _taken(passed.forward, gpu, dtype, compiled, layout.tensor)
     backward = _taken(passed.backward, gpu, dtype, compiled, layout.tensor)
     rest = _taken(passed.rest_forward + passed.rest_backward, gpu, dtype, False, layout.tensor)
@@ -141,6 +141,12 @@ def timed(
     step = sum(parts.values())
     rate = tokens / step
     return Speed(step, rate, layout.gpus, rate / layout.gpus * model.flops_per_token / gpu.flops[dtype], parts)
+
+
+def check(gpu: Gpu, dtype: str) -> None:
+    """Raises InputError where the GPU has no fast products of the dtype."""
+    if dtype not in gpu.flops:
+        raise InputError(f"train.dtype {dtype}: {gpu.name} has no fast products of it: take float32, or another GPU")
 
 
 def _taken(work: Work, gpu: Gpu, dtype: str, compiled: bool, tensor: int) -> dict[str, float]:
@@ -179,9 +185,7 @@ def _sharding(model: Size, layout: Layout, fleet: Fleet) -> tuple[float, float]:
     return gathered, reduced
 
 
-def _tensor(
-    passed: ops.Pass, model: Size, layout: Layout, fleet: Fleet, tokens: float, dtype: str, again: int
-) -> float:
+def _tensor(passed: ops.Pass, model: Size, layout: Layout, fleet: Fleet, tokens: float, dtype: str, again: int) -> float:
     """Seconds of a micro-batch's all-reduces: two a block forward, two backward (arXiv 1909.08053), nothing beside them."""
     if layout.tensor == 1:
         return 0.0

@@ -22,11 +22,15 @@ def write(path: str, changes: Mapping[str, Any]) -> None:
     Raises InputError where the file's form does not let it be done, or the recipe would not be valid.
     """
     text = Path(path).read_text(encoding="utf-8")
-    made = put(text, changes)
     try:
-        same = loads(made, path) == loads(text, path, dict(changes))
+        meant = loads(text, path, dict(changes))
     except InputError as e:
         raise InputError(f"{e}; nothing was written") from None
+    made = put(text, changes)
+    try:
+        same = loads(made, path) == meant
+    except InputError:
+        same = False
     if not same:
         told = " ".join(f"{k}={_said(v)}" for k, v in changes.items())
         raise InputError(f"{path}: its form is not one that can be changed here; nothing was written: put in {told}")
@@ -78,7 +82,10 @@ def _block(lines: list[str], at: int, section: str) -> None:
     assert found is not None
     if not found["value"].strip():
         return
-    inner = yaml.safe_load(found["value"])
+    try:
+        inner = yaml.safe_load(found["value"])
+    except yaml.YAMLError:  # braces over several lines
+        return
     if not isinstance(inner, dict):
         return
     body = [f"  {k}: {_said(v)}" for k, v in inner.items()]
