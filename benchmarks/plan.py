@@ -255,7 +255,14 @@ def _by(pool: ProcessPoolExecutor, jobs: Sequence[Any]) -> list[Any]:
 def _row(name: str, case: Case, held: Any) -> tuple[str, ...]:
     both = ("-", "-") if case.allocated is None else (f"{case.allocated:.1f}", f"{held.allocated / case.allocated - 1:+.1%}")
     plan = reserved(case, held)
-    return (name, f"{held.allocated / GIB:.1f}", *both, f"{plan / GIB:.1f}", f"{case.gib:.1f}", f"{plan / GIB / case.gib - 1:+.1%}")
+    return (
+        name,
+        f"{held.allocated / GIB:.1f}",
+        *both,
+        f"{plan / GIB:.1f}",
+        f"{case.gib:.1f}",
+        f"{plan / GIB / case.gib - 1:+.1%}",
+    )
 
 
 def _here(models: Sequence[str]) -> list[dict[str, Any]]:
