@@ -7,7 +7,6 @@ phases (trace.Phases), and what is held in each is linear in depth and rows; sha
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
