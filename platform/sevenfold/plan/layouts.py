@@ -65,8 +65,8 @@ def layouts(recipe: Recipe, gpus: int, gpus_per_node: int, vocab_size: int | Non
     if not found:
         most = min(recipe.lanes, recipe.train.global_batch)
         raise InputError(
-            f"{gpus} GPUs, but train.global_batch {recipe.train.global_batch} and {recipe.lanes} lanes feed {most} at most: raise "
-            "train.global_batch and data.lanes, or plan for fewer"
+            f"{gpus} GPUs, but train.global_batch {recipe.train.global_batch} and {recipe.lanes} lanes feed {most} at most: "
+            "raise train.global_batch and data.lanes, or plan for fewer"
         )
     return found
 

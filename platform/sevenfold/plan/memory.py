@@ -7,8 +7,7 @@ phases (trace.Phases), and what is held in each is linear in depth and rows; sha
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
 from sevenfold.data.order import most_rows
@@ -50,13 +49,18 @@ class Memory:
         return self.total - self.reserve
 
 
-def measured(recipe: Recipe, layout: Layout, vocab_size: int | None = None, device: str = "cuda") -> Memory:
+Tracer = Callable[[Sequence[Job]], list[Phases]]
+
+
+def measured(
+    recipe: Recipe, layout: Layout, vocab_size: int | None = None, device: str = "cuda", trace: Tracer = traces
+) -> Memory:
     """Of one layout; see `all_measured`."""
-    return all_measured(recipe, [layout], vocab_size, device)[layout]
+    return all_measured(recipe, [layout], vocab_size, device, trace)[layout]
 
 
 def all_measured(
-    recipe: Recipe, layouts: Iterable[Layout], vocab_size: int | None = None, device: str = "cuda"
+    recipe: Recipe, layouts: Iterable[Layout], vocab_size: int | None = None, device: str = "cuda", trace: Tracer = traces
 ) -> dict[Layout, Memory]:
     """By traces of the recipe's model, all that are needed in one go; those made before are not made again.
 
@@ -66,7 +70,8 @@ def all_measured(
 
     Args:
         vocab_size: where the recipe does not say it.
-        device: as trace.Job; on a CPU `reserve` is 0.
+        device: as trace.Job.
+        trace: another way to trace than ours.
 
     Raises:
         InputError: as shape.vocabulary and build.config_of, and where the model cannot be split.
@@ -74,8 +79,8 @@ def all_measured(
     size = shape.vocabulary(recipe, vocab_size)
     wanted = list(layouts)
     families = {layout: _Family.of(recipe, layout, size, device) for layout in wanted}
-    _trace([job for layout, family in families.items() for job in family.jobs(layout.micro_batch)])
-    return {layout: _at(recipe, layout, family) for layout, family in families.items()}
+    _trace([job for layout, family in families.items() for job in family.jobs(layout.micro_batch)], trace)
+    return {layout: _at(recipe, layout, family, trace) for layout, family in families.items()}
 
 
 @dataclass(frozen=True)
@@ -138,22 +143,21 @@ def _ends(rows: int) -> tuple[int, ...]:
     return (rows,) if rows in (1, ROWS) else (1, ROWS)
 
 
-_TRACED: dict[str, Phases] = {}
+_TRACED: dict[tuple[str, Tracer], Phases] = {}
 
 
 def _name(job: Job) -> str:
     """Of all that a trace hangs on."""
-    told = (job.vocab_size, job.depths, job.gpus, job.micro_batches, job.device, job.compiled)
-    return f"{job.recipe.to_yaml()}{told}"
+    return f"{job.recipe.to_yaml()}{replace(job, recipe=None)}"  # type: ignore[arg-type]
 
 
-def _trace(jobs: Iterable[Job]) -> None:
-    new = {_name(job): job for job in jobs if _name(job) not in _TRACED}
-    _TRACED.update(zip(new, traces(list(new.values())), strict=True))
+def _trace(jobs: Iterable[Job], trace: Tracer) -> None:
+    new = {(_name(job), trace): job for job in jobs if (_name(job), trace) not in _TRACED}
+    _TRACED.update(zip(new, trace(list(new.values())), strict=True))
 
 
-def _at(recipe: Recipe, layout: Layout, family: _Family) -> Memory:
-    held = {rows: _deep(family, rows) for rows in _ends(layout.micro_batch)}
+def _at(recipe: Recipe, layout: Layout, family: _Family, trace: Tracer) -> Memory:
+    held = {rows: _deep(family, rows, trace) for rows in _ends(layout.micro_batch)}
     low, high = held[min(held)], held[max(held)]
     share = (layout.micro_batch - 1) / (ROWS - 1) if len(held) > 1 else 0.0
     phases = {name: Held.mix((1 - share, low[name]), (share, high[name])) for name in low}
@@ -173,12 +177,13 @@ def _at(recipe: Recipe, layout: Layout, family: _Family) -> Memory:
             )
         )  # fmt: skip
     fullest = max(moments, key=lambda m: m.total)
-    return fullest if family.device != "cuda" else replace(fullest, reserve=allocator(fullest) + context(layout))
+    more = allocator(fullest) + context(layout) if family.device == "cuda" else HEAP * _churn(fullest)
+    return replace(fullest, reserve=more)
 
 
-def _deep(family: _Family, rows: int) -> Phases:
+def _deep(family: _Family, rows: int, trace: Tracer) -> Phases:
     """At the recipe's depth."""
-    few, *more = (_TRACED[_name(job)] for job in family.at(rows))
+    few, *more = (_TRACED[_name(job), trace] for job in family.at(rows))
     beyond = [n - FEW for _, n in family.depths if n > FEW + 1]
     return {
         name: Held.mix((1 - sum(beyond), held), *((n, other[name]) for n, other in zip(beyond, more, strict=True)))
@@ -188,7 +193,7 @@ def _deep(family: _Family, rows: int) -> Phases:
 
 @dataclass(frozen=True)
 class Shards:
-    """Bytes of a rank that has most: FSDP2 deals out rows, and rank 0 has the larger part where they cannot be dealt out evenly.
+    """Bytes of rank 0, which has most: FSDP2 deals out rows, and the first ranks have one more where that is not even.
 
     Attributes:
         muon: of `optimizer`, Muon's alone.
@@ -232,11 +237,18 @@ def elements(p: shape.Parameter, shard: int, tensor: int) -> int:
 SLACK, CHURN = 0.05, 0.10
 # not measured here: CUDA's context with the kernels that are loaded, and NCCL's channels of one communicator
 CONTEXT, COMMUNICATOR = 0.6 * GIB, 0.4 * GIB
+# on a CPU, what glibc's heap cannot use again of what comes and goes: fitted on a model of 13M (benchmarks/plan.py). With
+# MALLOC_MMAP_THRESHOLD_=65536, where each block is given back by itself, it is 0.03.
+HEAP = 0.6
 
 
 def allocator(held: Memory) -> float:
     """Bytes that torch.cuda's allocator reserves and cannot use at the fullest moment."""
-    return SLACK * held.allocated + CHURN * (held.activations + held.logits + held.buffers)
+    return SLACK * held.allocated + CHURN * _churn(held)
+
+
+def _churn(held: Memory) -> float:
+    return held.activations + held.logits + held.buffers
 
 
 def context(layout: Layout) -> float:
@@ -247,43 +259,37 @@ def context(layout: Layout) -> float:
 def closed_form(recipe: Recipe, layout: Layout, vocab_size: int | None = None) -> Memory:
     """Of one layout, on a GPU, by arithmetic alone: a check beside the trace, and quick. Attention is taken to keep no
     probabilities (FlashAttention, arXiv 2205.14135); what a block keeps is counted as in arXiv 2205.05198, by what its
-    products make: with full checkpointing its input, with selective these too, else twice these and norms' float32 copies.
+    products make: with full checkpointing its input, with selective these too (compiled: and what they read), else twice these
+    and norms' float32 copies.
     """
     size = shape.vocabulary(recipe, vocab_size)
     shards = Shards.of(recipe, size, layout.shard, layout.tensor)
     config, how = shape.build.config_of(recipe, size), kept(recipe, layout)
-    a, d = (2 if recipe.train.dtype == "bfloat16" else 4), config.hidden_size
-    sides = shape.sides(recipe)
-    inside: dict[str, list[shape.Parameter]] = defaultdict(list)
-    outside = 0
-    for p in shape.parameters(recipe, size):
-        if p.stack is None:
-            outside += elements(p, 1, layout.tensor)
-        else:
-            inside[p.stack].append(p)
-    stacks = list(inside)
-    acts, block, blocks_at_once = 0.0, 0.0, 0.0
-    for i, (name, parameters) in enumerate(inside.items()):
-        depth = shape.blocks_of(recipe, size)[name]
-        tokens = layout.micro_batch * sides[min(i, len(sides) - 1) if len(stacks) > 1 else 0]
-        made = sum(p.shape[0] // (layout.tensor if p.split == 0 else 1) for p in parameters if len(p.shape) == 2) / depth
+    a, d, sides = (2 if recipe.train.dtype == "bfloat16" else 4), config.hidden_size, shape.sides(recipe)
+    acts = block = biggest = 0.0
+    for i, (name, depth) in enumerate(shape.blocks_of(recipe, size).items()):
+        inside = [p for p in shape.parameters(recipe, size) if p.stack == name]
+        tokens = layout.micro_batch * sides[min(i, len(sides) - 1)]
+        matrices = [(p.shape, layout.tensor if p.split == 0 else 1) for p in inside if len(p.shape) == 2]
+        made = sum(rows // ways for (rows, _), ways in matrices) / depth
         eager = tokens * (2 * a * made + 8 * d)
-        one = {"full": a * tokens * d, "selective": a * tokens * (made + 2 * d)}.get(how, eager)
-        acts += depth * one
-        block = max(block, sum(elements(p, 1, layout.tensor) for p in parameters) / depth)
-        blocks_at_once = max(blocks_at_once, eager)
+        read = 2 * d + max(columns for (_, columns), _ in matrices) if recipe.train.compile and how == "selective" else 0
+        acts += depth * {"full": a * tokens * d, "selective": a * tokens * (made + 2 * d + read)}.get(how, eager)
+        block = max(block, sum(elements(p, 1, layout.tensor) for p in inside) / depth)
+        biggest = max(biggest, eager)
+    outside = sum(elements(p, 1, layout.tensor) for p in shape.parameters(recipe, size) if p.stack is None)
     head = recipe.objective not in ("classify", "embed")
     rows = layout.micro_batch * sides[-1]
     logits = 12.0 * size * min(rows, recipe.train.loss_chunk or rows) * head
-    several = micro_batches(recipe, layout) > 1
     trained = sum(elements(p, 1, layout.tensor) for p in shape.parameters(recipe, size) if p.trained)
-    whole = 4.0 * trained * several
-    gathered = a * (outside + 2 * block)
-    loss = Memory(shards.parameters, whole, shards.optimizer, acts, logits, gathered)
-    reduced = (a + 4) * block * (trained > 0)
-    last = Memory(
-        shards.parameters, whole, shards.optimizer, acts + (blocks_at_once if how != "none" else 0.0), 0.0, gathered + reduced
+    whole = 4.0 * trained * (micro_batches(recipe, layout) > 1)
+    part = trained / sum(elements(p, 1, layout.tensor) for p in shape.parameters(recipe, size))
+    gathered, again = a * (outside + 2 * block), biggest if how != "none" else 0.0
+    moments = (  # the loss, the last block's backward, the look-up table's, the optimizer's step
+        Memory(shards.parameters, whole, shards.optimizer, acts, logits, gathered),
+        Memory(shards.parameters, whole, shards.optimizer, acts + again, 0.0, gathered + (a + 4) * block * part),
+        Memory(shards.parameters, shards.gradients, shards.optimizer, 8.0 * outside * part, 0.0, 0.0),
+        Memory(shards.parameters, shards.gradients, shards.optimizer, 0.0, 0.0, 0.0),
     )
-    end = Memory(shards.parameters, shards.gradients, shards.optimizer, 8.0 * outside * (trained > 0), 0.0, 0.0)
-    fullest = max((loss, last, end), key=lambda m: m.total)
+    fullest = max(moments, key=lambda m: m.total)
     return replace(fullest, reserve=allocator(fullest) + context(layout))

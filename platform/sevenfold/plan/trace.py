@@ -189,7 +189,7 @@ def _model(job: Job, mesh: DeviceMesh) -> tuple[Any, Any]:
 def _with_adapter(model: Any, recipe: Recipe) -> None:
     """peft moves each new layer to where its base is: fake tensors do not bear that, and are there in any case."""
     move = nn.Module.to
-    nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign, assignment, misc]
+    nn.Module.to = lambda self, *_, **__: self  # type: ignore[method-assign]
     try:
         build.with_adapter(model, recipe)
     finally:
@@ -247,8 +247,9 @@ class _Tracker(FSDPMemTracker):
 
     def mark(self) -> None:
         """Looks how much there is now."""
-        now = next((held for device, held in self._curr_mem_snap.items() if device.type == "cpu"), None)
-        for phase in self.phases if now else ():
+        snapshots: Any = self._curr_mem_snap
+        now = next((held for device, held in snapshots.items() if device.type == "cpu"), {"Total": 0.0})
+        for phase in self.phases:
             if now["Total"] > self._full.get(phase, 0.0):
                 self._full[phase] = now["Total"]
                 self.peaks[phase] = _held(now)
