@@ -71,7 +71,8 @@ def recipe_of(width: int, gpus: int) -> Recipe:
     batch = rows if gpus <= rows else gpus
     config = {
         "model_type": "llama", "hidden_size": width, "num_hidden_layers": max(4, width // HEAD),
-        "tie_word_embeddings": width <= 2048, "intermediate_size": 256 * round(width * 8 / 3 / 256), "num_attention_heads": width // HEAD,
+        "tie_word_embeddings": width <= 2048, "intermediate_size": 256 * round(width * 8 / 3 / 256),
+        "num_attention_heads": width // HEAD,
         "num_key_value_heads": width // HEAD, "vocab_size": VOCABULARY,
     }  # fmt: skip
     return Recipe.model_validate({

@@ -13,6 +13,7 @@ from sevenfold.plan.memory import Memory
 from sevenfold.plan.speed import Speed
 from sevenfold.recipe import Cluster, Recipe
 
+MARGIN = 0.05  # of a GPU's memory, that should stay free: the plan's error, see benchmarks/plan.py
 CLOSE = 0.02  # of the speed: by so little a simpler layout is not slower
 
 
@@ -29,6 +30,10 @@ class Candidate:
     def free(self) -> float:
         """Bytes that are left on each GPU; below 0 it does not fit."""
         return self.fleet.gpu.memory - self.memory.total
+
+    @property
+    def tight(self) -> bool:
+        return self.free < MARGIN * self.fleet.gpu.memory
 
 
 def fitted(recipe: Recipe, fleet: Fleet) -> Recipe:
@@ -47,20 +52,36 @@ def fitted(recipe: Recipe, fleet: Fleet) -> Recipe:
 
 
 def candidates(recipe: Recipe, vocab_size: int, fleet: Fleet) -> list[Candidate]:
-    """All sensible layouts, the quickest first, then those that do not fit, the smallest first.
+    """Sensible layouts, the quickest first, then those that do not fit, the smallest first. Tensor parallelism, which is
+    slower where it is not needed and costs traces, is looked at by two ways and the best checkpointing alone, and by all
+    where nothing fits without it.
 
     Raises InputError as layouts.layouts and speed.check.
     """
     speed.check(fleet.gpu, recipe.train.dtype)
-    found = layouts.layouts(recipe, fleet.gpus, fleet.gpus_per_node, vocab_size)
+    known = layouts.layouts(recipe, fleet.gpus, fleet.gpus_per_node, vocab_size)
+    out = _held(recipe, vocab_size, fleet, [k for k in known if k.tensor == 1])
+    split = [k for k in known if k.tensor > 1]
+    if roomy := [c for c in out if c.speed is not None]:
+        how = max(roomy, key=_rate).layout.activation_checkpointing
+        split = [k for k in split if k.tensor == 2 and k.activation_checkpointing == how]
+    out += _held(recipe, vocab_size, fleet, split)
+    return sorted(out, key=lambda c: (-_rate(c), _parts(c.layout), c.memory.total))
+
+
+def _held(recipe: Recipe, vocab_size: int, fleet: Fleet, found: Sequence[Layout]) -> list[Candidate]:
     alike = recipe.model_copy(update={"cluster": Cluster()})  # traces do not hang on it, and are made once for all fleets
     held = memory.all_measured(alike, found, vocab_size)
-    out = []
-    for layout in found:
-        fits = held[layout].total <= fleet.gpu.memory
-        said = speed.estimate(recipe, vocab_size, layout, fleet) if fits else None
-        out.append(Candidate(layout, held[layout], fleet, said))
-    return sorted(out, key=lambda c: (-c.speed.tokens, _parts(c.layout)) if c.speed else (1.0, c.memory.total))
+    return [
+        Candidate(
+            k, held[k], fleet, speed.estimate(recipe, vocab_size, k, fleet) if held[k].total <= fleet.gpu.memory else None
+        )
+        for k in found
+    ]
+
+
+def _rate(c: Candidate) -> float:
+    return c.speed.tokens if c.speed is not None else 0.0
 
 
 def _parts(layout: Layout) -> float:
@@ -68,17 +89,17 @@ def _parts(layout: Layout) -> float:
 
 
 def best(found: Sequence[Candidate], recipe: Recipe, table: hardware.Table) -> Candidate:
-    """The quickest that fits; of those as quick within 2%, the one without tensor parallelism, with fewer copies, with more
-    memory left.
+    """The quickest that fits with a margin, or fits at all; of those as quick within 2%, the one without tensor parallelism,
+    with fewer copies, with more memory left.
 
     Raises InputError where none fits: says which is nearest, and what it would fit on.
     """
     fitting = [c for c in found if c.speed is not None]
     if not fitting:
         raise InputError(_nearest(found, recipe, table))
-    assert fitting[0].speed is not None
-    least = fitting[0].speed.tokens * (1 - CLOSE)
-    close = [c for c in fitting if c.speed is not None and c.speed.tokens >= least]
+    fitting = [c for c in fitting if not c.tight] or fitting
+    least = max(map(_rate, fitting)) * (1 - CLOSE)
+    close = [c for c in fitting if _rate(c) >= least]
     return min(close, key=lambda c: (c.layout.tensor, c.layout.replicate, -c.free))
 
 
@@ -111,15 +132,12 @@ def named(layout: Layout) -> str:
 def why(chosen: Candidate, found: Sequence[Candidate]) -> str:
     """A sentence."""
     fitting = [c for c in found if c.speed is not None]
-    assert chosen.speed is not None
-    others = [c for c in fitting if c.layout != chosen.layout]
-    said = f"{len(fitting)} of {len(found)} layouts fit"
-    if others:
-        ahead = max(c.speed.tokens for c in others if c.speed is not None)
-        quicker = chosen.speed.tokens / ahead - 1
-        said += (
-            f"; this one is the quickest, by {quicker:.1%}"
-            if quicker > 0
-            else f"; it is within {CLOSE:.0%} of the quickest, and simpler or with more memory left"
-        )
-    return f"{said}; {chosen.free / GIB:.1f} GiB of {chosen.fleet.gpu.memory / GIB:.1f} stay free"
+    roomy = [c for c in fitting if not c.tight]
+    said = f"{len(fitting)} of {len(found)} layouts fit, {len(roomy)} with {MARGIN:.0%} to spare; "
+    others = [_rate(c) for c in (roomy or fitting) if c is not chosen]
+    if others and _rate(chosen) >= max(others):
+        said += f"of these the quickest, by {_rate(chosen) / max(others) - 1:.1%}; "
+    elif others:
+        said += f"within {CLOSE:.0%} of the quickest of these, and simpler or with more memory left; "
+    tight = " (tight: it may run out)" if chosen.tight else ""
+    return f"{said}{chosen.free / GIB:.1f} GiB of {chosen.fleet.gpu.memory / GIB:.1f} stay free{tight}"
