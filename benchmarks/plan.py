@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import measure
+import published
 
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[1] / "platform"))
@@ -278,8 +279,22 @@ def _here(models: Sequence[str]) -> list[dict[str, Any]]:
 
 
 def throughput(quick: bool) -> list[dict[str, Any]]:
-    """Tokens a second that plan.speed expects against those published and measured."""
-    return []
+    """Tokens a second a GPU that plan.speed expects against those published and measured (published.ROWS)."""
+    rows = [r for r in published.ROWS if not quick or r.source == published.TITAN]
+    said = [published.predicted(r).per_gpu for r in rows]
+    errors = [ours / r.given - 1 for r, ours in zip(rows, said, strict=True)]
+    told = [
+        (r.model, f"{r.gpus} x {r.gpu}", f"{r.micro_batch} x {r.length}", r.checkpointing, "compiled" if r.compiled else "eager",
+         f"{r.given:,.0f}", f"{ours:,.0f}", f"{e:+.1%}", "fitted" if r.fitted else "", r.source.partition(",")[0])
+        for r, ours, e in zip(rows, said, errors, strict=True)
+    ]  # fmt: skip
+    columns = ("model", "GPUs", "rows", "checkpointing", "", "tokens/s/GPU", "the plan", "error", "", "from")
+    measure.show("Throughput", columns, told)
+    held_out = max(abs(e) for r, e in zip(rows, errors, strict=True) if not r.fitted)
+    return [
+        measure.claim("throughput_error", max(map(abs, errors)), None, 0.15, at_most=True),
+        measure.claim("throughput_error_held_out", held_out, None, 0.15, at_most=True),
+    ]
 
 
 def main() -> int:
