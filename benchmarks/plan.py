@@ -284,8 +284,8 @@ def throughput(quick: bool) -> list[dict[str, Any]]:
     said = [published.predicted(r).per_gpu for r in rows]
     errors = [ours / r.given - 1 for r, ours in zip(rows, said, strict=True)]
     told = [
-        (r.model, f"{r.gpus} x {r.gpu}", f"{r.micro_batch} x {r.length}", r.checkpointing, "compiled" if r.compiled else "eager",
-         f"{r.given:,.0f}", f"{ours:,.0f}", f"{e:+.1%}", "fitted" if r.fitted else "", r.source.partition(",")[0])
+        (r.model, f"{r.gpus} x {r.gpu}", f"{r.micro_batch} x {r.length}", r.checkpointing,
+         "compiled" if r.compiled else "eager", f"{r.given:,.0f}", f"{ours:,.0f}", f"{e:+.1%}", "fitted" if r.fitted else "", r.source.partition(",")[0])
         for r, ours, e in zip(rows, said, errors, strict=True)
     ]  # fmt: skip
     columns = ("model", "GPUs", "rows", "checkpointing", "", "tokens/s/GPU", "the plan", "error", "", "from")

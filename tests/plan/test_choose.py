@@ -45,9 +45,12 @@ def test_the_simpler_of_equals() -> None:
 
 def test_what_fits_nowhere_names_the_nearest_and_a_gpu_for_it() -> None:
     near, far = candidate(Layout(8, activation_checkpointing="full"), 100 * GIB, 0), candidate(Layout(8), 200 * GIB, 0)
-    says = r"small fits in no layout on 8 h100-80gb of 79.1 GiB: the nearest, FSDP 8, micro-batch 1, full checkpointing, needs 100.0 GiB"
-    with pytest.raises(InputError, match=f"{says}; it would fit on 8 h200-141gb, or on more GPUs"):
+    with pytest.raises(InputError) as e:
         picked(far, near)
+    assert str(e.value).startswith(
+        "small fits in no layout on 8 h100-80gb of 79.1 GiB: the nearest, FSDP 8, micro-batch 1, full checkpointing, needs "
+        "100.0 GiB; it would fit on 8 h200-141gb, or on more GPUs"
+    )
 
 
 def test_a_recipe_is_dealt_out_to_all_gpus() -> None:
