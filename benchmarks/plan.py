@@ -283,11 +283,12 @@ def throughput(quick: bool) -> list[dict[str, Any]]:
     rows = [r for r in published.ROWS if not quick or r.source == published.TITAN]
     said = [published.predicted(r).per_gpu for r in rows]
     errors = [ours / r.given - 1 for r, ours in zip(rows, said, strict=True)]
-    told = [
-        (r.model, f"{r.gpus} x {r.gpu}", f"{r.micro_batch} x {r.length}", r.checkpointing,
-         "compiled" if r.compiled else "eager", f"{r.given:,.0f}", f"{ours:,.0f}", f"{e:+.1%}", "fitted" if r.fitted else "", r.source.partition(",")[0])
-        for r, ours, e in zip(rows, said, errors, strict=True)
-    ]  # fmt: skip
+    told = []
+    for r, ours, error in zip(rows, said, errors, strict=True):
+        how = "compiled" if r.compiled else "eager"
+        rates = (f"{r.given:,.0f}", f"{ours:,.0f}", f"{error:+.1%}", "fitted" if r.fitted else "")
+        where = (r.model, f"{r.gpus} x {r.gpu}", f"{r.micro_batch} x {r.length}", r.checkpointing, how)
+        told.append((*where, *rates, r.source.partition(",")[0]))
     columns = ("model", "GPUs", "rows", "checkpointing", "", "tokens/s/GPU", "the plan", "error", "", "from")
     measure.show("Throughput", columns, told)
     held_out = max(abs(e) for r, e in zip(rows, errors, strict=True) if not r.fitted)

@@ -78,6 +78,9 @@ def vocabulary(recipe: Recipe) -> tuple[int, list[str]]:
 
 def _plan(recipe: Recipe, fleets: list[Fleet], table: Table) -> Candidate:
     size, assumed = vocabulary(recipe)
+    if recipe.objective == "classify" and not recipe.data.classes:  # which the data would say
+        recipe = recipe.override({"data.classes": ["a", "b"]})
+        assumed.append("two classes: data.classes names none")
     assumed += [
         "each row one document; rates, FSDP's overlap and the allocator as in sevenfold/plan/speed.py and memory.py; +-15%",
         "validation, start and compilation are not counted",
