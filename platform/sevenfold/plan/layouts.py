@@ -44,9 +44,8 @@ def layouts(recipe: Recipe, gpus: int, gpus_per_node: int, vocab_size: int | Non
     """Those that may be sensible, the plainest first: FSDP over all GPUs, HSDP with whole nodes a copy, tensor parallelism
     within a node; micro-batches that divide what a reader is given in a step; each kind of activation checkpointing.
 
-    Left out: more readers than lanes or rows a step; copies and tensor parallelism at once (that is for models that
-    are sharded thin and on many GPUs, and the engine's HSDP beside it is the same thing over fewer); selective checkpointing
-    of compiled blocks, which keeps what full does (plan.memory).
+    Left out: more readers than lanes or rows a step; copies and tensor parallelism at once; selective checkpointing of compiled
+    blocks, which keeps what full does (plan.memory).
 
     Args:
         vocab_size: where the recipe does not say it.

@@ -270,10 +270,12 @@ def closed_form(recipe: Recipe, layout: Layout, vocab_size: int | None = None) -
     for i, (name, depth) in enumerate(shape.blocks_of(recipe, size).items()):
         inside = [p for p in shape.parameters(recipe, size) if p.stack == name]
         tokens = layout.micro_batch * sides[min(i, len(sides) - 1)]
-        matrices = [(p.shape, layout.tensor if p.split == 0 else 1) for p in inside if len(p.shape) == 2]
-        made = sum(rows // ways for (rows, _), ways in matrices) / depth
+        ways = [layout.tensor if p.split is not None else 1 for p in inside]
+        matrices = [(p, n) for p, n in zip(inside, ways, strict=True) if len(p.shape) == 2]
+        made = sum(p.shape[0] // (n if p.split == 0 else 1) for p, n in matrices) / depth
+        widest = max(p.shape[1] // (n if p.split == 1 else 1) for p, n in matrices)
         eager = tokens * (2 * a * made + 8 * d)
-        read = 2 * d + max(columns for (_, columns), _ in matrices) if recipe.train.compile and how == "selective" else 0
+        read = 2 * d + widest if recipe.train.compile and how == "selective" else 0
         acts += depth * {"full": a * tokens * d, "selective": a * tokens * (made + 2 * d + read)}.get(how, eager)
         block = max(block, sum(elements(p, 1, layout.tensor) for p in inside) / depth)
         biggest = max(biggest, eager)

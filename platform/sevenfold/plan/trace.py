@@ -87,11 +87,11 @@ Phases = dict[str, Held]  # the fullest moment of each part of a step, by the pa
 
 def traces(jobs: Sequence[Job]) -> list[Phases]:
     """Of each job, seconds each. Raises InputError where a model cannot be made or split."""
-    return list(_processes().map(trace, jobs))
+    return list(processes().map(trace, jobs))
 
 
 @functools.cache
-def _processes() -> ProcessPoolExecutor:
+def processes() -> ProcessPoolExecutor:
     """Started once: that takes longer than a trace."""
     return ProcessPoolExecutor(2, get_context("spawn"))
 
