@@ -63,7 +63,7 @@ ROWS = [
     Row(OURS, "Llama 1.24B", "h200-141gb", 1, 8192, 2, 1, "none", True, 45_905, True, "flex"),
     Row(OURS, "Llama 1.24B", "h200-141gb", 1, 8192, 2, 1, "none", True, 49_878, True),
     Row(OURS, "Llama 1.24B", "h200-141gb", 1, 8192, 2, 1, "none", False, 38_490, True, "flex"),
-    Row(OURS, "Llama 7B", "h200-141gb", 1, 4096, 1, 1, "full", True, 7_412, False, "flex", 2048),  # see speed.estimate
+    Row(OURS, "Llama 7B", "h200-141gb", 1, 4096, 1, 1, "full", True, 7_412, False, "flex", 2048),  # selective, see plan.OURS
     Row(OURS, "Llama 8B", "h200-141gb", 1, 8192, 1, 1, "full", True, 6_926, True, "flex", 2048),
     Row(TITAN, "Llama 8B", "h100-96gb-500w", 8, 8192, 2, 1, "half", False, 5_762, True),
     Row(TITAN, "Llama 8B", "h100-96gb-500w", 8, 8192, 2, 1, "half", True, 6_667, True),

@@ -219,7 +219,7 @@ def test_compiled_blocks_keep_less_than_eager_ones() -> None:
     eager, compiled = (memory.measured(fed(recipe_of(config, compile=c), plain), plain) for c in (False, True))
     ways = [replace(plain, activation_checkpointing=how) for how in ("full", "selective")]
     full, selective = (memory.measured(fed(recipe_of(config, compile=True), plain), way) for way in ways)
-    assert full == selective and full.allocated < compiled.allocated < eager.allocated
+    assert full.allocated < selective.allocated < compiled.allocated < eager.allocated
 
 
 def test_logits_are_told_apart_and_chunks_spare_them() -> None:
@@ -263,8 +263,6 @@ def test_layouts_that_are_sensible() -> None:
 
 
 def test_layouts_that_are_not() -> None:
-    compiled = layouts(recipe_of(LLAMA, compile=True), 8, 8)
-    assert {x.activation_checkpointing for x in compiled} == {"none", "full"}
     assert {x.tensor for x in layouts(recipe_of(BERT, "masked"), 8, 8)} == {1}  # has no plan for it
     assert {x.tensor for x in layouts(recipe_of(LLAMA), 128, 8)} == {2, 4}  # 64 lanes feed 64 readers
     with pytest.raises(InputError, match=r"64 lanes feed 64 at most"):

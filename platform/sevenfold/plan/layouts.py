@@ -44,8 +44,7 @@ def layouts(recipe: Recipe, gpus: int, gpus_per_node: int, vocab_size: int | Non
     """Those that may be sensible, the plainest first: FSDP over all GPUs, HSDP with whole nodes a copy, tensor parallelism
     within a node; micro-batches that divide what a reader is given in a step; each kind of activation checkpointing.
 
-    Left out: more readers than lanes or rows a step; copies and tensor parallelism at once; selective checkpointing of compiled
-    blocks, which keeps what full does (plan.memory).
+    Left out: more readers than lanes or rows a step; copies and tensor parallelism at once.
 
     Args:
         vocab_size: where the recipe does not say it.
@@ -54,12 +53,11 @@ def layouts(recipe: Recipe, gpus: int, gpus_per_node: int, vocab_size: int | Non
         InputError: the recipe deals out too few rows for so many GPUs.
     """
     model = shape.meta(recipe, shape.vocabulary(recipe, vocab_size))
-    kinds = [k for k in CHECKPOINTING if not (recipe.train.compile and k == "selective")]
     found = [
         Layout(gpus, replicate, tensor, rows, kind)
         for replicate, tensor in _meshes(model, gpus, gpus_per_node)
         for rows in _rows(recipe, gpus // tensor)
-        for kind in kinds
+        for kind in CHECKPOINTING
     ]
     if not found:
         most = min(recipe.lanes, recipe.train.global_batch)

@@ -64,9 +64,8 @@ def all_measured(
 ) -> dict[Layout, Memory]:
     """By traces of the recipe's model, all that are needed in one go; those made before are not made again.
 
-    With train.compile a block is taken to keep what selective checkpointing does (the compiler makes all else again in
-    backward, too), and selective checkpointing to keep what full does: it lies around the compiled block, and sees no
-    products in there.
+    With train.compile a block that is not checkpointed is taken to keep what selective checkpointing does, and what its linear
+    layers read: the compiler makes all else again in backward, too.
 
     Args:
         vocab_size: where the recipe does not say it.
@@ -130,7 +129,7 @@ class _Family:
 def kept(recipe: Recipe, layout: Layout) -> str:
     """Activation checkpointing that keeps what this layout does; see all_measured."""
     how = layout.activation_checkpointing
-    return {"none": "selective", "selective": "full"}.get(how, how) if recipe.train.compile else how
+    return "selective" if recipe.train.compile and how == "none" else how
 
 
 def micro_batches(recipe: Recipe, layout: Layout) -> int:
@@ -275,7 +274,7 @@ def closed_form(recipe: Recipe, layout: Layout, vocab_size: int | None = None) -
         made = sum(p.shape[0] // (n if p.split == 0 else 1) for p, n in matrices) / depth
         widest = max(p.shape[1] // (n if p.split == 1 else 1) for p, n in matrices)
         eager = tokens * (2 * a * made + 8 * d)
-        read = 2 * d + widest if recipe.train.compile and how == "selective" else 0
+        read = 2 * d + widest if recipe.train.compile and layout.activation_checkpointing == "none" else 0
         acts += depth * {"full": a * tokens * d, "selective": a * tokens * (made + 2 * d + read)}.get(how, eager)
         block = max(block, sum(elements(p, 1, layout.tensor) for p in inside) / depth)
         biggest = max(biggest, eager)

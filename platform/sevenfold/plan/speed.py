@@ -90,8 +90,6 @@ def _size(key: ops.Key) -> Size:
 def estimate(recipe: Recipe, vocab_size: int, layout: Layout, fleet: Fleet) -> Speed:
     """Raises InputError where the GPU has no fast products of the recipe's dtype."""
     compiled, how = recipe.train.compile, layout.activation_checkpointing
-    if compiled and how == "selective":
-        how = "full"  # the checkpoint lies around the compiled block, and what is chosen by operation is not seen inside
     passed = ops.of(recipe, vocab_size, layout.micro_batch, how)
     if recipe.objective == "dpo":  # a reference model says what it thinks first
         passed = ops.Pass(passed.forward * 2, passed.backward, passed.rest_forward * 2, passed.rest_backward)
