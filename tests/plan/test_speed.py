@@ -33,6 +33,10 @@ def small(**train: Any) -> Recipe:
     })  # fmt: skip
 
 
+BERT = {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 128}
+T5 = {"model_type": "t5", "d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 5, "num_heads": 2}
+
+
 def h100(gpus: int) -> hardware.Fleet:
     return hardware.of_gpus(TABLE, "h100-80gb", gpus)
 
@@ -60,12 +64,11 @@ def test_what_is_computed_again_in_chunks_of_logits_counts() -> None:
 @pytest.mark.parametrize(
     "config",
     [
-        LLAMA,
-        {"model_type": "bert", "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 128},
-        {"model_type": "t5", "d_model": 64, "d_kv": 32, "d_ff": 128, "num_layers": 3, "num_decoder_layers": 5, "num_heads": 2},
-        {"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 2},
+        pytest.param(LLAMA, id="llama"),
+        pytest.param(BERT, id="bert", marks=pytest.mark.slow),
+        pytest.param(T5, id="t5", marks=pytest.mark.slow),
+        pytest.param({"model_type": "gpt2", "n_embd": 64, "n_layer": 4, "n_head": 2}, id="gpt2", marks=pytest.mark.slow),
     ],
-    ids=lambda c: str(c["model_type"]),
 )
 @pytest.mark.parametrize("how", ["none", "full"])
 def test_few_layers_and_rows_say_what_all_do(config: dict[str, Any], how: str) -> None:
