@@ -11,10 +11,8 @@ simulated with many seeds, beside its closed form.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import checkpoint
 import measure
@@ -22,6 +20,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "platform"))
 from sevenfold.engine.interval import best_seconds
+from sevenfold.plan.cost import Policy, closed
 from sevenfold.recipe import Checkpoint
 
 BYTES = 12  # a parameter: float32 weights and AdamW's two moments, as we save them
@@ -29,27 +28,6 @@ NODE = 8  # GPUs
 DAY, HOUR = 86_400.0, 3600.0
 NOTICE = 120.0  # seconds before a spot machine of AWS is taken away
 MARGIN = 3.0  # seconds, as runs/worker.py has it
-
-
-class Policy(NamedTuple):
-    """How a run saves. Seconds: of training between saves, that a save takes from it, until it is committed (from the save's
-    beginning), and from a failure to the step that goes on."""
-
-    interval: float
-    cost: float
-    committed: float
-    recovery: float
-
-
-def closed(p: Policy, mtbf: float) -> float:
-    """The part of the time whose steps last, failures coming at any moment alike (exponential, also while recovering).
-
-    Save k counts where recovery + k (interval + cost) - cost + committed pass without a failure; from one failure to the next
-    there are on average sum over k of exp(-that / mtbf) of them. Daly's cost function (FGCS 22(3), 2006), for a commit that
-    comes later than the save.
-    """
-    lag, period = p.recovery + p.committed - p.cost, p.interval + p.cost
-    return p.interval / mtbf * math.exp(-lag / mtbf) / math.expm1(period / mtbf)
 
 
 def simulated(p: Policy, mtbf: float, days: float, seed: int, notice: float = 0, stops: bool = False) -> float:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _evaluate(commands)
     _export(commands)
     _ledger(commands)
-    for command in (_generate, _chat, _search, _inspect, _doctor):
+    for command in (_generate, _chat, _search, _inspect, _doctor, _plan):
         command(commands)
     args, rest = parser.parse_known_args(argv)  # argparse takes no second run of key.path=value after an option
     if unknown := [r for r in rest if r.startswith("-") or "=" not in r or not hasattr(args, "overrides")]:
@@ -288,6 +288,28 @@ def _doctor(commands: Any) -> None:
         from sevenfold.runs import doctor
 
         doctor.run(parse(args.recipe, args.overrides) if args.recipe else None, args.cluster, args.address)
+
+    parser.set_defaults(run=run)
+
+
+def _plan(commands: Any) -> None:
+    parser = commands.add_parser("plan", help="before paying: whether a recipe fits, how fast, how long, for how much")
+    parser.add_argument("recipe", nargs="?", help="YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key.path=value", help="changes to the recipe")
+    parser.add_argument("--cluster", metavar="FILE", help="a cluster.yaml of `ray up`: its pools of GPUs")
+    parser.add_argument("--gpus", type=int, metavar="N", help="so many GPUs (default: 1)")
+    parser.add_argument("--gpu", metavar="NAME", help="of this kind, as h100-80gb")
+    parser.add_argument("--hardware", metavar="FILE", help="laid over the table of GPUs, machines and prices")
+    parser.add_argument("--write", action="store_true", help="put what is chosen into the recipe")
+    parser.add_argument("--budget", type=float, metavar="USD", help="what so much money trains, and what can be fine-tuned")
+
+    def run(args: argparse.Namespace) -> None:
+        from sevenfold.plan import command
+
+        command.run(
+            args.recipe, args.overrides, cluster=args.cluster, gpus=args.gpus, gpu=args.gpu, hardware_file=args.hardware,
+            writes=args.write, usd=args.budget,
+        )  # fmt: skip
 
     parser.set_defaults(run=run)
 

@@ -201,8 +201,9 @@ def _laid_out(rows: list[list[np.ndarray]], width: int, fill: int) -> tuple[np.n
 
 
 def attach(
-    model: Any, objective: Causal, chunk: int | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0
-) -> Callable[..., Any]:
+    model: Any, objective: Causal, chunk: int | None = None, z_loss: float = 0.0, label_smoothing: float = 0.0,
+    cpu_logits: int | None = CPU_LOGITS,
+) -> Callable[..., Any]:  # fmt: skip
     """Gives a model the method `token_losses(batch)`: -log p of each label, nats, 0 where there is none, float32; with
     `judged=True` all that Causal.losses gives. A method, so that sharding can gather the root's parameters for it.
 
@@ -210,13 +211,16 @@ def attach(
         chunk: of so many tokens at a time the logits are made, and made again in backward; None: of all at once.
         z_loss: this part of the square of log(sum(exp(logits))) joins the gradient of each token, not the loss returned.
         label_smoothing: this part of each target is spread over all tokens, in the gradient alone as well.
+        cpu_logits: where there is no chunk, on a CPU so many logits are made at once; None: all, as elsewhere.
     """
     bent = getattr(model.config, "final_logit_softcapping", None)
 
     def per_token(self: Any, batch: Batch, labels: torch.Tensor) -> torch.Tensor:
         head = self.get_output_embeddings()
         wanted = labels.flatten()
-        size = chunk or (max(1, CPU_LOGITS // head.weight.shape[0]) if batch.labels.device.type == "cpu" and not bent else None)
+        size = chunk
+        if cpu_logits and not (chunk or bent) and batch.labels.device.type == "cpu":
+            size = max(1, cpu_logits // head.weight.shape[0])
         if size is None:
             losses = _cross_entropy(objective.logits(self, batch).flatten(0, 1), wanted, z_loss, label_smoothing)
         else:

@@ -72,10 +72,15 @@ def shard(model: PreTrainedModel, device: torch.device, train: Train, parallel: 
 
     Whatever rank 0 holds is what every rank gets, so that the start does not hang on the number of ranks.
     """
-    layout = parallel or Parallel()
     full = model.state_dict() if dist.get_rank() == 0 else {}
-    mesh = _mesh(device, layout)
+    layout = parallel or Parallel()
+    lay_out(model, mesh_of(device, layout), train, layout)
+    set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    return model
 
+
+def lay_out(model: PreTrainedModel, mesh: DeviceMesh, train: Train, layout: Parallel) -> None:
+    """As `shard`, without handing out what rank 0 holds. mesh: as `mesh_of` makes it."""
     if layout.tensor > 1:
         styles: dict[str, ParallelStyle] = {k: STYLES[v]() for k, v in tensor_plan(model, layout.tensor).items()}
         parallelize_module(model, mesh["tensor"], styles)
@@ -93,11 +98,8 @@ def shard(model: PreTrainedModel, device: torch.device, train: Train, parallel: 
     fully_shard(model, mesh=data, mp_policy=policy)
     register_fsdp_forward_method(model, "token_losses")  # of objectives.attach
 
-    set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
-    return model
 
-
-def _mesh(device: torch.device, layout: Parallel) -> DeviceMesh:
+def mesh_of(device: torch.device, layout: Parallel) -> DeviceMesh:
     """Tensor-parallel ranks are neighbours: they talk most."""
     world = dist.get_world_size()
     sizes = {"replicate": layout.replicate, "shard": world // layout.replicate // layout.tensor, "tensor": layout.tensor}
