@@ -156,7 +156,7 @@ def test_a_real_step_allocates_what_the_trace_says(tmp_path: Path, checkpointing
     layout = Layout(2, micro_batch=4, activation_checkpointing=checkpointing)
     found = max(run_ranks(2, tmp_path / "store", peak_of_a_step, tree, 4))
     plan = memory.measured(recipe, layout, device="cpu")
-    assert plan.allocated - plan.parameters - plan.optimizer == pytest.approx(found, rel=0.05)
+    assert plan.allocated - plan.parameters - plan.optimizer == pytest.approx(found, rel=0.1)
 
 
 # Lines
