@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from sevenfold import storage
 from sevenfold.errors import InputError
 from sevenfold.recipe import loads
 
@@ -34,7 +35,7 @@ def write(path: str, changes: Mapping[str, Any]) -> None:
     if not same:
         told = " ".join(f"{k}={_said(v)}" for k, v in changes.items())
         raise InputError(f"{path}: its form is not one that can be changed here; nothing was written: put in {told}")
-    Path(path).write_text(made, encoding="utf-8")
+    storage.write(str(Path(path).resolve()), made)
 
 
 def put(text: str, changes: Mapping[str, Any]) -> str:
