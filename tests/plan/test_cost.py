@@ -98,6 +98,7 @@ def test_the_optimum_is_where_the_law_says() -> None:
     assert small_ones[0][0] == pytest.approx(3e8)  # the end of what was looked at
 
 
+@pytest.mark.slow
 def test_money_trains_the_size_that_it_lasts_for() -> None:
     fleet = hardware.of_gpus(hardware.load(), "h100-80gb", 8)
     found = budget.train(20, [fleet])

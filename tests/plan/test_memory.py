@@ -149,7 +149,8 @@ def peak_of_a_step(tree: dict[str, Any], rows: int) -> int:
     return most
 
 
-@pytest.mark.parametrize("checkpointing", ["full", pytest.param("none", marks=slow), pytest.param("selective", marks=slow)])
+@slow
+@pytest.mark.parametrize("checkpointing", ["full", "none", "selective"])
 def test_a_real_step_allocates_what_the_trace_says(tmp_path: Path, checkpointing: str) -> None:
     recipe = recipe_of(LLAMA, dtype="float32", activation_checkpointing=checkpointing, lanes=2, global_batch=8)
     tree = recipe.model_dump(mode="json") | {"cluster": {"num_workers": 2}}
