@@ -66,6 +66,7 @@ def losses(run: Path) -> dict[int, float]:
     return {m["step"]: m["train/loss"] for m in logged if "train/loss" in m}
 
 
+@pytest.mark.slow
 def test_bad_steps_are_left_out_and_their_data_passed_over(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("POISON", "(3, 8, 9, 10)")  # one alone, then three in a row: back to step 5
     out = run_job("pretrain", "r.yaml", home=home)

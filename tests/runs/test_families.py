@@ -14,7 +14,8 @@ from test_objectives import BERT, T5
 KINDS = {"masked": BERT | {"initializer_range": 0.06}, "denoise": T5}
 
 
-@pytest.mark.parametrize("objective", ["masked", pytest.param("denoise", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["masked", "denoise"])
 def test_a_family(texts: Path, tmp_path: Path, objective: str) -> None:
     tree: dict[str, Any] = json.loads(json.dumps(RECIPE))
     tree["data"] |= {"sources": [{"path": str(texts / "train")}], "validation": [{"path": str(texts / "heldout")}]}
