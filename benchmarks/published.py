@@ -22,6 +22,7 @@ TITAN = "torchtitan, benchmarks/llama3_h100_202412_torchtitan.md"
 TITAN_A100 = "torchtitan, docs/performance.md (2024)"
 FOUNDRY = "LLM Foundry, scripts/train/benchmarking/README.md"
 OURS = "benchmarks/RESULTS.md, On a GPU"
+# transformers' configs of Llama 3.2 1B and Llama 3.1 8B (arXiv 2407.21783), of jobs/recipes/llama-7b.yaml
 LLAMA: dict[str, Any] = {"model_type": "llama", "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 MODELS: dict[str, dict[str, Any]] = {
     "Llama 1.24B": LLAMA | {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,

@@ -29,7 +29,7 @@ CREDENTIALS = {
 # what all hosts find at its own place, though /tmp and /root are theirs
 KEPT = [p for p in {str(BIN.parent), sys.base_prefix, str(Path(__file__).parents[2])} if p.startswith(("/tmp/", "/root/"))]
 OWN = {
-    # Ray must not begin a process a core that it is told of; what is open to others on a fake host is nobody's business
+    # Ray must not begin a process a core that it is told of
     "RAY_prestart_worker_first_driver": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_maximum_startup_concurrency": "4",
     "OMP_NUM_THREADS": "1",
 }  # fmt: skip
@@ -153,16 +153,6 @@ class Cloud:
         if process.returncode and not fails:
             raise RuntimeError(f"{name}: {' '.join(words)}: exit {process.returncode}\n{out[-6000:]}")
         return out
-
-    def running(self, name: str) -> list[str]:
-        """Command lines of what runs on a host."""
-        space = os.readlink(f"/proc/{self._pids[name]}/ns/pid")
-        lines = []
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                if os.readlink(process / "ns/pid") == space:
-                    lines.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
-        return lines
 
     def lose(self, instance: str) -> None:
         """As a cloud takes back a spot machine, without a notice."""

@@ -83,7 +83,7 @@ def test_the_interval_is_the_best_of_all() -> None:
 
 
 def made(parameters: float, tokens: float) -> Any:
-    size = speed.Size(int(parameters), 0, 0, 0, (), 1, 1, 1.0)
+    size = speed.Size(int(parameters), 0, 0, (), 1, 1, 1.0)
     return budget.Trained({}, size, h100(8), Layout(8), None, tokens, 1.0, budget.law(parameters, tokens))  # type: ignore[arg-type]
 
 

@@ -23,8 +23,8 @@ HEAD = 128  # width of a head; a block's width and the number of blocks go toget
 WIDTHS = (512, 768, 1024, 1536, 2048, 3072, 4096, 5120)
 WEEK = 168.0  # hours that a run may take before more machines are taken
 
-# pretrained decoders by size: parameters, width, blocks, FFN, heads of keys, vocabulary, tied (their configs on Hugging Face)
-PRETRAINED: dict[str, tuple[float, int, int, int]] = {  # parameters, width, blocks, vocabulary
+# pretrained decoders by size: parameters, width, blocks, vocabulary (their configs on Hugging Face)
+PRETRAINED: dict[str, tuple[float, int, int, int]] = {
     "SmolLM2 135M": (0.135e9, 576, 30, 49_152),
     "SmolLM2 360M": (0.362e9, 960, 32, 49_152),
     "Qwen3 0.6B": (0.596e9, 1024, 28, 151_936),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from sevenfold.data.order import most_rows
 from sevenfold.errors import InputError
 from sevenfold.model import parallel
 from sevenfold.plan import shape
@@ -38,6 +39,12 @@ class Layout:
     def readers(self) -> int:
         """Groups of GPUs that read rows of their own."""
         return self.gpus // self.tensor
+
+
+def micro_batches(recipe: Recipe, layout: Layout) -> int:
+    """Of a step, a reader's."""
+    rows = most_rows(recipe.train.global_batch, layout.readers, max(recipe.lanes, layout.readers))
+    return max(1, -(-rows // layout.micro_batch))
 
 
 def layouts(recipe: Recipe, gpus: int, gpus_per_node: int, vocab_size: int | None = None) -> list[Layout]:

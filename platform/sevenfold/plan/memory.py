@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 
-from sevenfold.data.order import most_rows
+from sevenfold.model import build
 from sevenfold.plan import shape
-from sevenfold.plan.layouts import Layout
+from sevenfold.plan.hardware import GIB
+from sevenfold.plan.layouts import Layout, micro_batches
 from sevenfold.plan.trace import Held, Job, Phases, traces
 from sevenfold.recipe import Parallel, Recipe
 
-GIB = 2**30
 FEW, ROWS, RANKS = 3, 8, 8  # blocks, rows and ranks that are traced; see above
 
 
@@ -107,7 +107,7 @@ class _Family:
         several = micro_batches(recipe, layout) > 1
         one = recipe.model_copy(update={"train": train, "parallel": Parallel(tensor=layout.tensor)})
         compiled = recipe.train.compile and layout.activation_checkpointing == "none"
-        depths = shape.depths(shape.build.config_of(recipe, vocab_size))
+        depths = shape.depths(build.config_of(recipe, vocab_size))
         return _Family(one, vocab_size, tuple(depths.items()), shard * layout.tensor, several, device, compiled)
 
     def jobs(self, rows: int) -> list[Job]:
@@ -130,12 +130,6 @@ def kept(recipe: Recipe, layout: Layout) -> str:
     """Activation checkpointing that keeps what this layout does; see all_measured."""
     how = layout.activation_checkpointing
     return "selective" if recipe.train.compile and how == "none" else how
-
-
-def micro_batches(recipe: Recipe, layout: Layout) -> int:
-    """Of a step, a reader's."""
-    rows = most_rows(recipe.train.global_batch, layout.readers, max(recipe.lanes, layout.readers))
-    return max(1, -(-rows // layout.micro_batch))
 
 
 def _ends(rows: int) -> tuple[int, ...]:
@@ -263,7 +257,7 @@ def closed_form(recipe: Recipe, layout: Layout, vocab_size: int | None = None) -
     """
     size = shape.vocabulary(recipe, vocab_size)
     shards = Shards.of(recipe, size, layout.shard, layout.tensor)
-    config, how = shape.build.config_of(recipe, size), kept(recipe, layout)
+    config, how = build.config_of(recipe, size), kept(recipe, layout)
     a, d, sides = (2 if recipe.train.dtype == "bfloat16" else 4), config.hidden_size, shape.sides(recipe)
     acts = block = biggest = 0.0
     for i, (name, depth) in enumerate(shape.blocks_of(recipe, size).items()):

@@ -72,33 +72,15 @@ class Pass:
 
 def of(recipe: Recipe, vocab_size: int, micro_batch: int, checkpointing: str) -> Pass:
     """Of one GPU without tensor parallelism."""
-    key = Key(recipe, vocab_size)
+    key = shape.Key(recipe, vocab_size)
     if micro_batch == 1:  # by itself: some operations of several rows are not there
         return _passed(key, 1, checkpointing)
     two, three = (_passed(key, rows, checkpointing) for rows in (2, 3))
     return two + (three + two * -1) * (micro_batch - 2)
 
 
-class Key:
-    """A recipe, known by the text of what the work hangs on."""
-
-    def __init__(self, recipe: Recipe, vocab_size: int):
-        self.recipe, self.vocab_size = recipe, vocab_size
-        r, train = recipe, recipe.train
-        self.text = repr((
-            vocab_size, r.objective, r.data.sequence_length, r.data.classes, r.model, r.adapter, r.corruption, train.dtype,
-            train.loss_chunk, train.z_loss, train.label_smoothing, train.dropout, r.optimizer.name,
-        ))  # fmt: skip
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Key) and self.text == other.text
-
-    def __hash__(self) -> int:
-        return hash(self.text)
-
-
 @functools.lru_cache(maxsize=64)
-def _passed(key: Key, rows: int, checkpointing: str) -> Pass:
+def _passed(key: shape.Key, rows: int, checkpointing: str) -> Pass:
     recipe, vocab_size = key.recipe, key.vocab_size
     known = shape.depths(build.config_of(recipe, vocab_size))
     base = dict.fromkeys(known, 1)
@@ -164,13 +146,7 @@ def _losses(recipe: Recipe, model: Any, rows: int) -> Callable[[], torch.Tensor]
         asked = max(1, round(length * rate * (1 + 1 / span))) if recipe.objective == "denoise" else length // 2
         read = length if recipe.objective == "denoise" else length - asked
         made = batch(read, asked, Decoder(ids(asked), ids(asked)))
-    # of all tokens at once where the recipe names no number: on a CPU `attach` would take other parts than on a GPU
-    chunk = train.loss_chunk
-    if chunk is None:
-        return lambda: objectives._cross_entropy(
-            objective.logits(model, made).flatten(0, 1), made.labels.flatten(), train.z_loss, train.label_smoothing
-        )
-    losses = objectives.attach(model, objective, chunk, train.z_loss, train.label_smoothing)
+    losses = objectives.attach(model, objective, train.loss_chunk, train.z_loss, train.label_smoothing, cpu_logits=None)
     return lambda: losses(made)
 
 
@@ -211,7 +187,7 @@ def _touched(name: str, tensors: list[torch.Tensor], made: list[torch.Tensor]) -
     """Bytes read and written. Of a table only the rows looked up are; where a result is an argument, it is both."""
     if name == "embedding":
         return 2 * _bytes(made)
-    if name in ("zeros", "full", "zeros_like", "fill_", "zero_", "new_zeros", "ones", "arange", "ones_like"):
+    if name in FILLED:
         return _bytes(made)
     return _bytes([t for t in tensors if t.numel() > 1]) + _bytes(made)
 

@@ -78,22 +78,29 @@ class Parameter:
 
 def parameters(recipe: Recipe, vocab_size: int) -> list[Parameter]:
     """All of the model's, adapters included, made on the meta device."""
-    return list(_parameters(_Key(recipe, vocab_size)))
+    return list(_parameters(Key(recipe, vocab_size)))
 
 
-@dataclass(frozen=True)
-class _Key:
-    """A recipe is made of lists, too: it is known by its text."""
+class Key:
+    """A recipe, which is made of lists, too: known by the text of what its model and the work of a micro-batch hang on."""
 
-    recipe: Recipe
-    vocab_size: int
+    def __init__(self, recipe: Recipe, vocab_size: int):
+        self.recipe, self.vocab_size = recipe, vocab_size
+        r, train = recipe, recipe.train
+        self.text = repr((
+            vocab_size, r.objective, r.data.sequence_length, r.data.classes, r.model, r.adapter, r.corruption, train.dtype,
+            train.loss_chunk, train.z_loss, train.label_smoothing, train.dropout, r.optimizer.name,
+        ))  # fmt: skip
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and self.text == other.text
 
     def __hash__(self) -> int:
-        return hash((self.recipe.to_yaml(), self.vocab_size))
+        return hash(self.text)
 
 
 @functools.lru_cache(8)
-def _parameters(key: _Key) -> tuple[Parameter, ...]:
+def _parameters(key: Key) -> tuple[Parameter, ...]:
     model = meta(key.recipe, key.vocab_size)
     ways = plan_of(model)
     embeddings = {id(p) for p in embedding_parameters(model)}
@@ -111,11 +118,11 @@ def _parameters(key: _Key) -> tuple[Parameter, ...]:
 
 def blocks_of(recipe: Recipe, vocab_size: int) -> dict[str, int]:
     """How many blocks each stack has, by its name."""
-    return dict(_blocks(_Key(recipe, vocab_size)))
+    return dict(_blocks(Key(recipe, vocab_size)))
 
 
 @functools.lru_cache(8)
-def _blocks(key: _Key) -> tuple[tuple[str, int], ...]:
+def _blocks(key: Key) -> tuple[tuple[str, int], ...]:
     model = meta(key.recipe, key.vocab_size)
     found = set(parallel.blocks(model))
     return tuple(Counter(stack(n) for n, m in model.named_modules() if m in found).items())

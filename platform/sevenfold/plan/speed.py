@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from sevenfold.data.order import most_rows
 from sevenfold.errors import InputError
 from sevenfold.model import build
 from sevenfold.plan import ops, shape
 from sevenfold.plan.hardware import Fleet, Gpu
-from sevenfold.plan.layouts import Layout
+from sevenfold.plan.layouts import Layout, micro_batches
 from sevenfold.plan.ops import Work
 from sevenfold.recipe import Recipe
 
@@ -40,7 +40,6 @@ class Size:
     parameters: int
     trained: int
     in_blocks: int
-    trained_in_blocks: int
     matrices: tuple[tuple[int, ...], ...]
     blocks: int
     hidden: int
@@ -68,36 +67,33 @@ class Speed:
 
 
 def size(recipe: Recipe, vocab_size: int) -> Size:
-    return _size(ops.Key(recipe, vocab_size))
+    return _size(shape.Key(recipe, vocab_size))
 
 
 @functools.lru_cache(maxsize=64)
-def _size(key: ops.Key) -> Size:
+def _size(key: shape.Key) -> Size:
     recipe, vocab_size = key.recipe, key.vocab_size
     model = shape.meta(recipe, vocab_size)
     found = shape.parameters(recipe, vocab_size)
 
-    def count(trained: bool = False, inside: bool = False) -> int:
-        return sum(math.prod(p.shape) for p in found if (p.trained or not trained) and (p.stack or not inside))
+    def count(of: Iterable[shape.Parameter]) -> int:
+        return sum(math.prod(p.shape) for p in of)
 
     muon = tuple(p.shape for p in found if p.matrix and p.trained) if recipe.optimizer.name == "muon" else ()
     return Size(
-        count(), count(trained=True), count(inside=True), count(True, True), muon,
+        count(found), count(p for p in found if p.trained), count(p for p in found if p.stack), muon,
         sum(shape.depths(model.config).values()), model.config.hidden_size, build.flops_per_token(model, recipe),
     )  # fmt: skip
 
 
 def estimate(recipe: Recipe, vocab_size: int, layout: Layout, fleet: Fleet) -> Speed:
     """Raises InputError where the GPU has no fast products of the recipe's dtype."""
-    compiled, how = recipe.train.compile, layout.activation_checkpointing
+    how = layout.activation_checkpointing
     passed = ops.of(recipe, vocab_size, layout.micro_batch, how)
     if recipe.objective == "dpo":  # a reference model says what it thinks first
         passed = ops.Pass(passed.forward * 2, passed.backward, passed.rest_forward * 2, passed.rest_backward)
-    rows = most_rows(recipe.train.global_batch, layout.readers, max(recipe.lanes, layout.readers))
-    micro_batches = -(-rows // layout.micro_batch)
-    tokens = recipe.tokens_per_step
-    again = {"none": 0, "selective": 1, "full": 1}[layout.activation_checkpointing]
-    return timed(passed, size(recipe, vocab_size), layout, fleet, recipe.train.dtype, compiled, micro_batches, tokens, again)
+    made, count, again = size(recipe, vocab_size), micro_batches(recipe, layout), int(how != "none")
+    return timed(passed, made, layout, fleet, recipe.train.dtype, recipe.train.compile, count, recipe.tokens_per_step, again)
 
 
 def timed(
