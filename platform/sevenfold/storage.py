@@ -13,7 +13,9 @@ import json
 import logging
 import os
 import re
+import secrets
 import shutil
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from urllib.parse import urlsplit
 
 import filelock
 import fsspec
+import psutil
 
 from sevenfold import object_stores
 from sevenfold.errors import InputError, RunError
@@ -142,6 +145,13 @@ def remove(path: str) -> None:
         _again(path, "removed", lambda: fs.rm(root, recursive=True))
 
 
+def remove_empty(path: str) -> None:
+    """Removes a folder if nothing is in it. At a URL there is nothing to do where folders are only parts of names."""
+    if not is_url(path):
+        with contextlib.suppress(OSError):  # not empty, or gone
+            os.rmdir(path)
+
+
 def write(path: str, data: bytes | str) -> None:
     """Writes a file whole or not at all: a rename on a local disk; on an object store a put is atomic by itself."""
     raw = data.encode() if isinstance(data, str) else data
@@ -151,12 +161,17 @@ def write(path: str, data: bytes | str) -> None:
 
 
 def _replace(path: str, raw: bytes) -> None:
-    aside = f"{path}.{os.getpid()}.tmp"
-    with open(aside, "wb") as f:
-        f.write(raw)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(aside, path)
+    aside = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"  # threads of one process may write the same file
+    try:
+        with open(aside, "wb") as f:
+            f.write(raw)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(aside)
+        raise
 
 
 def copy(path: str, to: str) -> None:
@@ -191,8 +206,7 @@ def local(folder: str) -> str:
     files = _again(folder, "listed", lambda: fs.find(root, detail=True, on_error="raise"))
     version = sorted((name, *(str(about.get(k)) for k in VERSION)) for name, about in files.items())
     key = hashlib.sha256(json.dumps([folder, version]).encode()).hexdigest()[:24]
-    copy = os.path.join(tempfile.gettempdir(), f"sevenfold-{os.getuid()}", key)
-    os.makedirs(os.path.dirname(copy), mode=0o700, exist_ok=True)
+    copy = os.path.join(_private(), key)
     with filelock.FileLock(f"{copy}.lock"):
         if not os.path.isdir(copy):
             shutil.rmtree(f"{copy}.part", ignore_errors=True)  # of a process that was killed
@@ -216,31 +230,109 @@ def upload(folder: str, to: str) -> None:
 
 
 @contextlib.contextmanager
-def new_folder(path: str) -> Iterator[str]:
-    """A local folder to write into, which takes the place of the one at `path` when the block ends: at once on a local disk,
-    file after file at a URL. A block that raises leaves what was there.
+def new_folder(path: str, replaced: re.Pattern[str] | None = None) -> Iterator[str]:
+    """Gives a local folder to write into, which takes its place at `path` when the block ends.
+
+    On a local disk it does so at once; at a URL it is uploaded file after file. A block that raises leaves what was there.
+    When several processes write one folder, each writes aside, and the last to end is the one that is found there.
+
+    Args:
+        path: The folder, or a link to it.
+        replaced: Which files of an earlier folder at `path` are removed, by their relative paths; the block's own files
+            replace those of the same name, and all other files stay. None: there must be no such folder, or an empty one.
+
+    Yields:
+        The folder to write into.
 
     Raises:
-        InputError: there is a file at path, or it is refused.
-        RunError: the storage keeps failing.
+        InputError: There is a file at `path`, or a folder with files in it and `replaced` is None, or the storage refuses.
+        RunError: The storage keeps failing.
     """
     if _info(path).get("type") == "file":
         raise InputError(f"{path}: expected a folder, found a file: choose another")
     if is_url(path):
         with tempfile.TemporaryDirectory() as aside:
             yield aside
-            remove(path)
+            fs, root = _fs(path)
+            there = _again(path, "listed", lambda: fs.find(root)) if exists(path) else []
+            names = [p[len(root) :].lstrip("/") for p in there]
+            if replaced is None and names:
+                raise _in_the_way(path)
             upload(aside, path)
+            for name in names:
+                if replaced is not None and replaced.fullmatch(name) and not os.path.exists(os.path.join(aside, name)):
+                    remove(join(path, name))
         return
-    aside = os.path.join(os.path.dirname(path), f".{os.path.basename(path)}.unfinished")
-    remove(aside)  # of one that was killed
-    makedirs(aside)
+    path = os.path.realpath(path)
+    with aside_of(path) as aside:
+        yield aside
+        with filelock.FileLock(os.path.join(_private(), f"{hashlib.sha256(path.encode()).hexdigest()[:24]}.lock")):
+            _take_place(aside, path, replaced)
+
+
+def _private() -> str:
+    """Makes and returns this user's folder below the temporary folder, for copies and locks of this machine."""
+    folder = os.path.join(tempfile.gettempdir(), f"sevenfold-{os.getuid()}")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    return folder
+
+
+def _in_the_way(path: str) -> InputError:
+    return InputError(f"{path}: expected a new or empty folder, found one with files in it: choose another")
+
+
+@contextlib.contextmanager
+def aside_of(path: str) -> Iterator[str]:
+    """Gives a new folder beside `path`, on the same disk, and removes it in the end. Those that killed processes of this
+    machine left there are removed first."""
+    for left in _left_behind(path, "unfinished"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside = _beside(path, "unfinished")
+    os.makedirs(aside)
     try:
         yield aside
-        remove(path)
-        os.replace(aside, path)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _beside(path: str, what: str) -> str:
+    parent, base = os.path.split(path)
+    return os.path.join(parent, f".{base}.{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}.{what}")
+
+
+def _left_behind(path: str, what: str) -> list[str]:
+    """Returns the folders that `_beside` named for processes of this machine that have ended since."""
+    parent, base = os.path.split(path)
+    name = re.compile(rf"\.{re.escape(base)}\.{re.escape(socket.gethostname())}-(\d+)-[0-9a-f]{{8}}\.{what}")
+    matches = [name.fullmatch(n) for n in os.listdir(parent)] if os.path.isdir(parent) else []
+    return [os.path.join(parent, m[0]) for m in matches if m and not psutil.pid_exists(int(m[1]))]
+
+
+def _take_place(aside: str, path: str, replaced: re.Pattern[str] | None) -> None:
+    """Renames `aside` to `path`. What was there is moved away first, and what is to stay of it is moved back."""
+    before = _left_behind(path, "replaced")  # killed between the two renames: what it moved away comes back now
+    while True:
+        try:
+            os.rename(aside, path)  # succeeds where nothing, or an empty folder, is there
+            break
+        except OSError:
+            if not os.path.isdir(path):
+                raise
+        if replaced is None:
+            raise _in_the_way(path)
+        before.append(_beside(path, "replaced"))
+        with contextlib.suppress(FileNotFoundError):  # another process was quicker
+            os.rename(path, before[-1])
+    for old in before:
+        for folder, folders, names in os.walk(old):
+            for name in [*names, *(f for f in folders if os.path.islink(os.path.join(folder, f)))]:
+                source = os.path.join(folder, name)
+                relative = os.path.relpath(source, old)
+                target = os.path.join(path, relative)
+                if not (os.path.lexists(target) or (replaced and replaced.fullmatch(relative.replace(os.sep, "/")))):
+                    os.makedirs(os.path.dirname(target), exist_ok=True)
+                    os.rename(source, target)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 class Reader(io.RawIOBase):
@@ -442,6 +534,16 @@ def _fs(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     return fs, root
 
 
+# What a run writes into its folder, by relative path; drills, evaluations and sweeps too.
+_OWN = (
+    r"(recipe|best)\.yaml", r"(manifest|workers|summary|metrics|trials|spent|driver|drill|descent|reports)\.json",
+    r"(metrics|predictions)\.jsonl", r"trials\.csv", r"report\.html", r"drill\.log", r"ledger/steps-\d+-\d+\.parquet",
+    r"checkpoints/step-\d{8,}\.\d{2,}/(MANIFEST\.json|\.metadata|__\d+_\d+\.distcp)", r"tensorboard/events\.out\..+",
+    r"(ray|trials)/.+", r"(model|adapter)/((model|adapter_model)(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json)",
+    r"(model|adapter|tokenizer)/([a-z_]+\.(json|jinja|txt|model)|README\.md)", r"model/[12]_\w+/config\.json",
+)  # fmt: skip
+
+
 class RunFolder:
     """The files of one run. `root` is absolute or a URL."""
 
@@ -469,6 +571,18 @@ class RunFolder:
 
     def finished(self) -> bool:
         return exists(self.summary)
+
+    def taken(self) -> list[str]:
+        """Returns the names in the folder, sorted, that a run would write to."""
+        own = {path[len(self.root) + 1 :] for key, path in vars(self).items() if key != "root"}
+        return sorted(own.intersection(listdir(self.root)))
+
+    def foreign(self) -> list[str]:
+        """Returns the files in the folder, by relative path, that sevenfold did not write."""
+        fs, root = _fs(self.root)
+        names = (p[len(root) :].lstrip("/") for p in _again(self.root, "listed", lambda: fs.find(root)))
+        own = re.compile(rf"({'|'.join(_OWN)})(\.tmp|\.\d+-[0-9a-f]{{8}}\.tmp)?")
+        return sorted(n for n in names if not own.fullmatch(n))
 
     @staticmethod
     def of(path: str) -> RunFolder:

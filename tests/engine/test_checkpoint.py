@@ -186,9 +186,105 @@ def test_the_newest_are_kept(saved: Path) -> None:
     ckpt.prune(newest, 1, keep_every=2)
     ckpt.prune(newest, 2)
     assert sorted(p.name for p in saved.iterdir()) == ["step-00000002.00", "step-00000004.00", "step-00000005.00"]
-    six = replace(newest, path=str(shutil.copytree(newest.path, saved / "step-00000006.00")), step=6)
-    ckpt.prune(six, 2, damaged={"step-00000004.00"})  # it is no good one that would do for the other
+    six = renamed(newest, 6)
+    assert ckpt.prune(six, 2, damaged={"step-00000004.00"}) == []  # it is no good one that would do for the other
     assert sorted(p.name for p in saved.iterdir()) == ["step-00000002.00", "step-00000006.00"]
+
+
+def renamed(checkpoint: ckpt.Checkpoint, step: int, run: str = "", number: int = 0) -> ckpt.Checkpoint:
+    """A copy of a checkpoint, beside it, as if it had been saved at another step."""
+    path = Path(checkpoint.path).with_name(f"step-{step:08d}.{number:02d}")
+    made = replace(checkpoint, path=str(shutil.copytree(checkpoint.path, path)), step=step, run=run)
+    ckpt._commit(made)
+    return made
+
+
+def tree_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+FOREIGN = [".snapshot", "good-one", "note.txt", "step-00000001.00", "step-00000003.00/note.txt", "step-4-backup", "zz-copy"]
+
+
+def keep_something(saved: Path) -> dict[str, bytes]:
+    """Puts into a folder of checkpoints what people keep there; returns all of it."""
+    newest, moved = ckpt.latest(str(saved)), saved.with_name("archive")
+    assert newest is not None
+    for name in ("good-one", "step-4-backup", "zz-copy"):
+        shutil.copytree(newest.path, saved / name)
+    (saved / ".snapshot").mkdir()
+    (saved / ".snapshot/state").write_text("theirs")
+    (saved / "note.txt").write_text("theirs")
+    (saved / "step-00000003.00").mkdir()  # a save that was interrupted, in which somebody looked for the reason
+    (saved / "step-00000003.00/note.txt").write_text("theirs")
+    (saved / "step-00000003.00/__0_0.distcp").write_text("ours")
+    shutil.copytree(newest.path, moved)  # archived, with a link in its place
+    (saved / "step-00000001.00").symlink_to(moved)
+    kept = {k: v for k, v in tree_of(saved).items() if k.startswith(tuple(FOREIGN))}
+    return kept | {f"../archive/{k}": v for k, v in tree_of(moved).items()}
+
+
+def test_what_people_keep_beside_checkpoints_is_theirs(saved: Path) -> None:
+    kept = keep_something(saved)
+    newest = ckpt.latest(str(saved))
+    assert newest is not None and newest.path == str(saved / "step-00000004.00")  # neither zz-copy nor a backup is newer
+    assert list(ckpt.steps(str(saved))) == [1, 2, 4]
+    assert ckpt.prune(renamed(newest, 6), 1) == sorted(FOREIGN, key=lambda n: (n.startswith("step-0"), n))
+    assert {p.name for p in saved.iterdir()} == {n.split("/")[0] for n in FOREIGN} | {"step-00000006.00"}
+    assert kept == {k: (saved / k).read_bytes() for k in kept}
+
+
+def test_a_checkpoint_of_another_run_is_not_this_ones_to_remove(saved: Path) -> None:
+    newest = ckpt.latest(str(saved))
+    assert newest is not None
+    for step, run in ((5, "other"), (6, "mine"), (7, "mine")):
+        renamed(newest, step, run)
+    Path(saved, "step-00000006.00", ckpt.MANIFEST).write_text("{")  # nobody can tell any more whose it is
+    assert ckpt.prune(ckpt.read(str(saved / "step-00000007.00")), 1) == [
+        "step-00000002.00", "step-00000004.00", "step-00000005.00", "step-00000006.00"
+    ]  # fmt: skip
+
+
+def test_checkpoints_are_ordered_by_number(saved: Path) -> None:
+    newest = ckpt.latest(str(saved))
+    assert newest is not None
+    for step, number in ((99_999_999, 99), (99_999_999, 100), (100_000_000, 0)):
+        renamed(newest, step, number=number)
+    found = ckpt.latest(str(saved))
+    assert found is not None and found.step == 100_000_000 and list(ckpt.steps(str(saved))) == [2, 4, 99_999_999, 100_000_000]
+    assert ckpt.steps(str(saved))[99_999_999].endswith(".100")
+    assert ckpt.prune(found, 2) == []
+    assert sorted(p.name for p in saved.iterdir()) == ["step-100000000.00", "step-99999999.100"]
+
+
+def test_a_copy_under_another_steps_name_is_not_newer(saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(saved / "step-00000002.00", saved / "step-00000009.00")
+    found = ckpt.latest(str(saved))
+    assert found is not None and found.step == 4 and "says step 2: a copy of another checkpoint" in caplog.text
+
+
+def beside_others(tree: dict[str, Any], folder: str) -> list[str]:
+    """Saves steps 5 to 8, and keeps one."""
+    from test_step import sharded
+
+    recipe = Recipe.model_validate(tree)
+    model = sharded(recipe)
+    optimizer = optim.build(model, recipe.optimizer)
+    messages: list[str] = []
+    saver = ckpt.Saver(folder, 1, None, messages.append, ckpt.latest(folder, messages.append))
+    for step in range(5, 9):
+        saver.save(step, model, optimizer, {})
+    saver.wait()
+    saver.close()
+    return messages
+
+
+def test_a_run_goes_on_beside_what_people_keep_and_says_so_once(saved: Path, tree: dict[str, Any], tmp_path: Path) -> None:
+    kept = keep_something(saved)
+    (messages,) = run_ranks(1, tmp_path / "pg" / "store", beside_others, tree, str(saved))
+    assert len(messages) == 1 and "kept, since this run did not write it" in messages[0]
+    assert all(name in messages[0] for name in FOREIGN)
+    assert list(ckpt.steps(str(saved))) == [1, 8] and kept == {k: (saved / k).read_bytes() for k in kept}
 
 
 def limited(tree: dict[str, Any], folder: str) -> tuple[list[str], list[int | None]]:

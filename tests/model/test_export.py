@@ -179,7 +179,8 @@ def test_the_directory(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     run = tmp_path / "llama"
     shutil.copytree(runs / "llama", run)
     assert cli.main(["export", str(run)]) == 0 and f"llama, step 2: {run / 'model'}" in capsys.readouterr().out
-    assert {p.name for p in (run / "model").iterdir()} == {
+    written = {p.name for p in (run / "model").iterdir()}
+    assert written == {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
         "chat_template.jinja", "README.md",
     }  # fmt: skip
@@ -211,8 +212,10 @@ def test_the_directory(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture
         "| 1 (512 tokens" in (tmp_path / "new/one/README.md").read_text()
         and "not measured" in (tmp_path / "new/one/README.md").read_text()
     )
-    (run / "model/stale").touch()
-    assert cli.main(["export", str(run), "--out", str(run / "model") + "/"]) == 0 and not (run / "model/stale").exists()
+    (run / "model/model-00001-of-00009.safetensors").touch()  # of an earlier export, in another number of files
+    (run / "model/notes.txt").touch()  # a person's
+    assert cli.main(["export", str(run), "--out", str(run / "model") + "/"]) == 0
+    assert {p.name for p in (run / "model").iterdir()} - written == {"notes.txt"}
     assert sorted(p.name for p in run.iterdir() if "unfinished" in p.name) == []
 
 

@@ -25,6 +25,7 @@ from sevenfold.data.manifest import Manifest
 from sevenfold.errors import InputError
 
 _INDEX = "cache.json"
+_KEY = "key.json"
 
 
 def key(manifest: Manifest, selection: Selection, encoder: TextEncoder | None) -> dict[str, str | float]:
@@ -96,7 +97,7 @@ def write_shard(folder: str, shard: int, manifest: Manifest, selection: Selectio
     if not groups:  # a shard that was left out
         return counts
     if not storage.exists(path):
-        with tempfile.TemporaryDirectory(dir=None if storage.is_url(folder) else folder, prefix=".making-") as aside:
+        with tempfile.TemporaryDirectory() if storage.is_url(folder) else storage.aside_of(path) as aside:
             made = os.path.join(aside, os.path.basename(path))
             with contextlib.ExitStack() as open_files:
                 writer = None
@@ -119,13 +120,24 @@ def write_shard(folder: str, shard: int, manifest: Manifest, selection: Selectio
     return counts
 
 
+def require_room(folder: str) -> None:
+    """Raises InputError where there is something in a folder, and no token cache, finished or not: nothing may be written
+    between somebody's files."""
+    names = set(storage.listdir(folder)) - {"tokenizer"}  # which is made before the cache's key is known
+    if names and _KEY not in names:
+        found = ", ".join(sorted(names)[:3])
+        raise InputError(
+            f"{folder}: expected a new or empty folder, or a token cache, found {found}: choose another (data.cache)"
+        )
+
+
 def begin(folder: str, manifest: Manifest, selection: Selection, encoder: TextEncoder) -> bool:
     """Makes a folder the cache of these documents, or finds that it is. Returns whether it is finished.
 
     Raises:
         InputError: a cache of something else lies there.
     """
-    claim, wanted = storage.join(folder, "key.json"), key(manifest, selection, encoder)
+    claim, wanted = storage.join(folder, _KEY), key(manifest, selection, encoder)
     if not storage.exists(claim):
         storage.write(claim, json.dumps(wanted))
     elif storage.read_json(claim) != wanted:

@@ -6,7 +6,6 @@ import ast
 import hashlib
 import os
 import re
-import shutil
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from sevenfold import storage
 from sevenfold.errors import InputError, RunError
 
 SHARDS = 8
@@ -74,15 +74,11 @@ def build_python(root: str, max_mb: float = 48) -> Corpus:
     heldout_summaries = [r for r in _summaries(heldout) if r["id"] not in known]
     if not (train and summaries and heldout_summaries):
         raise InputError(f"{size / 1e6:.1f} MB of text is too little for a held-out split: take more (--max-mb)")
-    aside = f"{root}.{os.getpid()}.tmp"
-    try:
+    with storage.new_folder(root) as aside:
         for path, part, shards in zip(
             Corpus.paths(aside), (train, heldout, summaries, heldout_summaries), (SHARDS, 1, 1, 1), strict=True
         ):
             _write(path, part, shards)
-        os.replace(aside, root)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return Corpus(root, len(rows), size / 1e6, len(heldout), len(summaries) + len(heldout_summaries))
 
 

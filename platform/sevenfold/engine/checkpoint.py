@@ -7,6 +7,8 @@ import functools
 import hashlib
 import json
 import logging
+import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -27,6 +29,9 @@ from sevenfold.errors import InputError, RunError
 
 log = logging.getLogger(__name__)
 MANIFEST = "MANIFEST.json"
+_NAME = re.compile(r"step-(\d{8,})\.(\d{2,})")  # of a checkpoint's directory: the step, and which save of it
+# what a save writes beside the manifest, and temporary files of a write that was interrupted
+_UNFINISHED = re.compile(r"(__\d+_\d+\.distcp|\.metadata)(\.tmp)?|MANIFEST\.json\..+\.tmp")
 RETRIES = (2.0, 8.0, 30.0)  # seconds before a save is tried again
 MOST_FAILED = 3  # saves in a row
 PATIENCE = timedelta(hours=2)  # for the slowest rank's shard
@@ -43,13 +48,23 @@ class TakenOverError(RunError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint, as its manifest tells it. `extra`: what the run wants to find again (plain JSON)."""
+    """A committed checkpoint, as its manifest describes it.
+
+    Attributes:
+        path: The checkpoint's directory.
+        step: The training step that it holds the state of.
+        world_size: The number of ranks that wrote it.
+        files: The size in bytes and the SHA-256 of each file, by its name.
+        extra: What the run wants to find again (plain JSON).
+        run: The identity of the run whose folder it was written to. Only that run may remove it.
+    """
 
     path: str
     step: int
     world_size: int
     files: dict[str, dict[str, Any]]
     extra: dict[str, Any]
+    run: str = ""
 
 
 class Saver:
@@ -65,16 +80,18 @@ class Saver:
 
     def __init__(
         self, folder: str, keep: int = 2, keep_every: int | None = None, tell: Callable[[str], None] = log.warning,
-        last: Checkpoint | None = None,
+        last: Checkpoint | None = None, run: str = "",
     ):  # fmt: skip
         """
         Args:
             keep: newest checkpoints that stay.
             keep_every: those of its multiples of steps stay for good.
-            tell: rank 0's word on a save that failed.
+            tell: Receives rank 0's messages: saves that failed, and files in the folder that no save wrote.
             last: the checkpoint that training went on from.
+            run: The identity of the run. Checkpoints of other runs are never removed.
         """
-        self._folder, self._keep, self._every, self._tell = folder, keep, keep_every, tell
+        self._folder, self._keep, self._every, self._tell, self._run = folder, keep, keep_every, tell, run
+        self._named: set[str] = set()  # foreign files that were reported
         self.begin_from(last)
         # of its own: in the step's group its messages and the step's would be taken for each other
         self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
@@ -88,8 +105,8 @@ class Saver:
     def begin_from(self, last: Checkpoint | None) -> None:
         """Goes on from a checkpoint, or from none: those after it were passed over, and are not counted as good ones."""
         self.last = last
-        name = last.path.rsplit("/", 1)[1] if last else ""
-        self._passed_over = {n for n in storage.listdir(self._folder) if n > name} if dist.get_rank() == 0 else set[str]()
+        begin = _number(_base(last.path)) if last else (-1, 0)
+        self._passed_over = {n for n in _names(self._folder) if _number(n) > begin} if dist.get_rank() == 0 else set[str]()
 
     def save(
         self, step: int, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], extra: dict[str, Any],
@@ -162,7 +179,7 @@ class Saver:
             writer, sums = made[0]
             self._each(lambda: dcp.save(state, storage_writer=writer, process_group=self._group))
             files = {name: s for part in self._each(lambda: sums) for name, s in part.items()}
-            found = Checkpoint(path, step, world, files, extra)
+            found = Checkpoint(path, step, world, files, extra, self._run)
             self._each(lambda: verify(found, list(sums)))
             self._each(lambda: before() if rank == 0 else None)
             self._each(lambda: _commit(found) if rank == 0 else None)
@@ -174,9 +191,15 @@ class Saver:
             raise RunError(f"{path}: could not be written ({e})") from None
         if rank == 0:
             try:
-                prune(found, self._keep, self._every, self._passed_over, self.spared)
+                foreign = set(prune(found, self._keep, self._every, self._passed_over, self.spared))
             except (InputError, RunError) as e:  # it is committed all the same, and the next save removes it
                 log.warning("%s", e)
+            else:
+                if foreign - self._named:
+                    self._tell(
+                        f"{self._folder}: kept, since this run did not write it: {', '.join(sorted(foreign - self._named))}"
+                    )
+                self._named |= foreign
         self.seconds = time.perf_counter() - self._begin
         return found
 
@@ -254,7 +277,7 @@ class Weights:
 
 def steps(folder: str) -> dict[int, str]:
     """Where the committed checkpoints lie, by step, the oldest first."""
-    return {_step(n): storage.join(folder, n) for n in _committed(folder)}
+    return {_number(n)[0]: storage.join(folder, n) for n in _committed(folder)}
 
 
 def latest(folder: str, warn: Callable[[str], None] = log.warning) -> Checkpoint | None:
@@ -281,10 +304,19 @@ def verified(path: str, rank: int = 0, world: int = 1) -> Checkpoint:
     return found
 
 
-def adopt(path: str, folder: str) -> Checkpoint:
-    """A committed copy of a checkpoint, for another run's folder to go on from. Raises DamagedError as read."""
+def adopt(path: str, folder: str, run: str) -> Checkpoint:
+    """Copies a committed checkpoint into the folder of another run, which resumes from it.
+
+    Args:
+        path: The checkpoint's directory.
+        folder: The other run's folder of checkpoints.
+        run: The other run's identity: it may remove the copy.
+
+    Raises:
+        DamagedError: As `read`.
+    """
     found = read(path)
-    made = replace(found, path=storage.join(folder, _fresh(folder, found.step)))
+    made = replace(found, path=storage.join(folder, _fresh(folder, found.step)), run=run)
     for name in found.files:
         storage.copy(storage.join(path, name), storage.join(made.path, name))
     _commit(made)
@@ -297,12 +329,15 @@ def read(path: str) -> Checkpoint:
         tree = storage.read_json(storage.join(path, MANIFEST))
         if tree.pop("sha256") != _of_tree(tree):
             raise DamagedError(f"{path}: damaged: {MANIFEST} is not what its own checksum says")
+        tree.setdefault("run", tree["extra"].get("recipe", ""))  # before this field, that was all that told the run
         found = Checkpoint(path=path, **tree)
     except (InputError, OSError, ValueError, TypeError, LookupError, AttributeError) as e:
         raise DamagedError(f"{path}: damaged: {MANIFEST} cannot be read ({type(e).__name__})") from None
     for name in found.files:
         if "/" in name or "\\" in name or name in ("", ".", ".."):
             raise DamagedError(f"{path}: damaged: {MANIFEST} names {name!r}, which leaves its folder")
+    if _NAME.fullmatch(_base(path)) and _number(_base(path))[0] != found.step:
+        raise DamagedError(f"{path}: {MANIFEST} says step {found.step}: a copy of another checkpoint under this name")
     return found
 
 
@@ -318,29 +353,91 @@ def verify(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> None:
 
 def prune(
     newest: Checkpoint, keep: int, keep_every: int | None = None, damaged: Collection[str] = (), spared: Collection[int] = ()
-) -> None:
-    """Removes what is older than the `keep` committed checkpoints up to `newest`, which was just written, and what was
-    never committed before it; those of a multiple of `keep_every` steps stay, and of the `spared`. What lies after it (damaged,
-    and passed over) is left for whoever wants to look. damaged: names that do not count."""
-    folder, last = newest.path.replace("\\", "/").rsplit("/", 1)
-    whole = _committed(folder)
-    older = [n for n in whole if n < last and n not in damaged]
+) -> list[str]:
+    """Removes the checkpoints of a run that are no longer kept, and the remains of its interrupted saves.
+
+    Only files that a save of this run wrote are removed: a directory must have the exact name of a checkpoint, and a committed
+    one a manifest that names this run. Everything else in the folder belongs to somebody else and stays. What lies after
+    `newest` (damaged, and passed over) stays too, for whoever wants to look at it.
+
+    Args:
+        newest: The checkpoint that was just committed.
+        keep: The number of newest checkpoints to keep, `newest` among them.
+        keep_every: Checkpoints of a multiple of this number of steps are kept for good.
+        damaged: Names of checkpoints that do not count as kept ones.
+        spared: Steps whose checkpoints are kept, however old.
+
+    Returns:
+        The names in the folder that no save of this run wrote.
+    """
+    folder = newest.path.replace("\\", "/").rsplit("/", 1)[0]
+    names = _names(folder)
+    foreign = [n for n in storage.listdir(folder) if n not in names]
+    earlier = [n for n in names if _number(n) < _number(_base(newest.path))]
+    committed = set(_committed(folder))
+    older = [n for n in earlier if n in committed and n not in damaged]
     kept = set(older[-(keep - 1) :] if keep > 1 else ())
-    kept |= {n for n in older if _step(n) in spared or (keep_every and _step(n) % keep_every == 0)}
-    for name in storage.listdir(folder):
-        if name < last and name not in kept:
-            if name in whole:  # first what makes it one: a removal that is interrupted leaves no half of a checkpoint
-                storage.remove(storage.join(folder, name, MANIFEST))
-            storage.remove(storage.join(folder, name))
+    kept |= {n for n in older if _number(n)[0] in spared or (keep_every and _number(n)[0] % keep_every == 0)}
+    for name in earlier:
+        if name in kept:
+            continue
+        path = storage.join(folder, name)
+        left = _remove(path, newest.run) if name in committed else _remove_unfinished(path)
+        foreign += [name] if MANIFEST in left else [f"{name}/{file}" for file in left]
+    return foreign
+
+
+def _remove(path: str, run: str) -> list[str]:
+    """Removes the files of a committed checkpoint; the manifest first, so that no half of a checkpoint is left by an
+    interruption. Returns the names that stay: all of them where the manifest cannot be read or names another run."""
+    if _is_link(path):
+        return storage.listdir(path)
+    try:
+        found = read(path)
+    except DamagedError:
+        return storage.listdir(path)
+    if found.run != run:
+        return storage.listdir(path)
+    for name in (MANIFEST, *found.files):
+        storage.remove(storage.join(path, name))
+    storage.remove_empty(path)
+    return storage.listdir(path)
+
+
+def _remove_unfinished(path: str) -> list[str]:
+    """Removes the files of a save that was never committed. Returns the names that stay."""
+    if not _is_link(path):
+        for name in storage.listdir(path):
+            if _UNFINISHED.fullmatch(name):
+                storage.remove(storage.join(path, name))
+        storage.remove_empty(path)
+    return storage.listdir(path)
+
+
+def _is_link(path: str) -> bool:
+    """Returns whether a directory is a link: what it leads to lies elsewhere, and is not this run's to remove."""
+    return not storage.is_url(path) and os.path.islink(path)
+
+
+def _base(path: str) -> str:
+    return path.replace("\\", "/").rsplit("/", 1)[-1]
+
+
+def _names(folder: str) -> list[str]:
+    """Returns the names in a folder that are a checkpoint's, in the order of their steps, whether committed or not."""
+    return sorted((n for n in storage.listdir(folder) if _NAME.fullmatch(n)), key=_number)
 
 
 def _committed(folder: str) -> list[str]:
-    """Names of the directories with a manifest, oldest first."""
-    return [n for n in storage.listdir(folder) if storage.exists(storage.join(folder, n, MANIFEST))]
+    """Returns the names of the checkpoints that have a manifest, oldest first."""
+    return [n for n in _names(folder) if storage.exists(storage.join(folder, n, MANIFEST))]
 
 
-def _step(name: str) -> int:
-    return int(name.removeprefix("step-").partition(".")[0])
+def _number(name: str) -> tuple[int, int]:
+    """Returns the step of a checkpoint's directory, and which save of that step it is."""
+    match = _NAME.fullmatch(name)
+    assert match is not None, name
+    return int(match[1]), int(match[2])
 
 
 def _fresh(folder: str, step: int) -> str:

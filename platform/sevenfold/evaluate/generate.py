@@ -51,7 +51,7 @@ def complete(
             at = slice(0, len(prompt)) if apart else slice(width - len(prompt), width)  # a decoder goes on from the right
             ids[j, at] = torch.tensor(prompt)
             mask[j, at] = 1
-        made = model.generate(  # type: ignore[operator]
+        made = model.generate(
             input_ids=ids.to(device), attention_mask=mask.to(device), generation_config=config, synced_gpus=synced
         )
         made = made[:, 1 if apart else width :].cpu()

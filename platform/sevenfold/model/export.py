@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
@@ -25,12 +26,14 @@ from sevenfold.model.card import card
 from sevenfold.recipe import Recipe
 
 SHARD = 10**9  # bytes of a file of weights, and so of memory
+# files of an earlier export that the next one may not write again: the weights, in another number of files
+REPLACED = re.compile(r"(model|adapter_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 MERGED = 1e-4  # most that an output may differ once an adapter is merged, float32
 
 
 def export(
     recipe: Recipe, checkpoint: Checkpoint, tokenizer: str, manifest: Manifest, metrics: Mapping[str, Any], to: str | None,
-    adapter: str | None = None, shard: int = SHARD,
+    adapter: str | None = None, shard: int = SHARD, new: bool = False,
 ) -> None:  # fmt: skip
     """Writes a directory of float32 safetensors, configs, tokenizer and model card; whole, or not at all.
 
@@ -41,12 +44,14 @@ def export(
         checkpoint: a verified one of this recipe.
         tokenizer: its folder.
         manifest, metrics: what was trained on, and what was measured at the checkpoint's step, for the card.
-        to: folder or URL; what is there is replaced. None: only the adapter is written.
+        to: folder or URL. An earlier export there is replaced; files that no export wrote stay. None: only the adapter is
+            written.
         adapter: as `to`, for the adapter by itself, in peft's form.
         shard: bytes of a file of weights; a tensor that is larger has one of its own.
+        new: nothing may be replaced: the folders must be new or empty ones.
 
     Raises:
-        InputError: tokenizer or base model cannot be loaded.
+        InputError: tokenizer or base model cannot be loaded, or with `new` there is something in a folder.
         RunError: the checkpoint cannot be read, the directory cannot be written, or the merged model is not the adapted one.
     """
     model: Any
@@ -67,7 +72,7 @@ def export(
             if p.requires_grad:
                 p.data.copy_(weights[name])
         if adapter is not None:
-            with _folder(adapter) as aside:
+            with _folder(adapter, new) as aside:
                 adapted.save_pretrained(aside)
         if to is None:
             return
@@ -79,7 +84,7 @@ def export(
         ends = build.end_tokens(told, words)
         told.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
     assert to is not None
-    with _folder(to) as aside, warnings.catch_warnings():
+    with _folder(to, new) as aside, warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Attempting to save a model with offloaded modules")
         model.save_pretrained(aside, max_shard_size=shard)
         words.save_pretrained(aside)
@@ -124,10 +129,10 @@ def _describe_pooling(folder: str, width: int, length: int) -> None:
 
 
 @contextlib.contextmanager
-def _folder(path: str) -> Iterator[str]:
+def _folder(path: str, new: bool) -> Iterator[str]:
     """As storage.new_folder. Raises RunError where what is written does not fit."""
     try:
-        with storage.new_folder(path) as aside:
+        with storage.new_folder(path, None if new else REPLACED) as aside:
             yield aside
     except (OSError, SafetensorError) as e:
         raise RunError(f"{path}: could not be written ({e}): make room, or choose another folder") from None

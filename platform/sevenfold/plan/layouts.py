@@ -90,7 +90,7 @@ def _meshes(model: object, gpus: int, gpus_per_node: int) -> Iterator[tuple[int,
 def splits(model: object, ways: int) -> bool:
     """Whether tensor parallelism of so many ways can be had."""
     try:
-        parallel.tensor_plan(model, ways)  # type: ignore[arg-type]
+        parallel.tensor_plan(model, ways)
     except InputError:
         return False
     return True

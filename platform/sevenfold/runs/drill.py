@@ -232,10 +232,19 @@ class Drill:
 
 
 def _clear(folder: RunFolder) -> None:
-    """Makes room for a drill's run. Raises InputError where a run lies that is none."""
+    """Removes an earlier drill's run of this name.
+
+    Raises:
+        InputError: There is something in the folder that no drill wrote.
+    """
     mark = storage.join(folder.root, "drill.log")
     if storage.listdir(folder.root) and not storage.exists(mark):
         raise InputError(f"{folder.root}: expected nothing, or a drill's run, found another: give the recipe another name")
+    if foreign := folder.foreign():
+        raise InputError(
+            f"{folder.root}: the drill would replace this folder, and did not write {', '.join(foreign[:3])} in it: move that "
+            "elsewhere, or give the recipe another name"
+        )
     storage.remove(folder.root)
     storage.write(mark, "")
 

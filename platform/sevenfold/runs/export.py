@@ -15,10 +15,15 @@ from sevenfold.storage import RunFolder
 
 
 def run(path: str, step: int | None = None, out: str | None = None, merge: bool = False) -> None:
-    """Exports the checkpoint of a step (default: the newest that is whole, or the best validated one where the run keeps it) to
-    a new or empty folder (default: the run's model/, which is replaced, and its adapter/ where it has one). Of a run with an
-    adapter a folder gets the adapter, or, to merge, the base with the adapter in it, whose output is checked against the
-    adapter's.
+    """Exports a checkpoint of a run.
+
+    Args:
+        path: The run's folder.
+        step: The checkpoint's step. None: the newest whole one, or the best validated one where the run keeps it.
+        out: A new or empty folder. It gets the model; of a run with an adapter the adapter alone. None: the run's model/,
+            whose earlier export is replaced, and its adapter/ where it has one; files that no export wrote stay.
+        merge: With `out`, of a run with an adapter: the base model with the adapter in it, whose output is checked against
+            the adapter's.
 
     Raises:
         InputError: no run, no such checkpoint or a damaged one, a folder that is not empty, nothing to merge.
@@ -37,7 +42,9 @@ def run(path: str, step: int | None = None, out: str | None = None, merge: bool 
     alone = adapted and to != folder.model and not merge
     adapter = to if alone else folder.adapter if to == folder.model else None
     metrics = logged(folder.log, found.step)
-    export(recipe, found, folder.tokenizer, manifest, metrics, None if alone else to, adapter)
+    export(
+        recipe, found, folder.tokenizer, manifest, metrics, None if alone else to, adapter, new=to != folder.model
+    )  # fmt: skip
     what = "its adapter alone" if alone else "its adapter merged, the output as the adapter's" if adapted else "the whole model"
     say(f"{folder.name}, step {found.step}: {to} ({what})")
 

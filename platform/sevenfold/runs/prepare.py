@@ -72,6 +72,11 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
     """
     if storage.exists(folder.recipe):
         claim(folder, recipe)
+    elif taken := folder.taken():
+        raise InputError(
+            f"{folder.root}: expected a new folder for this run, found {', '.join(taken)} in it without a recipe.yaml: "
+            "move that elsewhere, or give this run another name (name=...)"
+        )
     identity = recipe.hash()
     found = None if corpus_to_make(recipe) else kept(folder) or inputs(recipe)
     if folder.finished():
@@ -102,8 +107,10 @@ def begin(recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, 
     try:
         found = settle(here, found, folder.tokenizer)
     except InputError:
-        if new:
-            storage.remove(folder.root)
+        if new:  # what was made above; anything else in the folder was there before
+            storage.remove(folder.tokenizer)
+            storage.remove(folder.recipe)
+            storage.remove_empty(folder.root)
         raise
     if not storage.exists(folder.manifest):
         storage.write(folder.manifest, json.dumps({k: m.to_json() for k, m in found.all.items()}))

@@ -27,6 +27,7 @@ def run(recipe: Recipe, verbose: bool = False) -> str:
     if not recipe.data.cache:
         raise InputError(f"{recipe.name}: expected data.cache (the folder to fill), found none: add data.cache=FOLDER")
     folder = storage.place(recipe.data.cache)
+    cache.require_room(folder)
     found = None if prepare.corpus_to_make(recipe) else prepare.inputs(recipe)
     here, _ = prepare.check(recipe if found is None else prepare.with_classes(recipe, found.train))
     cluster.connect(verbose)

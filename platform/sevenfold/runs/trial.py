@@ -41,7 +41,7 @@ def run(config: dict[str, Any], job: Job, desk: Any) -> None:
     if told is None or told["trial"] == own:
         folder = RunFolder(told["folder"] if told else storage.join(job.folder, "trials", own))
     else:
-        folder = _descended(storage.join(job.folder, "trials"), own, told)
+        folder = _descended(storage.join(job.folder, "trials"), own, told, recipe.hash())
     prepare.claim(folder, recipe)
     descent = storage.read_json(_descent(folder))["recipe"] if storage.exists(_descent(folder)) else ""
     search = job.recipe.search
@@ -84,7 +84,7 @@ def _descent(folder: RunFolder) -> str:
     return storage.join(folder.root, "descent.json")
 
 
-def _descended(trials: str, own: str, told: dict[str, Any]) -> RunFolder:
+def _descended(trials: str, own: str, told: dict[str, Any], identity: str) -> RunFolder:
     """A new folder of this trial that begins with another's checkpoint."""
     from sevenfold.engine import checkpoint as ckpt
 
@@ -94,7 +94,7 @@ def _descended(trials: str, own: str, told: dict[str, Any]) -> RunFolder:
     if not storage.exists(source):  # the other trial has gone on, and removed it
         there = ckpt.steps(RunFolder(told["folder"]).checkpoints)
         source = there[min(there)]
-    begun = ckpt.adopt(source, folder.checkpoints)
+    begun = ckpt.adopt(source, folder.checkpoints, identity)
     storage.write(_descent(folder), json.dumps({**told, "begins": begun.path, "recipe": begun.extra["recipe"]}))
     return folder
 

@@ -102,7 +102,7 @@ class Worker:
         if last is not None:
             ckpt.load(last, self.model, self.optimizers)
         keep = recipe.checkpoint
-        self.saver = ckpt.Saver(self.folder.checkpoints, keep.keep, keep.keep_every, self._tell, last)
+        self.saver = ckpt.Saver(self.folder.checkpoints, keep.keep, keep.keep_every, self._tell, last, self.job.identity)
         self.interval = Interval(keep, self.world, start, self.saver, self._say)
         self.held_out = self._held_out()
         if self.rank == 0:
