@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup quickstart test test-slow lint
+.PHONY: setup quickstart test test-slow test-nightly lint
 
 setup: .venv/ready
 
@@ -17,11 +17,16 @@ quickstart: setup ## the main job, end to end; run again, it goes on where it st
 	$(BIN)/python jobs/sweep.py jobs/recipes/quickstart-sft.yaml
 	$(BIN)/python jobs/evaluate.py runs/quickstart runs/quickstart-sft-sweep
 
+# Two processes of one thread keep both cores busy. Tests of a file stay together, since they share its fixtures; slow ones, which
+# share theirs through the session's folder, are dealt out one by one.
 test: setup
-	$(BIN)/python -m pytest -q -m 'not slow'
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not nightly'
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -m slow --durations=20 -rs
+	$(BIN)/python -m pytest -q -n 3 --dist load --maxschedchunk 1 -m slow
+
+test-nightly: setup
+	$(BIN)/python -m pytest -q -n 2 --dist load --maxschedchunk 1 -m nightly
 
 lint: setup
 	$(BIN)/ruff check .

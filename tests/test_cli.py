@@ -10,7 +10,7 @@ from sevenfold.cli import main
 
 
 @pytest.fixture
-def folder(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_shared_ray: None) -> Path:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     (tmp_path / "empty").mkdir()
     (tmp_path / "fake").mkdir()

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import ray
 from conftest import ROOT
 
 ASK = "import platform; assert platform.system(), platform.__file__; import uuid, torch"
@@ -19,17 +20,15 @@ def test_pythons_own_platform_from_the_root(env: dict[str, str]) -> None:
     assert done.returncode == 0, done.stderr.decode()
 
 
-def test_pythons_own_platform_in_a_ray_worker() -> None:
-    code = """
-import ray
-ray.init(address="local", num_cpus=2, logging_level="ERROR", object_store_memory=100 * 2**20)
-@ray.remote
-def ask():
-    import os, platform, sys
-    sys.path.insert(0, os.getcwd())
-    return platform.system(), platform.__file__
-name, file = ray.get(ask.remote())
-assert name and file.endswith("platform.py"), (name, file)
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=200)
-    assert done.returncode == 0, done.stderr.decode()
+def test_pythons_own_platform_in_a_ray_worker(on_shared_ray: None) -> None:
+    ray.init(logging_level="ERROR")
+
+    @ray.remote
+    def ask(root: str) -> tuple[str, str]:
+        sys.path.insert(0, root)
+        import platform
+
+        return platform.system(), str(platform.__file__)
+
+    name, file = ray.get(ask.remote(str(ROOT)))
+    assert name and file.endswith("platform.py"), (name, file)

@@ -1,16 +1,13 @@
 """The stream: what a step reads does not hang on the number of workers, on a resumption, or on who makes the rows."""
 
-import os
-import pickle
-import subprocess
-import sys
+import threading
 from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, write_shards
+from conftest import write_shards
 
 from sevenfold.data import rows as r
 from sevenfold.data.documents import Selection
@@ -22,6 +19,7 @@ from sevenfold.data.stream import ReaderState, Stream, _Ahead
 from sevenfold.data.tokens import train_tokenizer
 from sevenfold.errors import InputError, RunError
 from sevenfold.recipe import Source
+from sevenfold.runs import cluster
 
 STEPS = 60  # more than two epochs
 
@@ -118,32 +116,23 @@ def test_an_epoch_limit_ends_the_stream_and_reads_all(stream: Stream) -> None:
     assert found[0][1] == sum(len(ids) + 2 for (c,) in stream.documents() for ids in stream.encoder.ids(c))
 
 
-def by_ray(stream: Stream, folder: Path, worlds: tuple[int, ...], steps: int) -> list[tuple]:
-    """What `read` gives through Ray Data. In a process of its own: one that was connected ends when its Ray has."""
-    (folder / "in").write_bytes(pickle.dumps((replace(stream, executor="ray"), worlds, steps)))
-    code = """
-import pickle, sys, threading, ray
-from sevenfold.runs import cluster
-from test_stream import read
-stream, worlds, steps = pickle.load(open("in", "rb"))
-cluster.connect()
-before = set(threading.enumerate())
-pickle.dump([read(stream, world, steps) for world in worlds], open("out", "wb"))
-assert set(threading.enumerate()) <= before, threading.enumerate()  # a long run makes thousands of executions
-ray.shutdown()
-"""
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, (ROOT / "platform", ROOT / "tests", ROOT / "tests/data")))}
-    done = subprocess.run([sys.executable, "-c", code], cwd=folder, env=env, capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return pickle.loads((folder / "out").read_bytes())
+def by_ray(stream: Stream, worlds: tuple[int, ...], steps: int) -> list[tuple]:
+    """What `read` gives through Ray Data."""
+    cluster.connect()
+    found, threads = [], []
+    for world in worlds:
+        found.append(read(replace(stream, executor="ray"), world, steps))
+        threads.append(set(threading.enumerate()))
+    assert threads[-1] <= threads[0], threads  # a long run makes thousands of executions
+    return found
 
 
-def test_ray_data_makes_the_same_rows(stream: Stream, tmp_path: Path) -> None:
-    found = by_ray(stream, tmp_path, (2, 3), STEPS)
+def test_ray_data_makes_the_same_rows(stream: Stream, on_shared_ray: None) -> None:
+    found = by_ray(stream, (2, 3), STEPS)
     assert found == [read(stream, 1, STEPS)] * 2
 
 
-def test_bad_documents_are_left_out_counted_and_named_once(stream: Stream, tmp_path: Path) -> None:
+def test_bad_documents_are_left_out_counted_and_named_once(stream: Stream, tmp_path: Path, on_shared_ray: None) -> None:
     write_shards(tmp_path / "s", [{"text": ""}, {"text": "some text"}, {"text": ""}, {"text": ""}], shards=1, group=1)
     found = scan([Source(path=str(tmp_path / "s"))], "causal")
     bare = Stream(Plan(found, 0, 8), Selection(on_bad="skip"), stream.encoder, 32, "inline")
@@ -152,7 +141,7 @@ def test_bad_documents_are_left_out_counted_and_named_once(stream: Stream, tmp_p
     reader.close()
     assert (r.labels(rows) >= 0).any(axis=1).sum() == 4  # two steps of eight lanes are four epochs of four windows
     assert reader.state.skipped == 12 and "shard-00000.parquet: row group" in reader.complaints[0].first
-    assert by_ray(bare, tmp_path, (1,), 2) == [read(bare, 1, 2)]
+    assert by_ray(bare, (1,), 2) == [read(bare, 1, 2)]
     with pytest.raises(InputError, match=r"no text in 'text'.*on_bad_document=skip"):
         next(replace(bare, selection=Selection()).shard(0, 1).reader(1))
 

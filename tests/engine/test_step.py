@@ -18,7 +18,7 @@ from sevenfold.errors import RunError
 from sevenfold.model import build, parallel
 from sevenfold.recipe import Recipe
 
-VOCAB, LENGTH, ROWS, STEPS = 512, 64, 12, 20
+VOCAB, LENGTH, ROWS, STEPS = 512, 64, 12, 8
 
 
 def rows_of(step: int) -> Rows:
@@ -69,7 +69,7 @@ def alone(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
 
     tree = {**RECIPE, "data": {"sources": [{"path": "x"}], "sequence_length": LENGTH, "lanes": 4}}
     (found,) = run_ranks(1, tmp_path_factory.mktemp("pg") / "store", losses, tree, ROWS)
-    assert found[-1] < found[0] - 0.5  # it learns: equal curves mean something
+    assert found[-1] < found[0] - 0.3  # it learns: equal curves mean something
     return found
 
 

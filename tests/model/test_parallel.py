@@ -34,7 +34,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
     for optimizer in ("adamw", "muon"):
         store = tmp_path_factory.mktemp("pg") / "store"
         (found[optimizer],) = run_ranks(1, store, losses, recipe_of({}, {}, 1, optimizer), ROWS)
-        assert found[optimizer][-1] < found[optimizer][0] - 0.5
+        assert found[optimizer][-1] < found[optimizer][0] - 0.3
     return found
 
 
@@ -58,13 +58,13 @@ def test_the_layout_does_not_show(
     alone: dict[str, list[float]], tmp_path: Path, train: dict[str, Any], layout: dict[str, Any], world: int,
     optimizer: str, most: float,
 ) -> None:  # fmt: skip
-    for found in run_ranks(world, tmp_path / "store", losses, recipe_of(train, layout, world, optimizer), 2):
+    for found in run_ranks(world, tmp_path / "store", losses, recipe_of(train, layout, world, optimizer), 4):
         assert np.allclose(found, alone[optimizer], rtol=most, atol=0), np.abs(np.array(found) / alone[optimizer] - 1).max()
 
 
 @pytest.mark.slow
 def test_compiled_blocks_give_the_same(alone: dict[str, list[float]], tmp_path: Path) -> None:
-    for found in run_ranks(2, tmp_path / "store", losses, recipe_of({"compile": True}, {}, 2), 2):
+    for found in run_ranks(2, tmp_path / "store", losses, recipe_of({"compile": True}, {}, 2), 4):
         assert np.allclose(found, alone["adamw"], rtol=1e-5, atol=0)
 
 

@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import RECIPE, ROOT, stdlib_texts
+from conftest import RECIPE, ROOT, refused, stdlib_texts
 
+from sevenfold.errors import InputError
+from sevenfold.runs.drill import _clear
 from sevenfold.runs.faults import FAULTS, Run
+from sevenfold.storage import RunFolder
 
 
 @pytest.fixture
@@ -30,15 +33,30 @@ def drill(home: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=home, capture_output=True, text=True, timeout=1500)
 
 
-def test_what_cannot_be_drilled_is_said(home: Path) -> None:
-    done = drill(home, "--faults", "worker,meteor")
-    assert done.returncode == 2 and "no fault 'meteor'; there are worker, slow, driver" in done.stderr
-    done = drill(home, "--steps", "5")
-    assert (
-        done.returncode == 2 and done.stderr.startswith("error: --steps 5: expected 12 to 100,000") and len(done.stderr) < 200
-    )
+def test_what_cannot_be_drilled_is_said(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(home / "recipe.yaml")
+    assert "no fault 'meteor'; there are worker, slow, driver" in refused(capsys, "drill", recipe, "--faults", "worker,meteor")
+    said = refused(capsys, "drill", recipe, "--steps", "5")
+    assert said.startswith("error: --steps 5: expected 12 to 100,000") and len(said) < 200
     done = drill(home, "--faults", "join", "cluster.num_workers=1")
     assert done.returncode == 2 and "it takes cluster.num_workers of 2 or more" in done.stdout, done.stderr
+
+
+def test_a_drill_deletes_nothing_that_no_drill_wrote(tmp_path: Path) -> None:
+    folder = RunFolder(str(tmp_path / "tiny-drill"))
+    (tmp_path / "tiny-drill/model").mkdir(parents=True)
+    for name in ("recipe.yaml", "drill.log", "metrics.jsonl", "model/config.json"):
+        (tmp_path / "tiny-drill" / name).touch()
+    (tmp_path / "tiny-drill/model/notes.md").touch()
+    with pytest.raises(InputError, match=r"did not write model/notes\.md in it: move that elsewhere"):
+        _clear(folder)
+    assert (tmp_path / "tiny-drill/recipe.yaml").exists()
+    (tmp_path / "tiny-drill/model/notes.md").unlink()
+    _clear(folder)
+    assert [p.name for p in (tmp_path / "tiny-drill").iterdir()] == ["drill.log"]
+    (tmp_path / "tiny-drill/drill.log").rename(tmp_path / "tiny-drill/other")
+    with pytest.raises(InputError, match="found another: give the recipe another name"):
+        _clear(folder)
 
 
 def test_a_run_is_watched(tmp_path: Path) -> None:

@@ -98,13 +98,15 @@ def test_a_trial_that_failed_is_not_the_best(tmp_path: Path) -> None:
 
 
 def _holds(folder: str, taken: Any, end: Any) -> None:
+    lease.RENEWED = 0.2
     lease.Lease(RunFolder(folder))
     taken.set()
     end.wait()
     os._exit(9)
 
 
-def test_one_driver_at_a_time(tmp_path: Path) -> None:
+def test_one_driver_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lease, "RENEWED", 0.2)
     spawn = multiprocessing.get_context("spawn")
     taken, end = spawn.Event(), spawn.Event()
     other = spawn.Process(target=_holds, args=(str(tmp_path), taken, end))

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +11,15 @@ import psutil
 import pytest
 import torch
 import yaml
-from conftest import RAY, ROOT, running_head
+from conftest import RAY, ROOT
 
 from sevenfold.engine import checkpoint as ckpt
 
 
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+@pytest.fixture
+def head(shared_head: dict[str, str]) -> dict[str, str]:
     """The environment of a shell beside a running head."""
-    home = tmp_path_factory.mktemp("head")
-    with running_head(home, RAY_AUTH_MODE="disabled", RAY_JOB_STOP_WAIT_TIME_S="60") as env:  # as cluster.yaml has it
-        yield env
+    return shared_head
 
 
 @pytest.fixture
@@ -99,16 +96,19 @@ def shell(head: dict[str, str], checkout: Path) -> Shell:
 def test_submit(shell: Shell, checkout: Path) -> None:
     mark = checkout / "platform/sevenfold/__init__.py"
     mark.write_text(mark.read_text().replace('__version__ = "', '__version__ = "9.9.'))
-    assert "tiny: step 8/8  loss" in shell.done("python", "jobs/pretrain.py", "jobs/recipes/tiny.yaml")  # its log is streamed
-    run = shell.runs / "tiny"
+    words = (
+        "python",
+        "jobs/pretrain.py",
+        "jobs/recipes/tiny.yaml",
+        "name=submitted",
+        "cluster.num_workers=1",
+        "data.executor=inline",
+    )
+    assert "submitted: step 8/8  loss" in shell.done(*words)  # its log is streamed
+    run = shell.runs / "submitted"
     newest = ckpt.latest(str(run / "checkpoints"))
     assert newest is not None and newest.extra["versions"]["sevenfold"].startswith("9.9.")  # workers had the checkout's library
     assert json.loads((run / "summary.json").read_text())["sevenfold"].startswith("9.9.")
-
-    # a relative path means the same for the job and for its workers, which stand elsewhere
-    shell.done("python", "jobs/finetune.py", "jobs/recipes/sft.yaml")
-    assert (shell.runs / "sft/adapter/adapter_model.safetensors").exists()
-    assert "sft continues" in shell.done("python", "jobs/evaluate.py", "runs/sft")
 
     words = ("python", "jobs/pretrain.py", "jobs/recipes/tiny.yaml", "train.stepps=9")
     failed = shell.submit(*words, options=("--submission-id", "wrong"))
@@ -125,6 +125,10 @@ def test_every_other_job_goes_in_this_way(shell: Shell, head: dict[str, str]) ->
     shell.done("python", "jobs/pretrain.py", tiny, "name=base", "data.cache=cache", "checkpoint.every=4")
     assert "base, step 4: " in shell.done("python", "jobs/export.py", "runs/base", "--step", "4", "--out", "exported")
     assert (home / "exported/model.safetensors").exists()
+    # a relative path means the same for the job and for its workers, which stand elsewhere
+    shell.done("python", "jobs/finetune.py", sft, "model.path=runs/base", "search=null")
+    assert (shell.runs / "sft/adapter/adapter_model.safetensors").exists()
+    assert "sft continues" in shell.done("python", "jobs/evaluate.py", "runs/sft", "--workers", "1")
     assert "2 trials ended" in shell.done("python", "jobs/sweep.py", sft, "name=tuned", "model.path=runs/base")
     assert len(json.loads((shell.runs / "tuned-sweep/trials.json").read_text())) == 2
     drilled = shell.done("python", "jobs/drill.py", tiny, "name=base", "--faults", "worker", "--steps", "12")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import RECIPE, run_job
+from conftest import RECIPE, refused, run_job
 from test_objectives import BERT, T5
 from tiny_models import MODERN
 
@@ -140,26 +140,32 @@ def test_conversations_then_preferences(tmp_path: Path) -> None:
         assert measured["accuracy"] > 0.7 and measured["loss"] < 0.6 and measured["pairs"] > 10
 
 
-def test_bad_input_is_told_before_anything_is_written(tmp_path: Path) -> None:
-    def refused(objective: str, lines: list[dict[str, Any]], *words: str) -> str:
+def test_bad_input_is_told_before_anything_is_written(
+    tmp_path: Path, on_shared_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SEVENFOLD_HOME", str(tmp_path))
+    (tmp_path / "runs/sft").mkdir(parents=True)
+    (tmp_path / "runs/sft/notes.md").write_text("theirs")
+
+    def told(objective: str, lines: list[dict[str, Any]], *words: str) -> str:
         (tmp_path / "bad.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
-        said = run_job("finetune", f"{objective}.yaml", f"data.path={tmp_path / 'bad.jsonl'}", *words, home=tmp_path, code=2)
-        assert said.count("error: ") == 1 and not list(tmp_path.glob("runs/*"))
+        said = refused(capsys, "finetune", str(tmp_path / f"{objective}.yaml"), f"data.path={tmp_path / 'bad.jsonl'}", *words)
+        assert [p for p in tmp_path.glob("runs/**/*") if p.is_file()] == [tmp_path / "runs/sft/notes.md"]
         return said
 
     recipe(tmp_path, "classify", model={"config": BERT})
-    assert "found 1: only: name their column" in refused("classify", [{"text": "a", "label": "only"}] * 3)
-    assert "found en, de: say which is which" in refused("classify", [{"en": "a", "de": "b"}])
-    said = run_job("finetune", "classify.yaml", home=tmp_path, code=2)
-    assert "give data.path=FILE_OR_FOLDER" in said
+    assert "found 1: only: name their column" in told("classify", [{"text": "a", "label": "only"}] * 3)
+    assert "found en, de: say which is which" in told("classify", [{"en": "a", "de": "b"}])
+    assert "give data.path=FILE_OR_FOLDER" in refused(capsys, "finetune", str(tmp_path / "classify.yaml"))
     split = "data.sources=[{filters: [{column: label, one_of: [train]}]}]"
     two = [{"text": "a", "label": "one"}, {"text": "b", "label": "two"}]
-    assert "train data: " in (said := refused("classify", two, split)) and "no document passes the filters on label" in said
-    assert "0.1 of 2 documents holds out none: choose a greater part" in refused("classify", two)
+    said = told("classify", two, split)
+    assert "train data: " in said and "no document passes the filters on label" in said
+    assert "0.1 of 2 documents holds out none: choose a greater part" in told("classify", two)
     recipe(tmp_path, "sft")
     good = rows("sft")[:40]
     bad = {"messages": good[0]["messages"][:1]}
-    said = refused("sft", [bad, *good, bad], "tokenizer.chat_template=plain")
+    said = told("sft", [bad, *good, bad], "tokenizer.chat_template=plain")
     assert "bad.jsonl: line 1: a conversation without a reply: " in said and "; line 42: a conversation" in said
-    assert "the tokenizer has none: give one (tokenizer.chat_template=plain" in refused("sft", good)
-    assert "above the model's 16 positions" in refused("sft", good, "model.config.max_position_embeddings=16")
+    assert "the tokenizer has none: give one (tokenizer.chat_template=plain" in told("sft", good)
+    assert "above the model's 16 positions" in told("sft", good, "model.config.max_position_embeddings=16")
