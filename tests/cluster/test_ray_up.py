@@ -22,7 +22,8 @@ DATA, TRAIN = "m6i.8xlarge", "p4d.24xlarge"
 DOOR = ["env", "RAY_ADDRESS=http://127.0.0.1:8265", "RAY_AUTH_MODE=token"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.timeout(2000)
 def test_up_work_loss_idle_down() -> None:
     if why := rig.missing():
         pytest.skip(f"NO CLOUD OF FAKE MACHINES HERE, ray up IS NOT TESTED: {why}")

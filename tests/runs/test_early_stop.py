@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import RECIPE, ROOT, run_job, stdlib_texts
+from conftest import RECIPE, ROOT, once, run_job, stdlib_texts
 
 from sevenfold.engine import checkpoint as ckpt
 from sevenfold.runs.faults import Run
@@ -15,10 +15,13 @@ from sevenfold.runs.faults import Run
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def home(on_shared_ray: None) -> Path:
     """A folder with a recipe of little text, and the run `whole`."""
-    root = tmp_path_factory.mktemp("early")
+    return once("early", _write_home)
+
+
+def _write_home(root: Path) -> None:
     texts = [t[:1500] for t in stdlib_texts() if len(t) > 1500]
     for name, part in (("train", texts[:6]), ("held", texts[10:20])):
         (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
@@ -30,7 +33,6 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tree |= {"schedule": {"name": "constant"}, "optimizer": {"learning_rate": 2e-2}}
     (root / "r.yaml").write_text(yaml.safe_dump(tree))
     (root / "said").write_text(run_job("pretrain", "r.yaml", "name=whole", home=root))
-    return root
 
 
 def ended(run: Path) -> tuple[dict[int, float], dict[str, Any]]:

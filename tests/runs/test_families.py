@@ -15,6 +15,7 @@ KINDS = {"masked": BERT | {"initializer_range": 0.06}, "denoise": T5}
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_shared_ray")
 @pytest.mark.parametrize("objective", ["masked", "denoise"])
 def test_a_family(texts: Path, tmp_path: Path, objective: str) -> None:
     tree: dict[str, Any] = json.loads(json.dumps(RECIPE))

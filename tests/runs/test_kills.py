@@ -121,6 +121,7 @@ def test_kills_do_not_show(home: Path, seed: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_shared_ray")
 def test_the_token_cache_has_the_same_ledger(home: Path) -> None:
     words = ("pretrain.yaml", f"data.cache={home / 'cache'}", "cluster.num_workers=1")
     process = start_job("tokenize", *words, home=home)
@@ -159,6 +160,7 @@ def test_the_ledger_tells_and_replays(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_shared_ray")
 def test_a_checkpoint_of_another_recipe_is_refused(home: Path) -> None:
     other = parse(str(home / "pretrain.yaml"), ["name=other", "seed=4"])
     shutil.copytree(home / "runs/whole/checkpoints", home / "runs/other/checkpoints")

@@ -114,6 +114,7 @@ def test_sweep_and_evaluate(home: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_shared_ray")
 def test_perplexity_beside_its_baselines(home: Path) -> None:
     out = run_job("evaluate", "runs/whole", home=home)
     measured = json.loads((home / "runs/whole/metrics.json").read_text())
@@ -124,6 +125,7 @@ def test_perplexity_beside_its_baselines(home: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("on_shared_ray")
 def test_finetune_is_the_same_engine_and_starts_from_any_export(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -26,7 +26,14 @@ STEPS, EVERY = 20, 4
 
 
 @pytest.fixture
-def home(tree: dict[str, Any], tmp_path: Path) -> Path:
+def home(apart: Path, on_shared_ray: None) -> Path:
+    """The folder, for sweeps on the Ray of the test session."""
+    return apart
+
+
+@pytest.fixture
+def apart(tree: dict[str, Any], tmp_path: Path) -> Path:
+    """A folder with a recipe, for sweeps on a Ray of their own."""
     made: dict[str, Any] = json.loads(json.dumps(RECIPE))
     made["data"] |= tree["data"] | {"executor": "inline"}
     made["train"] |= {"micro_batch": 8, "steps": STEPS}
@@ -93,22 +100,22 @@ def test_stopped_by_hand_it_goes_on_when_asked_again(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_lost_node_takes_no_trial_with_it(home: Path) -> None:
+def test_a_lost_node_takes_no_trial_with_it(apart: Path) -> None:
     nodes = LocalNodes(1, dashboard=True)
     try:
         nodes.ready(2)
         changes = [f"{k}={v}" for k, v in nodes.worker.items()]
         changes += ["search.max_concurrent=2", "search.scheduler=none", "train.steps=100", "validation.every=10"]
         words = ["r.yaml", *changes]
-        run_job("sweep", *words, "name=whole", home=home)
-        process = start_job("sweep", *words, "name=lost", home=home)
+        run_job("sweep", *words, "name=whole", home=apart)
+        process = start_job("sweep", *words, "name=lost", home=apart)
         deadline = time.monotonic() + 200
         young: list[str] = []
         while not young and time.monotonic() < deadline and process.poll() is None:
-            young = [n for n, rows in reports(home, "lost").items() if rows[-1]["step"] < 50]
+            young = [n for n, rows in reports(apart, "lost").items() if rows[-1]["step"] < 50]
             time.sleep(0.2)
         trial = young[0]
-        where = json.loads((home / f"runs/lost-sweep/trials/{trial}/workers.json").read_text())[0]["node"]
+        where = json.loads((apart / f"runs/lost-sweep/trials/{trial}/workers.json").read_text())[0]["node"]
         nodes.end(where)
         while where in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
             time.sleep(0.2)
@@ -116,9 +123,9 @@ def test_a_lost_node_takes_no_trial_with_it(home: Path) -> None:
         out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         assert "none left a placement group or a process" in out
-        assert ranking(home, "lost") == ranking(home, "whole")
-        assert {t["step"] for t in told(home, "lost")} == {100}
-        assert json.loads((home / f"runs/lost-sweep/trials/{trial}/workers.json").read_text())[0]["node"] != where
+        assert ranking(apart, "lost") == ranking(apart, "whole")
+        assert {t["step"] for t in told(apart, "lost")} == {100}
+        assert json.loads((apart / f"runs/lost-sweep/trials/{trial}/workers.json").read_text())[0]["node"] != where
     finally:
         nodes.close()
 
@@ -196,12 +203,12 @@ def test_a_budget_ends_it_with_what_it_has(home: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_sweeps_on_one_host_do_not_meet(home: Path) -> None:
+def test_two_sweeps_on_one_host_do_not_meet(apart: Path) -> None:
     """Each has a Ray of its own; stopped trials are freed by asking the right one (ray#54305)."""
-    both = [start_job("sweep", "r.yaml", f"name={name}", "search.max_concurrent=2", home=home) for name in ("one", "other")]
+    both = [start_job("sweep", "r.yaml", f"name={name}", "search.max_concurrent=2", home=apart) for name in ("one", "other")]
     for process in both:
         out, err = process.communicate(timeout=400)
         assert process.returncode == 0, err
         assert "4 trials ended; none left a placement group or a process" in out
-    assert ranking(home, "one")[0] == ranking(home, "other")[0]
-    assert any(t["step"] < STEPS for t in told(home, "one"))
+    assert ranking(apart, "one")[0] == ranking(apart, "other")[0]
+    assert any(t["step"] < STEPS for t in told(apart, "one"))

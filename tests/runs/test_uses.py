@@ -11,6 +11,7 @@ from conftest import RECIPE, refused, run_job
 from test_objectives import BERT, T5
 from tiny_models import MODERN
 
+pytestmark = pytest.mark.usefixtures("on_shared_ray")
 WORDS = [("dog", "Hund"), ("cat", "Katze"), ("house", "Haus"), ("tree", "Baum"), ("red", "rot"), ("big", "gross")]
 
 
@@ -39,7 +40,7 @@ def recipe(home: Path, objective: str, **more: Any) -> None:
 def trained(home: Path, objective: str, *words: str) -> tuple[Path, dict[str, Any], str]:
     said = run_job("finetune", f"{objective}.yaml", f"data.path={home / objective}.jsonl", *words, home=home)
     run = home / "runs" / objective
-    said += run_job("evaluate", f"runs/{objective}", home=home)
+    said += run_job("evaluate", f"runs/{objective}", "--workers", "1", home=home)
     return run, json.loads((run / "metrics.json").read_text()), said
 
 
@@ -135,13 +136,13 @@ def test_conversations_then_preferences(tmp_path: Path) -> None:
             "cluster.num_workers=2",
             home=tmp_path,
         )
-        said += run_job("evaluate", f"runs/{name}", home=tmp_path)
+        said += run_job("evaluate", f"runs/{name}", "--workers", "1", home=tmp_path)
         measured = json.loads((tmp_path / "runs" / name / "metrics.json").read_text())
         assert measured["accuracy"] > 0.7 and measured["loss"] < 0.6 and measured["pairs"] > 10
 
 
 def test_bad_input_is_told_before_anything_is_written(
-    tmp_path: Path, on_shared_ray: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("SEVENFOLD_HOME", str(tmp_path))
     (tmp_path / "runs/sft").mkdir(parents=True)
