@@ -63,8 +63,9 @@ def listening(process: psutil.Process) -> Iterator[tuple[str, bool]]:
                     yield f"{name} on {c.laddr.ip}", at.is_loopback
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("job", ["pretrain", "drill"])
+@pytest.mark.parametrize(
+    "job", [pytest.param("pretrain", marks=pytest.mark.slow), pytest.param("drill", marks=pytest.mark.nightly)]
+)
 def test_nothing_listens_beyond_loopback(job: str, tree: dict[str, Any], tmp_path: Path) -> None:
     tree |= {"cluster": {"num_workers": 2}}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(tree))
@@ -91,12 +92,12 @@ def test_no_secret_of_the_environment_is_written_anywhere(
     checkout.mkdir()
     for part in ("platform", "jobs"):
         shutil.copytree(ROOT / part, checkout / part)
-    tree |= {"cluster": {"num_workers": 2, "cpus_per_worker": 0.75}, "checkpoint": {"every": 4}}
+    tree |= {"cluster": {"cpus_per_worker": 0.75}, "checkpoint": {"every": 4}}
     (checkout / "jobs/recipes/tiny.yaml").write_text(yaml.safe_dump(tree))
     pairs = [{"path": str(texts / "pairs")}]
     sft = {
         "name": "sft", "objective": "sft", "model": {"path": "runs/tiny"}, "adapter": {"rank": 2},
-        "data": {"sources": pairs, "validation": pairs, "sequence_length": 64, "lanes": 2},
+        "data": {"sources": pairs, "validation": pairs, "sequence_length": 64, "lanes": 2, "executor": "inline"},
         "train": {"global_batch": 4, "micro_batch": 4, "steps": 2}, "validation": {"every": 1, "rows": 8},
         "search": {"trials": 2, "scheduler": "none", "space": {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}}},
         "cluster": {"cpus_per_worker": 0.75},

@@ -45,7 +45,7 @@ def test_data_tasks_stay_on_their_pool(tree: dict[str, Any], tmp_path: Path, mon
         cluster.shutdown()
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_widens_as_nodes_join(tree: dict[str, Any], tmp_path: Path) -> None:
     tree["data"] |= {"executor": "inline"}
     tree["train"] |= {"steps": 100}

@@ -29,12 +29,12 @@ def checkout(tree: dict[str, Any], texts: Path, tmp_path: Path) -> Path:
     made.mkdir()
     for part in ("platform", "jobs"):
         shutil.copytree(ROOT / part, made / part)
-    tree |= {"cluster": {"num_workers": 2, "cpus_per_worker": 0.75}}
+    tree |= {"cluster": {"cpus_per_worker": 0.75}}
     (made / "jobs/recipes/tiny.yaml").write_text(yaml.safe_dump(tree))
     pairs = [{"path": str(texts / "pairs")}]
     sft = {
         "name": "sft", "objective": "sft", "model": {"path": "runs/tiny"}, "adapter": {"rank": 2},
-        "data": {"sources": pairs, "validation": pairs, "sequence_length": 64, "lanes": 2},
+        "data": {"sources": pairs, "validation": pairs, "sequence_length": 64, "lanes": 2, "executor": "inline"},
         "train": {"global_batch": 4, "micro_batch": 4, "steps": 2}, "cluster": {"cpus_per_worker": 0.75},
         "validation": {"every": 1, "rows": 8},
         "search": {"trials": 2, "scheduler": "none", "space": {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}}},
@@ -101,7 +101,6 @@ def test_submit(shell: Shell, checkout: Path) -> None:
         "jobs/pretrain.py",
         "jobs/recipes/tiny.yaml",
         "name=submitted",
-        "cluster.num_workers=1",
         "data.executor=inline",
     )
     assert "submitted: step 8/8  loss" in shell.done(*words)  # its log is streamed
@@ -119,10 +118,11 @@ def test_submit(shell: Shell, checkout: Path) -> None:
 
 
 @pytest.mark.slow
-def test_every_other_job_goes_in_this_way(shell: Shell, head: dict[str, str]) -> None:
+def test_the_other_jobs_go_in_this_way(shell: Shell, head: dict[str, str]) -> None:
     tiny, sft, home = "jobs/recipes/tiny.yaml", "jobs/recipes/sft.yaml", shell.runs.parent
     assert "an epoch is about" in shell.done("python", "jobs/tokenize.py", tiny, "data.cache=cache")
-    shell.done("python", "jobs/pretrain.py", tiny, "name=base", "data.cache=cache", "checkpoint.every=4")
+    wide = ("cluster.num_workers=2", "checkpoint.every=4")
+    shell.done("python", "jobs/pretrain.py", tiny, "name=base", "data.cache=cache", *wide)
     assert "base, step 4: " in shell.done("python", "jobs/export.py", "runs/base", "--step", "4", "--out", "exported")
     assert (home / "exported/model.safetensors").exists()
     # a relative path means the same for the job and for its workers, which stand elsewhere
@@ -131,8 +131,6 @@ def test_every_other_job_goes_in_this_way(shell: Shell, head: dict[str, str]) ->
     assert "sft continues" in shell.done("python", "jobs/evaluate.py", "runs/sft", "--workers", "1")
     assert "2 trials ended" in shell.done("python", "jobs/sweep.py", sft, "name=tuned", "model.path=runs/base")
     assert len(json.loads((shell.runs / "tuned-sweep/trials.json").read_text())) == 2
-    drilled = shell.done("python", "jobs/drill.py", tiny, "name=base", "--faults", "worker", "--steps", "12")
-    assert "SIGKILL of a worker" in drilled and "to the bit" in drilled
 
     made = Path(head["RAY_TMPDIR"], "ray")  # what Ray made for the jobs: of their own code, and no environment
     assert list(made.glob("session_*/runtime_resources/py_modules_files/*/sevenfold"))
@@ -169,7 +167,7 @@ def test_a_stopped_job_saves_and_the_same_goes_on_from_there(shell: Shell, head:
 
     # the same again; asked to end before its first step, it has nothing to save and does not wait for one
     shell.submit("python", *words, "name=stopped", options=("--no-wait", "--submission-id", "second"))
-    shell.until("second", "training on 2 workers")
+    shell.until("second", "training on 1 workers")
     assert "Job 'second' was stopped" in shell.stop("second")
     log = shell.job("logs", "second").stdout
     assert "error: stopped; run the same command again" in log and "asked to end" not in log
@@ -179,6 +177,12 @@ def test_a_stopped_job_saves_and_the_same_goes_on_from_there(shell: Shell, head:
     assert f"going on from step {at} " in shell.done("python", *words, "name=stopped")
     shell.done("python", *words, "name=whole")
     assert losses(shell.runs / "stopped") == losses(shell.runs / "whole")
+
+
+@pytest.mark.nightly
+def test_a_drill_goes_in_this_way(shell: Shell) -> None:
+    drilled = shell.done("python", "jobs/drill.py", "jobs/recipes/tiny.yaml", "--faults", "worker", "--steps", "12")
+    assert "SIGKILL of a worker" in drilled and "to the bit" in drilled
 
 
 @pytest.mark.slow

@@ -128,17 +128,13 @@ def test_conversations_then_preferences(tmp_path: Path) -> None:
     for name, adapter in (("dpo", None), ("lora", {"rank": 4})):
         more = {"optimizer": {"learning_rate": 3e-3}, "model": {"path": str(run)}, "tokenizer": {}, "adapter": adapter}
         recipe(tmp_path, "dpo", **more)
-        said = run_job(
-            "finetune",
-            "dpo.yaml",
-            f"data.path={tmp_path / 'dpo'}.jsonl",
-            f"name={name}",
-            "cluster.num_workers=2",
-            home=tmp_path,
-        )
-        said += run_job("evaluate", f"runs/{name}", "--workers", "1", home=tmp_path)
-        measured = json.loads((tmp_path / "runs" / name / "metrics.json").read_text())
-        assert measured["accuracy"] > 0.7 and measured["loss"] < 0.6 and measured["pairs"] > 10
+        words = (f"data.path={tmp_path / 'dpo'}.jsonl", f"name={name}", "cluster.num_workers=2")
+        run_job("finetune", "dpo.yaml", *words, home=tmp_path)
+        metrics = json.loads((tmp_path / "runs" / name / "summary.json").read_text())["metrics"]
+        assert metrics["validation/accuracy"] > 0.7 and metrics["validation/loss"] < 0.6
+    run_job("evaluate", "runs/dpo", home=tmp_path)
+    measured = json.loads((tmp_path / "runs/dpo/metrics.json").read_text())
+    assert measured["accuracy"] > 0.7 and measured["loss"] < 0.6 and measured["pairs"] > 10
 
 
 def test_bad_input_is_told_before_anything_is_written(
