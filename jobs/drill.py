@@ -1,12 +1,16 @@
-"""Drills: ray job submit --working-dir . -- python jobs/drill.py RECIPE [key.path=value ...]"""
+"""Ray job: injects faults into a run and checks that its results stay identical.
+
+Usage: ray job submit --working-dir . -- python jobs/drill.py RECIPE [key.path=value ...]
+"""
 
 import sys
 from pathlib import Path
 
-# the checkout's library, whatever is installed; and not this folder, whose tokenize.py is not Python's
+# Import sevenfold from this checkout, even if another version is installed. This replaces the
+# folder jobs/ in sys.path, whose tokenize.py would hide the module of Python's standard library.
 sys.path[0] = str(Path(__file__).resolve().parents[1] / "platform")
 
-from sevenfold.cli import job  # noqa: E402
+from sevenfold.cli import job  # noqa: E402 (needs the path that is set above)
 
 if __name__ == "__main__":
     job("drill")

@@ -1,12 +1,16 @@
-"""A checkpoint as a Hugging Face directory: ray job submit ... -- python jobs/export.py RUN [--step N] [--out FOLDER]"""
+"""Ray job: exports a checkpoint as a Hugging Face directory.
+
+Usage: ray job submit --working-dir . -- python jobs/export.py RUN [--step N] [--out FOLDER]
+"""
 
 import sys
 from pathlib import Path
 
-# the checkout's library, whatever is installed; and not this folder, whose tokenize.py is not Python's
+# Import sevenfold from this checkout, even if another version is installed. This replaces the
+# folder jobs/ in sys.path, whose tokenize.py would hide the module of Python's standard library.
 sys.path[0] = str(Path(__file__).resolve().parents[1] / "platform")
 
-from sevenfold.cli import job  # noqa: E402
+from sevenfold.cli import job  # noqa: E402 (needs the path that is set above)
 
 if __name__ == "__main__":
     job("export")

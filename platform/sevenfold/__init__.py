@@ -1,3 +1,3 @@
-"""sevenfold: pretrain, fine-tune and search language models on a Ray cluster."""
+"""Pretrain, fine-tune, evaluate and tune language models on a Ray cluster."""
 
 __version__ = "0.1.0"

@@ -1,17 +1,59 @@
-"""The two ways a run ends badly. Anything else that surfaces is a bug and keeps its traceback."""
+"""The errors that are reported to the user as one line, each with its exit code.
+
+Any other exception that reaches the user is a bug and is shown with its traceback.
+"""
+
+from __future__ import annotations
 
 
 class InputError(Exception):
-    """What the person gave cannot be used: says what was expected, what was found, where, what to do."""
+    """The user's input is not valid.
+
+    The message says what was expected, what was found, where, and what to do.
+    """
 
     exit_code = 2
 
 
 class RunError(Exception):
-    """The input was fine and the run failed all the same: says why and what to do."""
+    """A run failed although its input is valid. The message says why, and what to do."""
 
     exit_code = 1
 
 
+class StoppedError(RunError):
+    """The run was asked to stop, and stopped. The same command resumes it."""
+
+    exit_code = 130  # 128 + SIGINT, as for any process that is stopped by Ctrl-C
+
+
 class DivergedError(RunError):
-    """The training itself went wrong: the same start would end the same way."""
+    """The training diverged. Restarting it from the same checkpoint would give the same result."""
+
+
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an exception's message that is not empty.
+
+    At most 300 characters; the name of the exception's type if there is no message.
+    """
+    # torch.distributed.checkpoint wraps the error of one rank in an error with all ranks' failures.
+    failure = next(iter(getattr(error, "failures", {}).values()), error)
+    error = failure[0] if isinstance(failure, tuple) else failure
+    lines = (line.strip() for line in str(error).splitlines())
+    return next((line for line in lines if line), type(error).__name__)[:300]
+
+
+def cause_of(error: object) -> str:
+    """Returns the line of a traceback that names the error; only the message of a sevenfold error.
+
+    At most 300 characters.
+
+    Args:
+        error: An exception, the text of a traceback, or None.
+    """
+    lines = [line.strip() for line in str(error or "").splitlines() if line.strip()]
+    line = next(
+        (line for line in reversed(lines) if "Error" in line),
+        lines[-1] if lines else "no reason was given",
+    )
+    return (line.partition("sevenfold.errors.")[2].partition(": ")[2] or line)[:300]

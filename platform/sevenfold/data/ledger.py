@@ -1,4 +1,7 @@
-"""The ledger: which rows of which windows each step read, in parquet beside the run; and what is told from it."""
+"""The ledger, parquet files in the run's folder that record which rows each step read.
+
+From the ledger and the data, the rows of past steps are reproduced.
+"""
 
 from __future__ import annotations
 
@@ -14,120 +17,179 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sevenfold import storage
-from sevenfold.data import shards
-from sevenfold.data.documents import document_hash, texts
-from sevenfold.data.rows import Rows, Window
-from sevenfold.data.stream import Draw, Stream
+from sevenfold.data.reader import ReadRange
+from sevenfold.data.rows import Chunk, Rows
+from sevenfold.data.sources import shards
+from sevenfold.data.sources.documents import document_hash, texts
+from sevenfold.data.stream import Stream
 from sevenfold.errors import InputError, RunError
 
 _PART = re.compile(r"^steps-(\d{9})-(\d{9})\.parquet$")
-_SCHEMA = pa.schema([(name, pa.int64()) for name in Draw._fields])
+# The column of each field of a ReadRange. Chunks were called windows when the first ledgers were
+# written.
+_COLUMNS = {name: "window" if name == "chunk" else name for name in ReadRange._fields}
+_SCHEMA = pa.schema([(column, pa.int64()) for column in _COLUMNS.values()])
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """The parts in a folder: each holds the steps from one checkpoint to the next, written before that is committed."""
+    """The ledger in a folder. Each of its files has the steps between two checkpoints.
+
+    A file is written before the checkpoint at its end is committed.
+    """
 
     folder: str
 
     def parts(self) -> list[tuple[int, int, str]]:
-        """(first step, last step, path), in order."""
-        found = ((_PART.match(name), name) for name in storage.listdir(self.folder))
-        return sorted((int(m[1]), int(m[2]), storage.join(self.folder, name)) for m, name in found if m)
+        """Returns (first step, last step, path) of each file, sorted."""
+        matches = ((_PART.match(name), name) for name in storage.listdir(self.folder))
+        return sorted(
+            (int(m[1]), int(m[2]), storage.join(self.folder, name)) for m, name in matches if m
+        )
 
-    def write(self, draws: Sequence[Draw]) -> None:
-        """Adds a part, in the place of those with the same or later steps, of saves that failed; draws of all lanes, with
-        steps counted from 1."""
+    def write(self, draws: Sequence[ReadRange]) -> None:
+        """Writes a file.
+
+        It replaces files with the same or later steps, which belong to saves that failed.
+
+        Args:
+            draws: What all lanes read since the last checkpoint, in any order.
+        """
         if not draws:
             return
         ordered = sorted(draws)
         self.cut(ordered[0].step - 1)
-        table = pa.table({n: [getattr(d, n) for d in ordered] for n in Draw._fields}, schema=_SCHEMA)
-        made = io.BytesIO()
-        pq.write_table(table, made, compression="zstd")
+        columns = {
+            column: [getattr(read, field) for read in ordered] for field, column in _COLUMNS.items()
+        }
+        buffer = io.BytesIO()
+        pq.write_table(pa.table(columns, schema=_SCHEMA), buffer, compression="zstd")
         name = f"steps-{ordered[0].step:09d}-{ordered[-1].step:09d}.parquet"
-        storage.write(storage.join(self.folder, name), made.getvalue())
+        storage.write(storage.join(self.folder, name), buffer.getvalue())
 
     def cut(self, after: int) -> None:
-        """Forgets the steps after one: a run that goes on from there makes them again."""
+        """Removes the files with steps after this one.
+
+        A run that resumes from this step runs the later ones again.
+        """
         for _, last, path in self.parts():
             if last > after:
                 storage.remove(path)
 
-    def read(self, first: int, last: int) -> list[Draw]:
-        """The draws of steps first .. last, by step and lane; those there are."""
-        out: list[Draw] = []
-        for begin, end, path in self.parts():
-            if begin <= last and end >= first:
-                with storage.open_read(path) as f:
-                    table = pq.read_table(f)
-                rows = zip(*(table[n].to_pylist() for n in Draw._fields), strict=True)
-                out += [d for d in map(Draw._make, rows) if first <= d.step <= last]
-        return sorted(out)
+    def read(self, first: int, last: int) -> list[ReadRange]:
+        """Returns what the steps `first` to `last` (inclusive) read, sorted by step and lane.
 
-    def step(self, step: int) -> list[Draw]:
-        """Raises InputError where the ledger does not know the step."""
-        found = self.read(step, step)
-        if not found:
+        Steps that the ledger does not have are missing.
+        """
+        reads: list[ReadRange] = []
+        for begin, end, path in self.parts():
+            if begin > last or end < first:
+                continue
+            with storage.open_read(path) as f:
+                table = pq.read_table(f)
+            rows = zip(*(table[column].to_pylist() for column in _COLUMNS.values()), strict=True)
+            reads += [read for read in map(ReadRange._make, rows) if first <= read.step <= last]
+        return sorted(reads)
+
+    def step(self, step: int) -> list[ReadRange]:
+        """Returns what a step read, sorted by lane.
+
+        Raises:
+            InputError: The ledger does not have the step.
+        """
+        reads = self.read(step, step)
+        if not reads:
             parts = self.parts()
-            known = f"steps {parts[0][0]} to {parts[-1][1]}" if parts else "no step: it is written with each checkpoint"
+            known = (
+                f"steps {parts[0][0]} to {parts[-1][1]}"
+                if parts
+                else "no steps (the ledger is written with each checkpoint)"
+            )
             raise InputError(f"{self.folder}: expected step {step}, found {known}")
-        return found
+        return reads
 
 
 class Replay:
-    """Makes the rows of past steps again. Keeps the windows of a few lanes."""
+    """Reproduces the rows of past steps.
+
+    Args:
+        stream: The stream of the run. The chunks that were used last are kept in memory.
+    """
 
     def __init__(self, stream: Stream):
         self.stream = stream
-        self._window = functools.lru_cache(maxsize=2)(stream.window)
+        self._chunk = functools.lru_cache(maxsize=2)(stream.chunk)
 
-    def rows(self, draws: Sequence[Draw]) -> Rows:
-        """The rows of a step, in the order in which ranks hold them.
+    def rows(self, draws: Sequence[ReadRange]) -> Rows:
+        """Returns the rows of a step, in the order of the ranks that read them.
 
         Raises:
-            RunError: they are not the rows that were trained on; names window and hashes.
+            RunError: They are not the rows that were trained on.
         """
         parts = []
-        for d in draws:
-            part = self._window(d.window).rows.part(d.row, d.row + d.rows)
-            if part.hash() != d.hash:
+        for read in draws:
+            part = self._chunk(read.chunk).rows.part(read.row, read.row + read.rows)
+            if part.hash() != read.hash:
                 raise RunError(
-                    f"step {d.step}, lane {d.lane}: window {d.window}, rows {d.row}-{d.row + d.rows - 1}: hash "
-                    f"{part.hash():016x} where the ledger has {d.hash:016x}: text, tokenizer or library are not the run's"
+                    f"step {read.step}, lane {read.lane}: expected rows {read.row} to "
+                    f"{read.row + read.rows - 1} of chunk {read.chunk} with the ledger's hash "
+                    f"{read.hash:016x}, found {part.hash():016x}: the data, the tokenizer or a "
+                    "library has changed since the run"
                 )
             parts.append(part)
         return Rows.concatenate(parts)
 
-    def documents(self, draws: Sequence[Draw]) -> list[dict[str, Any]]:
-        """What lies in the rows of a step: for each piece its row of the step and offset, tokens, the document's source,
-        shard, place, number and hash, and with which of its tokens it begins."""
-        out: list[dict[str, Any]] = []
-        before = 0
-        for d in draws:
-            window: Window = self._window(d.window)
-            pieces = window.pieces
+    def documents(self, draws: Sequence[ReadRange]) -> list[dict[str, Any]]:
+        """Returns the documents, or pieces of documents, in the rows of a step, in their order.
+
+        Returns:
+            For each piece: `row` of the step, `offset` in the row and number of `tokens`; `chunk`;
+            the `source`, the file (`shard`) and the `place` in it, the `document`'s index in its
+            row group and its `hash`; and the token of the document with which the piece starts
+            (`begins_at`).
+        """
+        documents: list[dict[str, Any]] = []
+        rows_before = 0
+        for read in draws:
+            chunk: Chunk = self._chunk(read.chunk)
+            pieces = chunk.pieces
             if pieces is not None:
-                here = np.flatnonzero((pieces.row >= d.row) & (pieces.row < d.row + d.rows))
-                for i in here[np.lexsort((pieces.offset[here], pieces.row[here]))].tolist():
-                    row, group = before + int(pieces.row[i]) - d.row, int(pieces.group[i])
-                    out.append(
-                        {"row": row, "offset": int(pieces.offset[i]), "tokens": int(pieces.length[i]), "window": d.window}
-                        | self._document(group, int(pieces.origin[i])) | {"begins_at": int(pieces.start[i])}
-                    )  # fmt: skip
-            before += d.rows
-        return out
+                stop = read.row + read.rows
+                inside = np.flatnonzero((pieces.row >= read.row) & (pieces.row < stop))
+                by_place = np.lexsort((pieces.offset[inside], pieces.row[inside]))
+                for i in inside[by_place].tolist():
+                    documents.append(
+                        {
+                            "row": rows_before + int(pieces.row[i]) - read.row,
+                            "offset": int(pieces.offset[i]),
+                            "tokens": int(pieces.length[i]),
+                            "chunk": read.chunk,
+                        }
+                        | self._document(int(pieces.group[i]), int(pieces.origin[i]))
+                        | {"begins_at": int(pieces.start[i])}
+                    )
+            rows_before += read.rows
+        return documents
 
     def _document(self, group: int, origin: int) -> dict[str, Any]:
-        manifest = self.stream.plan.manifest
-        about = manifest.group(group)
-        shard = manifest.shards[about.shard]
+        manifest = self.stream.order.manifest
+        row_group = manifest.group(group)
+        shard = manifest.shards[row_group.shard]
         return {
-            "source": manifest.sources[shard.source].name, "shard": shard.path, "place": shards.place(shard, about),
-            "document": origin, "hash": self._hashes(group)[origin],
-        }  # fmt: skip
+            "source": manifest.sources[shard.source].name,
+            "shard": shard.path,
+            "place": shards.describe_location(shard, row_group),
+            "document": origin,
+            "hash": self._hashes(group)[origin],
+        }
 
     @functools.lru_cache(maxsize=64)  # noqa: B019 (lives as long as the command)
     def _hashes(self, group: int) -> dict[int, str]:
-        found = self.stream.selection.read(self.stream.plan.manifest, group)
-        return {int(i): document_hash(parts) for i, parts in zip(found.origin, zip(*texts(found), strict=True), strict=True)}
+        """Returns the hash of each document of a row group, by its index."""
+        documents = self.stream.selection.read(self.stream.order.manifest, group)
+        return {
+            int(origin): document_hash(parts)
+            for origin, parts in zip(
+                documents.origin, zip(*texts(documents), strict=True), strict=True
+            )
+        }

@@ -1,4 +1,7 @@
-"""The manifest: every shard of every source, cut into row groups. A run keeps the one that it began with."""
+"""The manifest: the list of all shards of all sources, each split into row groups.
+
+It is computed when a run starts for the first time; the run uses it unchanged from then on.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
@@ -14,25 +17,42 @@ from typing import Any, Literal
 import numpy as np
 
 from sevenfold import storage
-from sevenfold.data import formats, shards
-from sevenfold.data.shards import RowGroup, Shard
+from sevenfold.data.sources import formats
+from sevenfold.data.sources.reading import column_names
+from sevenfold.data.sources.row_groups import split_shard
+from sevenfold.data.sources.shards import (
+    CHANGED_HINT,
+    RowGroup,
+    Shard,
+    describe,
+    file_suffixes,
+    fingerprint,
+)
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
 
 TARGET_BYTES = 2 * 2**20  # of text in a row group
-_LEAST_BYTES, _LEAST_EXAMPLES = 8 * 2**10, 2**10
-_AT_ONCE = 16  # shards looked at: their storage may be far
+# The smallest target, for text and for the rows of fine-tuning data.
+_MIN_BYTES, _MIN_EXAMPLE_BYTES = 8 * 2**10, 2**10
+_THREADS = 16  # shards are examined in parallel, because remote storage is slow to respond
+_ESTIMATED_TOKENS_PER_BYTE = 0.25  # before there is a tokenizer to measure it with
+
+# The columns of Manifest.table.
 _COLUMNS = tuple(f.name for f in fields(RowGroup))
+_SHARD, _DOCUMENTS, _BYTES = (_COLUMNS.index(c) for c in ("shard", "documents", "bytes"))
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Row groups lie in the order of their sources, shards and rows.
+    """The shards of some sources and their row groups, in the order of sources, shards and rows.
 
     Attributes:
+        sources: The sources.
+        shards: Their shards.
         table: int64 [row groups, 6], the fields of a RowGroup.
-        left_out: what was wrong with shards that were left out (on_bad_document: skip).
-        tokens_per_byte: of each source, measured on a sample; () before there is a tokenizer.
+        left_out: An error message for each shard that was left out (on_bad_document: skip).
+        tokens_per_byte: Tokens per byte of text of each source, measured on a sample; () as long
+            as there is no tokenizer.
     """
 
     sources: tuple[Source, ...]
@@ -45,32 +65,37 @@ class Manifest:
         return len(self.table)
 
     def group(self, index: int) -> RowGroup:
+        """Returns a row group."""
         return RowGroup(*self.table[index].tolist())
 
     @functools.cached_property
     def bytes(self) -> int:
-        return int(self.table[:, 5].sum())
+        """The total size of the text, uncompressed."""
+        return int(self.table[:, _BYTES].sum())
 
     @property
     def documents(self) -> int | None:
-        """None where a text file among the shards was not read to count them."""
-        counts = self.table[:, 4]
+        """The number of documents; None if it is unknown, because a text file was not read."""
+        counts = self.table[:, _DOCUMENTS]
         return int(counts.sum()) if counts.all() else None
 
     @functools.cached_property
     def spans(self) -> tuple[range, ...]:
-        """The row groups of each source."""
-        source = np.array([s.source for s in self.shards])[self.table[:, 0]]
-        ends = np.searchsorted(source, np.arange(len(self.sources) + 1))
-        return tuple(range(int(a), int(b)) for a, b in itertools.pairwise(ends))
+        """The indices of the row groups of each source."""
+        source = np.array([s.source for s in self.shards])[self.table[:, _SHARD]]
+        bounds = np.searchsorted(source, np.arange(len(self.sources) + 1))
+        return tuple(range(int(start), int(stop)) for start, stop in itertools.pairwise(bounds))
 
     def tokens(self, source: int) -> float:
-        """Tokens of a source, estimated."""
+        """Returns the estimated number of tokens of a source."""
         span = self.spans[source]
-        size = float(self.table[span.start : span.stop, 5].sum())
-        return size * (self.tokens_per_byte[source] if self.tokens_per_byte else 0.25)
+        size = float(self.table[span.start : span.stop, _BYTES].sum())
+        if not self.tokens_per_byte:
+            return size * _ESTIMATED_TOKENS_PER_BYTE
+        return size * self.tokens_per_byte[source]
 
     def to_json(self) -> dict[str, Any]:
+        """Returns the manifest as a tree that can be stored as JSON."""
         return {
             "sources": [s.model_dump(mode="json") for s in self.sources],
             "shards": [vars(s) for s in self.shards],
@@ -81,109 +106,163 @@ class Manifest:
 
     @staticmethod
     def from_json(tree: dict[str, Any]) -> Manifest:
+        """Returns the manifest that `to_json` converted."""
         table = np.array([tree["row_groups"][c] for c in _COLUMNS], np.int64).T
         return Manifest(
-            tuple(Source(**s) for s in tree["sources"]), tuple(Shard(**s) for s in tree["shards"]),
-            np.ascontiguousarray(table), tuple(tree["left_out"]), tuple(tree["tokens_per_byte"]),
-        )  # fmt: skip
+            tuple(Source(**s) for s in tree["sources"]),
+            tuple(Shard(**s) for s in tree["shards"]),
+            np.ascontiguousarray(table),
+            tuple(tree["left_out"]),
+            tuple(tree["tokens_per_byte"]),
+        )
 
     def hash(self) -> str:
-        """Of what is read: shards, row groups, sources."""
+        """Returns a hash of what is read: the sources, shards and row groups."""
         tree = self.to_json()
         del tree["left_out"], tree["tokens_per_byte"]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
     def measured(self, tokens_per_byte: Sequence[float]) -> Manifest:
+        """Returns the manifest with the tokens per byte of its sources filled in."""
         return replace(self, tokens_per_byte=tuple(tokens_per_byte))
 
     def check_unchanged(self) -> None:
-        """Raises InputError, naming the file, where a source is no longer what this manifest says."""
-        then = {s.path: s.fingerprint for s in self.shards}
-        now = {path for _, path in _listed(self.sources)}
+        """Checks that the sources still consist of the same files with the same content.
+
+        Raises:
+            InputError: A file is new, missing or has changed. Names the file.
+        """
+        recorded = {s.path: s.fingerprint for s in self.shards}
+        current = {path for _, path in _list_files(self.sources)}
         left_out = {message.partition(": ")[0] for message in self.left_out}
-        for path in sorted(then.keys() | (now - left_out)):
-            what = "is gone" if path not in now else "is new" if path not in then else None
-            if what:
-                raise InputError(f"{path}: {what} since this run began: {_MEND}")
-        with ThreadPoolExecutor(_AT_ONCE) as pool:
-            found = pool.map(shards.fingerprint, then)
-            for path, fingerprint in zip(then, found, strict=True):
-                if fingerprint != then[path]:
-                    raise InputError(f"{path}: has changed since this run began: {_MEND}")
-
-
-_MEND = "put it back as it was, or start a run of another name"
+        for path in sorted(recorded.keys() | (current - left_out)):
+            if path not in current:
+                raise InputError(f"{path}: is gone since this run began: {CHANGED_HINT}")
+            if path not in recorded:
+                raise InputError(f"{path}: is new since this run began: {CHANGED_HINT}")
+        with ThreadPoolExecutor(_THREADS) as pool:
+            current_fingerprints = pool.map(fingerprint, recorded)
+            for path, current_fingerprint in zip(recorded, current_fingerprints, strict=True):
+                if current_fingerprint != recorded[path]:
+                    raise InputError(f"{path}: has changed since this run began: {CHANGED_HINT}")
 
 
 def scan(
-    sources: Sequence[Source], objective: str, windows: int = 1, on_bad: Literal["error", "skip"] = "error",
+    sources: Sequence[Source],
+    objective: str,
+    chunks: int = 1,
+    on_bad: Literal["error", "skip"] = "error",
     most: int = TARGET_BYTES,
-) -> Manifest:  # fmt: skip
-    """Looks at every shard: footers of parquet, sizes of text, compressed files as a whole; no document is kept.
+) -> Manifest:
+    """Examines the files of all sources and splits them into row groups.
+
+    It reads the footers of parquet files, the sizes of text files, and compressed files as a whole;
+    no document is kept in memory.
 
     Args:
-        objective: what is learnt from them: decides which columns are read (data/formats.py).
-        windows: into how many an epoch should at least be cut: row groups of a small corpus are made small for it.
-        most: bytes of text that a row group should have at most.
+        sources: The sources.
+        objective: The training objective, which determines the columns to read
+            (`sevenfold.data.sources.formats`).
+        chunks: The minimum number of chunks per epoch. The row groups of a small corpus are made
+            small enough for it.
+        on_bad: What to do about a bad shard: raise an error, or leave it out.
+        most: The maximum size of a row group to aim for, bytes of text.
 
     Raises:
-        InputError: a path without shards, nothing in all shards; unless on_bad is skip, the first shard that is not what
-            its name says, lacks a column, is truncated, empty, a bomb, or the copy of another.
+        InputError: A source contains no files or no documents. If `on_bad` is "error", also: a
+            shard is not what its name says, lacks a column, is truncated, empty, a decompression
+            bomb, or a copy of another.
     """
-    listed = _listed(sources)
+    files = _list_files(sources)
     left_out: list[str] = []
-    found: list[Shard] = []
-    seen: dict[str, str] = {}
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for shard in pool.map(lambda item: shards.describe(item[1], item[0], sources[item[0]]), listed):
-            twin = seen.setdefault(shard.fingerprint, shard.path)
-            if twin is shard.path or shard.fingerprint.startswith("0-"):
-                found.append(shard)
-            else:
-                what = "is named twice" if twin == shard.path else f"is a copy of {twin}"
-                _refuse(f"{shard.path}: {what}: each document should be there once", on_bad, left_out)
-        sources = [_recognised(source, i, objective, found) for i, source in enumerate(sources)]
-        total = sum(int(s.fingerprint.partition("-")[0]) for s in found)
-        least = _LEAST_EXAMPLES if objective in formats.SHAPES else _LEAST_BYTES
-        target = max(least, min(most, TARGET_BYTES, 3 * total // max(1, 4 * windows)))
-
-        def cut(item: tuple[int, Shard]) -> list[RowGroup] | str:
-            number, shard = item
-            source = sources[shard.source]
-            columns = formats.read_columns(source)
-            others = sorted({f.column for f in source.filters} - set(columns))
-            try:
-                return shards.cut(number, shard, source, columns, others, target)
-            except InputError as e:
-                return str(e)
+    with ThreadPoolExecutor(_THREADS) as pool:
+        described = pool.map(lambda item: describe(item[1], item[0], sources[item[0]]), files)
+        shards = _without_copies(described, on_bad, left_out)
+        sources = [
+            _recognise_columns(source, i, objective, shards) for i, source in enumerate(sources)
+        ]
+        total = sum(shard.file_bytes for shard in shards)
+        minimum = _MIN_EXAMPLE_BYTES if objective in formats.SHAPES else _MIN_BYTES
+        # At most 3/4 of an equal share of each chunk, so that there are more row groups than chunks
+        target = max(minimum, min(most, TARGET_BYTES, 3 * total // max(1, 4 * chunks)))
 
         groups: list[RowGroup] = []
-        for result in pool.map(cut, enumerate(found)):
+        results = pool.map(
+            lambda item: _row_groups_or_error(item[0], item[1], sources, target), enumerate(shards)
+        )
+        for result in results:
             if isinstance(result, str):
-                _refuse(result, on_bad, left_out)
+                _reject(result, on_bad, left_out)
             else:
                 groups += result
-    names = [s.name for s in sources]
-    for i, name in enumerate(names):
-        if not any(found[g.shard].source == i for g in groups):
-            why = f" ({left_out[0]})" if left_out else ""
-            raise InputError(f"source {name!r}: expected documents in {sources[i].path}, found none{why}")
+    for i, source in enumerate(sources):
+        if not any(shards[g.shard].source == i for g in groups):
+            reason = f" ({left_out[0]})" if left_out else ""
+            raise InputError(
+                f"source {source.name!r}: expected documents in {source.path}, found none{reason}"
+            )
     table = np.array([list(vars(g).values()) for g in groups], np.int64).reshape(-1, len(_COLUMNS))
-    return Manifest(tuple(sources), tuple(found), table, tuple(left_out))
+    return Manifest(tuple(sources), tuple(shards), table, tuple(left_out))
 
 
-def _recognised(source: Source, number: int, objective: str, found: Sequence[Shard]) -> Source:
-    first = next((s for s in found if s.source == number), None)
+def _list_files(sources: Sequence[Source]) -> list[tuple[int, str]]:
+    """Returns (index of the source, path) of all files of the sources."""
+    return [
+        (i, path)
+        for i, source in enumerate(sources)
+        for path in storage.files(storage.locate(source.path), file_suffixes(source))
+    ]
+
+
+def _without_copies(
+    described: Iterable[Shard], on_bad: Literal["error", "skip"], left_out: list[str]
+) -> list[Shard]:
+    """Returns the shards without those whose content another shard has too; empty ones all stay."""
+    shards: list[Shard] = []
+    first_paths: dict[str, str] = {}  # by fingerprint
+    for shard in described:
+        if shard.fingerprint not in first_paths or shard.file_bytes == 0:
+            first_paths.setdefault(shard.fingerprint, shard.path)
+            shards.append(shard)
+            continue
+        first = first_paths[shard.fingerprint]
+        problem = "is listed twice" if first == shard.path else f"is a copy of {first}"
+        _reject(f"{shard.path}: {problem}: each file may be used only once", on_bad, left_out)
+    return shards
+
+
+def _recognise_columns(
+    source: Source, index: int, objective: str, shards: Sequence[Shard]
+) -> Source:
+    """Returns a source with its shape and columns filled in from its first shard."""
+    first = next((shard for shard in shards if shard.source == index), None)
     if first is None or objective not in formats.SHAPES:
         return source
-    return formats.recognise(source, objective, shards.columns(first), first.path, more=first.format == "jsonl")
+    more = first.format == "jsonl"  # the keys of its first line; other lines may have more
+    return formats.recognise(source, objective, column_names(first), first.path, more)
 
 
-def _listed(sources: Sequence[Source]) -> list[tuple[int, str]]:
-    return [(i, p) for i, s in enumerate(sources) for p in storage.files(storage.locate(s.path), shards.suffixes(s))]
+def _row_groups_or_error(
+    index: int, shard: Shard, sources: Sequence[Source], target_bytes: int
+) -> list[RowGroup] | str:
+    """Returns the row groups of a shard, or an error message if it cannot be read."""
+    source = sources[shard.source]
+    text_columns = formats.columns_to_read(source)
+    filter_columns = sorted({f.column for f in source.filters} - set(text_columns))
+    try:
+        return split_shard(index, shard, source, text_columns, filter_columns, target_bytes)
+    except InputError as e:
+        return str(e)
 
 
-def _refuse(message: str, on_bad: str, left_out: list[str]) -> None:
+def _reject(message: str, on_bad: Literal["error", "skip"], left_out: list[str]) -> None:
+    """Raises InputError about a shard, or leaves the shard out.
+
+    Args:
+        message: What is wrong with the shard; begins with its path.
+        on_bad: Whether to raise or to skip.
+        left_out: The messages about shards that are left out; this one is appended.
+    """
     if on_bad == "error":
-        raise InputError(f"{message}; or leave such shards out (data.on_bad_document=skip)")
+        raise InputError(f"{message}; or skip such files (data.on_bad_document=skip)")
     left_out.append(message)

@@ -1,9 +1,13 @@
-"""The order of the data: pure arithmetic of (manifest, mixture, seed). Nothing here knows how many workers there are.
+"""The order of the data: arithmetic on manifest, mixture and seed.
 
-Each source's row groups are permuted anew each epoch of that source; a fixed pattern of slots says whose turn it is, so
-that the sources' tokens keep the mixture's proportions everywhere. Slots are cut into windows, numbered without end.
-Lane l owns windows l, l + L, l + 2L, ...; a global batch takes the same number of rows of each lane, and ranks serve
-slices of lanes. Without weights all sources are one pool, shuffled together.
+The order does not depend on the number of workers.
+
+The row groups of each source are shuffled anew for each epoch of that source. A slot is a place in
+the order that holds one row group, and a fixed pattern says which source fills each slot, so that
+the tokens keep the mixture's proportions everywhere. Slots are cut into chunks, which are numbered
+through all epochs. With L lanes, lane l owns the chunks l, l + L, l + 2L and so on. A global batch
+takes the same number of rows from each lane, and each rank serves a contiguous range of lanes.
+Without weights, all sources form one pool, which is shuffled as a whole.
 """
 
 from __future__ import annotations
@@ -20,36 +24,61 @@ from sevenfold.data.manifest import Manifest
 from sevenfold.errors import InputError
 from sevenfold.recipe import Data
 
-MAX_GROUPS = 16  # row groups of a window
-WINDOWS_PER_LANE = 4  # an epoch, or a stage of the curriculum, gives each lane at least so many, where there is data enough
-WINDOW_TOKENS = 4_000_000  # at most, and in all lanes together
-LANES_TOKENS = 64_000_000  # ... so many: what a resumption makes again, and what waits in memory
-_UNIT = 2**32  # shares are whole parts of this: the order is the same on every machine
+MAX_GROUPS_PER_CHUNK = 16  # row groups per chunk
+# The minimum number of chunks that each lane gets in an epoch, or in a stage of the curriculum, if
+# there is enough data.
+CHUNKS_PER_LANE = 4
+MAX_CHUNK_TOKENS = 4_000_000
+# The maximum number of tokens in the current chunks of all lanes. These chunks are in memory, and
+# a run that resumes builds them again.
+MAX_LANES_TOKENS = 64_000_000
+# Shares are integers that sum to this, so that the order is the same on every machine.
+_UNIT = 2**32
 
 
 @dataclass(frozen=True)
 class _Segment:
-    """Slots from `first` on, dealt out by `shares` (parts of _UNIT); `before`: how often each pool's turn had come."""
+    """The slots from `first` on, up to the next segment, in which each pool has a constant share.
+
+    Attributes:
+        first: The first slot.
+        shares: The share of the slots of each pool, in parts of _UNIT.
+        before: The number of slots that each pool filled before `first`.
+    """
 
     first: int
     shares: tuple[int, ...]
     before: tuple[int, ...]
 
-    def draws(self, slot: int) -> list[int]:
-        """How often each pool's turn has come before this slot: each at its share, nowhere off by more than a turn or two."""
-        left, rest, out = slot - self.first, _UNIT, []
+    def slots_before(self, slot: int) -> list[int]:
+        """Returns the number of slots before this one that each pool fills.
+
+        Each number is within one or two of the pool's exact share.
+        """
+        remaining, remaining_shares = slot - self.first, _UNIT
+        counts = []
         for share in self.shares[:-1]:
-            took = min(left, (share * left + rest // 2) // rest) if rest else 0
-            out.append(took)
-            left, rest = left - took, rest - share
-        return [b + d for b, d in zip(self.before, [*out, left], strict=True)]
+            count = 0
+            if remaining_shares:
+                rounded = (share * remaining + remaining_shares // 2) // remaining_shares
+                count = min(remaining, rounded)
+            counts.append(count)
+            remaining, remaining_shares = remaining - count, remaining_shares - share
+        counts.append(remaining)
+        return [before + count for before, count in zip(self.before, counts, strict=True)]
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Attributes:
-    stages: (token at which it begins, weight of each source), rising; () mixes by size.
-    epochs: how often a row group is read at most; None is endless.
+class DataOrder:
+    """The order of the data of a run.
+
+    Attributes:
+        manifest: The files and their row groups.
+        seed: The seed of the permutations.
+        lanes: The number of lanes.
+        stages: The mixture: (token at which the stage begins, weight of each source), sorted.
+            Empty: sources are mixed in proportion to their sizes.
+        epochs: The maximum number of times that a row group is read. None: no limit.
     """
 
     manifest: Manifest
@@ -59,127 +88,201 @@ class Plan:
     epochs: int | None = None
 
     @staticmethod
-    def of(manifest: Manifest, data: Data, seed: int, lanes: int) -> Plan:
+    def of(manifest: Manifest, data: Data, seed: int, lanes: int) -> DataOrder:
+        """Returns the order that a recipe's `data` section describes."""
         stages: list[tuple[int, tuple[float, ...]]] = []
         if data.sources[0].weight is not None:
-            stages.append((0, tuple(float(s.weight or 0) for s in data.sources)))
-            stages += [(c.at_tokens, tuple(c.weights.get(s.name, 0.0) for s in data.sources)) for c in data.curriculum]
-        return Plan(manifest, seed, lanes, tuple(stages), data.epochs)
+            stages.append((0, tuple(float(source.weight or 0) for source in data.sources)))
+            stages += [
+                (stage.at_tokens, tuple(stage.weights.get(s.name, 0.0) for s in data.sources))
+                for stage in data.curriculum
+            ]
+        return DataOrder(manifest, seed, lanes, tuple(stages), data.epochs)
 
     @functools.cached_property
     def pools(self) -> tuple[range, ...]:
-        """Row groups that are shuffled together."""
+        """The row groups that are shuffled together: a range per source, or one of all sources."""
         return self.manifest.spans if self.stages else (range(len(self.manifest)),)
 
     @functools.cached_property
     def tokens(self) -> float:
-        """Of all sources, once; estimated."""
+        """The estimated number of tokens of all sources, each counted once."""
         return sum(self.manifest.tokens(s) for s in range(len(self.manifest.sources)))
 
     @functools.cached_property
-    def groups_per_window(self) -> int:
-        most = min(WINDOW_TOKENS, LANES_TOKENS // self.lanes)
+    def groups_per_chunk(self) -> int:
+        """The number of row groups in each chunk."""
+        max_tokens = min(MAX_CHUNK_TOKENS, MAX_LANES_TOKENS // self.lanes)
         for (begin, _), (end, _) in zip(self.stages, self.stages[1:], strict=False):
-            most = min(most, (end - begin) // (self.lanes * WINDOWS_PER_LANE))
-        fit = int(most / max(1.0, self.tokens / len(self.manifest)))
-        return max(1, min(MAX_GROUPS, len(self.manifest) // (self.lanes * WINDOWS_PER_LANE), fit))
+            max_tokens = min(max_tokens, (end - begin) // (self.lanes * CHUNKS_PER_LANE))
+        by_tokens = int(max_tokens / max(1.0, self.tokens / len(self.manifest)))
+        by_count = len(self.manifest) // (self.lanes * CHUNKS_PER_LANE)
+        return max(1, min(MAX_GROUPS_PER_CHUNK, by_count, by_tokens))
 
     @functools.cached_property
-    def windows_per_epoch(self) -> int:
-        return -(-len(self.manifest) // self.groups_per_window)
+    def chunks_per_epoch(self) -> int:
+        """The number of chunks that hold all row groups once, rounded up."""
+        return -(-len(self.manifest) // self.groups_per_chunk)
 
     @functools.cached_property
     def segments(self) -> tuple[_Segment, ...]:
-        """Raises InputError where a stage of the curriculum is shorter than a round of windows."""
+        """The stages of the mixture, in slots.
+
+        A stage consists of whole rounds of chunks. A round is one chunk for each lane.
+
+        Raises:
+            InputError: A stage of the curriculum is shorter than half a round of chunks.
+        """
         if not self.stages:
             return (_Segment(0, (_UNIT,), (0,)),)
-        size = [max(1.0, self.manifest.tokens(s) / len(span)) for s, span in enumerate(self.pools)]
-        out: list[_Segment] = []
+        group_tokens = [
+            max(1.0, self.manifest.tokens(s) / len(span)) for s, span in enumerate(self.pools)
+        ]
+        segments: list[_Segment] = []
         for i, (begin, weights) in enumerate(self.stages):
-            turns = [w / sum(weights) / n for w, n in zip(weights, size, strict=True)]
-            shares = [max(1, round(t / sum(turns) * _UNIT)) if t else 0 for t in turns]
-            shares[int(np.argmax(shares))] += _UNIT - sum(shares)
-            if not out:
-                out.append(_Segment(0, tuple(shares), (0,) * len(shares)))
+            shares = _shares(weights, group_tokens)
+            if not segments:
+                segments.append(_Segment(0, shares, (0,) * len(shares)))
                 continue
-            round_slots = self.groups_per_window * self.lanes
-            last = out[-1]
-            per_slot = sum(s / _UNIT * n for s, n in zip(last.shares, size, strict=True))
-            rounds = round((begin - self.stages[i - 1][0]) / (per_slot * round_slots))
+            round_slots = self.groups_per_chunk * self.lanes
+            last = segments[-1]
+            slot_tokens = sum(
+                share / _UNIT * tokens
+                for share, tokens in zip(last.shares, group_tokens, strict=True)
+            )
+            rounds = round((begin - self.stages[i - 1][0]) / (slot_tokens * round_slots))
             if not rounds:
                 raise InputError(
-                    f"data.curriculum: the stage before token {begin:,} is too short: a round of windows over "
-                    f"{self.lanes} lanes is {per_slot * round_slots:,.0f} tokens: fewer data.lanes make it shorter"
+                    f"data.curriculum: the stage before token {begin:,} is too short: expected at "
+                    f"least {slot_tokens * round_slots:,.0f} tokens, one chunk for each of "
+                    f"{self.lanes} lanes; make the stage longer, or set fewer data.lanes"
                 )
             first = last.first + rounds * round_slots
-            out.append(_Segment(first, tuple(shares), tuple(last.draws(first))))
-        return tuple(out)
+            segments.append(_Segment(first, shares, tuple(last.slots_before(first))))
+        return tuple(segments)
 
-    def draws(self, slot: int) -> list[int]:
-        """How often each pool's turn has come before this slot."""
-        return self.segments[bisect_right([s.first for s in self.segments], slot) - 1].draws(slot)
+    def slots_before(self, slot: int) -> list[int]:
+        """Returns the number of slots before this one that each pool fills.
+
+        It is also the number of row groups that were read from the pool, through all epochs.
+        """
+        firsts = [segment.first for segment in self.segments]
+        return self.segments[bisect_right(firsts, slot) - 1].slots_before(slot)
 
     @functools.cached_property
     def slots(self) -> int | None:
-        """How many there are before a row group would be read once too often; None where the data is endless."""
+        """The number of slots; None if there is no limit.
+
+        One more slot would read a row group more than `epochs` times.
+        """
         if self.epochs is None:
             return None
         limits = [self.epochs * len(pool) for pool in self.pools]
 
         def fits(slot: int) -> bool:
-            return all(d <= limit for d, limit in zip(self.draws(slot), limits, strict=True))
+            return all(
+                count <= limit for count, limit in zip(self.slots_before(slot), limits, strict=True)
+            )
 
-        low, high = 0, 1 + sum(limits)  # fits(low), not fits(high)
+        low, high = 0, 1 + sum(limits)  # fits(low), and not fits(high)
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         return low
 
     @property
-    def windows(self) -> int | None:
-        """How many there are; None where the data is endless."""
-        return None if self.slots is None else -(-self.slots // self.groups_per_window)
+    def chunks(self) -> int | None:
+        """The number of chunks. None: no limit."""
+        return None if self.slots is None else -(-self.slots // self.groups_per_chunk)
 
-    def window(self, index: int) -> list[int]:
-        """The row groups of a window, by their numbers in the manifest. index counts on through the epochs."""
-        begin, end = index * self.groups_per_window, (index + 1) * self.groups_per_window
+    def chunk(self, index: int) -> list[int]:
+        """Returns the row groups of a chunk, as indices in the manifest.
+
+        Args:
+            index: The index of the chunk. It continues through the epochs.
+        """
+        begin, end = index * self.groups_per_chunk, (index + 1) * self.groups_per_chunk
         if self.slots is not None:
             begin, end = min(begin, self.slots), min(end, self.slots)
-        out = []
-        for number, (pool, a, b) in enumerate(zip(self.pools, self.draws(begin), self.draws(end), strict=True)):
-            for draw in range(a, b):
-                epoch, at = divmod(draw, len(pool))
-                out.append(pool[int(shuffled(len(pool), self.seed, number, epoch)[at])])
-        return out
+        groups = []
+        ranges = zip(self.pools, self.slots_before(begin), self.slots_before(end), strict=True)
+        for pool_index, (pool, first, stop) in enumerate(ranges):
+            for count in range(first, stop):
+                epoch, position = divmod(count, len(pool))
+                permutation = shuffled(len(pool), self.seed, pool_index, epoch)
+                groups.append(pool[int(permutation[position])])
+        return groups
 
     def estimated_steps(self, tokens_per_step: int) -> int:
-        """Of a plan that ends; packing pads little."""
+        """Returns the estimated number of steps until the data ends. Needs `epochs`.
+
+        The little padding that packing adds is neglected.
+        """
         assert self.slots is not None
-        size = [self.manifest.tokens(s) / len(span) for s, span in enumerate(self.manifest.spans)]
-        mean = [self.tokens / len(self.manifest)] if not self.stages else size
-        return max(1, -(-int(sum(d * n for d, n in zip(self.draws(self.slots), mean, strict=True))) // tokens_per_step))
+        if self.stages:
+            group_tokens = [
+                self.manifest.tokens(s) / len(span) for s, span in enumerate(self.manifest.spans)
+            ]
+        else:
+            group_tokens = [self.tokens / len(self.manifest)]
+        counts = zip(self.slots_before(self.slots), group_tokens, strict=True)
+        total = int(sum(count * tokens for count, tokens in counts))
+        return max(1, -(-total // tokens_per_step))
+
+
+def _shares(weights: Sequence[float], group_tokens: Sequence[float]) -> tuple[int, ...]:
+    """Converts the sources' shares of tokens to shares of slots, in parts of _UNIT.
+
+    Args:
+        weights: The weight of each source.
+        group_tokens: The mean number of tokens in a row group of each source.
+    """
+    slots = [w / sum(weights) / tokens for w, tokens in zip(weights, group_tokens, strict=True)]
+    shares = [max(1, round(s / sum(slots) * _UNIT)) if s else 0 for s in slots]
+    shares[int(np.argmax(shares))] += _UNIT - sum(shares)  # what rounding left over
+    return tuple(shares)
 
 
 class LanePosition(NamedTuple):
-    """Where a lane stands: the next row to serve is `row` of the lane's window number `ordinal`."""
+    """The position in a lane.
+
+    Attributes:
+        ordinal: The index of the current chunk among the lane's chunks.
+        row: The next row to read in that chunk.
+    """
 
     ordinal: int = 0
     row: int = 0
 
 
 def lanes_of(rank: int, world_size: int, lanes: int) -> range:
-    """The lanes that a rank serves: slices as even as can be, in lane order. Needs lanes >= world_size."""
+    """Returns the lanes that a rank serves.
+
+    The numbers of lanes of any two ranks differ by at most one. Needs lanes >= world_size.
+    """
     return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
 
 
-def most_rows(global_batch: int, world_size: int, lanes: int) -> int:
-    """The most rows of a global batch that any rank serves: what decides the number of micro-batches of all."""
-    return max(len(lanes_of(r, world_size, lanes)) for r in range(world_size)) * (global_batch // lanes)
+def max_rows_per_rank(global_batch: int, world_size: int, lanes: int) -> int:
+    """Returns the maximum number of rows of a global batch on any rank.
+
+    It determines the number of micro-batches, which is the same on all ranks.
+    """
+    rows_per_lane = global_batch // lanes
+    return max(len(lanes_of(r, world_size, lanes)) for r in range(world_size)) * rows_per_lane
 
 
-def windows_of(positions: dict[int, LanePosition], lanes: int, end: int | None = None) -> Iterator[int]:
-    """The windows below `end` that these lanes need from these positions on, in the order in which they need them."""
-    ordinal = min(p.ordinal for p in positions.values())
+def chunks_of(
+    positions: dict[int, LanePosition], lanes: int, end: int | None = None
+) -> Iterator[int]:
+    """Yields the indices of the chunks that lanes read, in the order in which they need them.
+
+    Args:
+        positions: The position of each lane that is read.
+        lanes: The number of all lanes.
+        end: The number of chunks. None: no limit.
+    """
+    ordinal = min(position.ordinal for position in positions.values())
     while end is None or ordinal * lanes < end:
         for lane, position in sorted(positions.items()):
             index = ordinal * lanes + lane
@@ -189,7 +292,12 @@ def windows_of(positions: dict[int, LanePosition], lanes: int, end: int | None =
 
 
 def skipped(skip: Sequence[tuple[int, int]], data_step: int) -> bool:
-    """Whether a data step (from 0) lies in the recipe's ranges (from 1, inclusive)."""
+    """Returns whether a data step is skipped.
+
+    Args:
+        skip: The recipe's ranges (first, last), counted from 1, both inclusive.
+        data_step: The step, counted from 0.
+    """
     return any(first <= data_step + 1 <= last for first, last in skip)
 
 
@@ -203,12 +311,15 @@ def _shuffled(n: int, key: tuple[int, ...]) -> np.ndarray:
 
 
 def shuffled(n: int, *key: int) -> np.ndarray:
-    """A permutation of range(n) that depends on the key alone, on every machine and with every numpy."""
+    """Returns a permutation of range(n) that depends on the key alone.
+
+    It is the same on every machine and with every version of numpy.
+    """
     return _shuffled(n, key)
 
 
 def _mix(x: np.ndarray) -> np.ndarray:
-    """splitmix64 (Steele, Lea and Flood, OOPSLA 2014)."""
+    """Applies splitmix64 (Steele, Lea and Flood, OOPSLA 2014) to uint64 values."""
     with np.errstate(over="ignore"):
         x = x + np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

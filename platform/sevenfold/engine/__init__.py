@@ -1,0 +1,1 @@
+"""The training engine in plain PyTorch: loop, step, objectives, optimizers and generation."""

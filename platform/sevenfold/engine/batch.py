@@ -1,4 +1,4 @@
-"""Rows to tensors, cut into micro-batches: made at the last moment, on the device."""
+"""Converts packed rows to tensors and cuts them into micro-batches on the device."""
 
 from __future__ import annotations
 
@@ -15,8 +15,13 @@ __all__ = ["IGNORE", "Batch", "Decoder", "micro_batches", "to_batch"]
 
 @dataclass
 class Decoder:
-    """What the decoder of an encoder-decoder reads; int64 [rows, length]. `documents` numbers the documents of a row as
-    the encoder's side does; -1 where padded."""
+    """The input of the decoder of an encoder-decoder.
+
+    Attributes:
+        input_ids: int64 [rows, decoder length].
+        documents: The index of each token's document in its row, the same index as on the encoder's
+            side; -1 for padding. int64 [rows, decoder length].
+    """
 
     input_ids: torch.Tensor
     documents: torch.Tensor
@@ -24,16 +29,23 @@ class Decoder:
 
 @dataclass
 class Batch:
-    """A micro-batch; int64 [rows, sequence]. `labels` are what is to be predicted (the decoder's length where there is one),
-    IGNORE where nothing is asked for; `position_ids` begin anew at each document, which is what keeps packed documents apart.
-    `cu_seqlens`: int32 [documents + 1], where documents begin in the rows laid end to end, and the end of all (what varlen
-    kernels take). What only some objectives have:
+    """A micro-batch.
 
     Attributes:
-        decoder: of an encoder-decoder.
-        attention_mask: bool [rows, sequence], where rows are padded documents and not packed ones.
-        segments: int64 [rows, sequence], the number of the answer that a token belongs to, -1 where to none.
-        targets: what labels are elsewhere, where labels are those of pairs: int64 [rows, sequence].
+        input_ids: int64 [rows, sequence].
+        position_ids: int64 [rows, sequence]. They restart from 0 at each document, which is what
+            keeps packed documents apart.
+        labels: What is to be predicted; IGNORE where nothing is. int64 [rows, sequence], or
+            [rows, decoder length] for an encoder-decoder. Objectives with one label per document or
+            pair have int64 [documents] or [pairs].
+        cu_seqlens: Cumulative sequence lengths, as varlen kernels take them: where each document
+            starts in the concatenated rows, and the total length. int32 [documents + 1].
+        decoder: The decoder's input, for an encoder-decoder only.
+        attention_mask: bool [rows, sequence]; only if each row is one padded document.
+        segments: The index of the answer that each token belongs to, -1 if to none. int64
+            [rows, sequence]; for preference pairs only.
+        targets: The labels of tokens, where `labels` are those of preference pairs. int64
+            [rows, sequence].
     """
 
     input_ids: torch.Tensor
@@ -47,31 +59,57 @@ class Batch:
 
     @property
     def documents(self) -> torch.Tensor:
-        """The number of its document in the row, from 0: int64 [rows, sequence]."""
+        """The index of each token's document in its row, from 0: int64 [rows, sequence]."""
         return (self.position_ids == 0).cumsum(1) - 1
 
     def to(self, device: torch.device) -> Batch:
+        """Returns this batch on a device."""
+
         def moved(part: Batch | Decoder) -> dict[str, torch.Tensor]:
             tensors = {f.name: getattr(part, f.name) for f in fields(part) if f.name != "decoder"}
             return {k: t.to(device, non_blocking=True) for k, t in tensors.items() if t is not None}
 
-        return Batch(**moved(self), decoder=Decoder(**moved(self.decoder)) if self.decoder else None)
+        decoder = Decoder(**moved(self.decoder)) if self.decoder else None
+        return Batch(**moved(self), decoder=decoder)
 
 
 def to_batch(rows: Rows) -> Batch:
-    """To predict each next token of a document."""
-    ids, edges = torch.from_numpy(rows.tokens.astype(np.int64)), torch.from_numpy(rows.edges.astype(np.int32))
-    return Batch(ids, torch.from_numpy(positions(rows)), torch.from_numpy(labels(rows)), edges)
+    """Builds a batch for next-token prediction within each document."""
+    return Batch(
+        input_ids=torch.from_numpy(rows.tokens.astype(np.int64)),
+        position_ids=torch.from_numpy(positions(rows)),
+        labels=torch.from_numpy(labels(rows)),
+        cu_seqlens=torch.from_numpy(rows.edges.astype(np.int32)),
+    )
 
 
 def micro_batches(
     rows: Rows, micro_batch: int, count: int, collate: Callable[[Rows], Batch], device: torch.device
 ) -> list[Batch]:
-    """Cuts a rank's rows of a step into exactly `count` micro-batches; where rows are too few, rows without a
-    target fill up, since every rank must run as many forward passes."""
+    """Cuts a rank's rows of a step into exactly `count` micro-batches.
+
+    If there are too few rows, rows of padding without targets are added: every rank must run the
+    same number of forward passes.
+
+    Args:
+        rows: The rows of this rank.
+        micro_batch: The number of rows per micro-batch.
+        count: The number of micro-batches, the same on every rank.
+        collate: Builds the batch of some rows.
+        device: The device that the batches are moved to.
+
+    Raises:
+        ValueError: There are more rows than fit.
+    """
     missing = count * micro_batch - len(rows)
     if missing < 0:
-        raise ValueError(f"{len(rows)} rows do not fit into {count} micro-batches of {micro_batch}")
+        raise ValueError(
+            f"expected at most {count * micro_batch} rows ({count} micro-batches of {micro_batch}),"
+            f" found {len(rows)}"
+        )
     if missing:
-        rows = Rows.concatenate([rows, Rows.empty(missing, rows.tokens.shape[1], rows.tokens.dtype)])
-    return [collate(rows.part(i * micro_batch, (i + 1) * micro_batch)).to(device) for i in range(count)]
+        padding = Rows.empty(missing, rows.tokens.shape[1], rows.tokens.dtype)
+        rows = Rows.concatenate([rows, padding])
+    return [
+        collate(rows.part(i * micro_batch, (i + 1) * micro_batch)).to(device) for i in range(count)
+    ]

@@ -1,4 +1,4 @@
-"""What makes torch quick on a CPU without changing what it computes beyond rounding."""
+"""Settings that make torch faster on a CPU and change its results by no more than rounding."""
 
 from __future__ import annotations
 
@@ -9,36 +9,43 @@ from typing import Any
 
 import torch
 
-_ONEDNN: Any = torch.backends.mkldnn  # its types lack matmul
+_ONEDNN: Any = torch.backends.mkldnn  # Any: torch's type stubs do not declare `matmul`
 
 
 def prepare(threads: int) -> None:
-    """Sets this process up to compute with so many threads."""
+    """Sets this process up to compute with this number of threads."""
     torch.set_num_threads(threads)
-    torch.set_flush_denormal(True)  # fresh models are full of denormals, which some CPUs crawl through
-    if not _of_intel() and onednn_is_exact():
-        _ONEDNN.matmul.fp32_precision = "bf16"  # allows oneDNN, which here computes in float32 all the same
+    # newly initialized models are full of denormal numbers, which are very slow on some CPUs
+    torch.set_flush_denormal(True)
+    if not _is_intel() and onednn_is_exact():
+        # lets torch use oneDNN, which still computes in float32 on this CPU (checked just above)
+        _ONEDNN.matmul.fp32_precision = "bf16"
 
 
 def onednn_is_exact() -> bool:
-    """Whether oneDNN, allowed to round factors to bfloat16, does not: it only does so where the CPU has matrix units (AMX).
+    """Returns whether oneDNN computes in float32 even where it is allowed to round to bfloat16.
 
-    torch 2.13 multiplies float32 matrices by MKL, which takes its slow path on CPUs that are not Intel's, and has no other
-    way to ask for oneDNN's float32 kernels (2.2 times as fast on a Zen 5). By vendor and exactness alone: a run that goes on
-    must not compute otherwise because a machine was busy when a clock was read.
+    It rounds only on CPUs that have matrix units for bfloat16 (AMX).
+
+    torch 2.13 multiplies float32 matrices with MKL, which takes a slow path on CPUs that are not
+    Intel's. Allowing bfloat16 is the only way to make torch use oneDNN's float32 kernels, which are
+    2.2 times as fast on a Zen 5. The choice depends on vendor and exactness only, never on a
+    timing: a resumed run must compute the same even on a machine that is busy at its start.
     """
     if not _ONEDNN.is_available():
         return False
     before = _ONEDNN.matmul.fp32_precision
     _ONEDNN.matmul.fp32_precision = "bf16"
     try:
-        return all(_error(*shape) < 1e-5 for shape in ((64, 64, 64), (512, 192, 384), (256, 1024, 1024)))
+        return all(
+            _error(*shape) < 1e-5 for shape in ((64, 64, 64), (512, 192, 384), (256, 1024, 1024))
+        )
     finally:
         _ONEDNN.matmul.fp32_precision = before
 
 
 def _error(m: int, k: int, n: int) -> float:
-    """Of a product, relative to its size. bfloat16 gives 1e-3, float32 1e-7."""
+    """Returns the relative error of a matmul [m, k] x [k, n]: 1e-3 in bfloat16, 1e-7 in float32."""
     generator = torch.Generator().manual_seed(0)
     a, b = torch.randn(m, k, generator=generator), torch.randn(n, k, generator=generator)
     exact = a.double() @ b.double().T
@@ -46,7 +53,8 @@ def _error(m: int, k: int, n: int) -> float:
     return max(float((p - exact).norm() / exact.norm()) for p in products)
 
 
-def _of_intel() -> bool:
+def _is_intel() -> bool:
+    """Returns whether the CPU is Intel's; True if that is unknown, so that nothing is changed."""
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="ascii", errors="replace")
     except OSError:
@@ -54,11 +62,15 @@ def _of_intel() -> bool:
 
 
 def gemm_flops(tries: int) -> float:
-    """FLOP/s of the quickest of so many float32 products of 1024 x 1024 matrices by this process's threads."""
+    """Measures the peak FLOP/s of this process: its fastest float32 matmul of 1024 x 1024 matrices.
+
+    Args:
+        tries: The number of matmuls to time.
+    """
     n, best = 1024, math.inf
     a = torch.ones(n, n)
     for _ in range(tries):
-        begin = time.perf_counter()
+        start = time.perf_counter()
         a @ a
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best

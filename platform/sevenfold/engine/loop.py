@@ -1,4 +1,7 @@
-"""The training loop, plain PyTorch: a process group, a model, an iterator of rows, and hooks for what is seen."""
+"""The training loop in plain PyTorch.
+
+It needs a process group, a model, an iterator of rows, and hooks for logging, saving and reporting.
+"""
 
 from __future__ import annotations
 
@@ -14,162 +17,251 @@ import torch.distributed as dist
 
 from sevenfold.data.rows import Rows
 from sevenfold.engine.batch import micro_batches
-from sevenfold.engine.best import Best
+from sevenfold.engine.checkpoint.best import BestTracker
+from sevenfold.engine.checkpoint.interval import Interval, is_due
 from sevenfold.engine.guard import Guard
-from sevenfold.engine.interval import Interval, due
 from sevenfold.engine.meter import Meter
-from sevenfold.engine.notice import Notice
-from sevenfold.engine.objectives import Causal
+from sevenfold.engine.objectives import Objective
 from sevenfold.engine.optim import learning_rate, sparsity
-from sevenfold.engine.step import NoTargets, Step, train_step
-from sevenfold.errors import RunError
+from sevenfold.engine.signals import Signal
+from sevenfold.engine.step import NoTargetsError, StepResult, train_step
+from sevenfold.errors import StoppedError
 from sevenfold.recipe import Recipe
 
 
-class LeftError(RunError):
-    """The run was asked to end before its last step."""
-
-
-@dataclass
+@dataclass(kw_only=True)
 class Hooks:
-    """What happens around the steps; every rank calls each at the same steps. Metrics are those of all ranks.
+    """The callbacks of the training loop.
+
+    Every rank calls each hook at the same steps. Metrics are reduced over all ranks.
 
     Attributes:
-        noticed: what rank 0 has been told meanwhile.
-        settle: returns when the checkpoint under way is written.
-        tell: a sentence for whoever watches.
-        go_back: after this step, the last of so many that were left out; loads the last checkpoint, passes over their data
-            from then on, and returns the checkpoint's step. Raises RunError where there is none.
+        signal: Returns the request that rank 0 has received since the last step; NONE on the other
+            ranks.
+        roll_back: Called with a step and the number of steps skipped in a row up to it. Loads the
+            last checkpoint, skips the data of these steps from then on, and returns the
+            checkpoint's step. Raises RunError if there is no checkpoint.
+        log: Logs the metrics of a step.
+        say: Shows a message to the user.
+        save: Starts saving a checkpoint of a step.
+        wait_for_save: Waits until no checkpoint is being written.
+        validate: Validates after a step, logs the metrics and returns them.
+        report: Reports the metrics of a validation.
     """
 
+    signal: Callable[[], Signal]
+    roll_back: Callable[[int, int], int]
     log: Callable[[int, dict[str, float]], None]
-    validate: Callable[[int], dict[str, float]]
+    say: Callable[[str], None]
     save: Callable[[int], None]
-    noticed: Callable[[], Notice]
-    settle: Callable[[], Any]
+    wait_for_save: Callable[[], Any]
+    validate: Callable[[int], dict[str, float]]
     report: Callable[[int, dict[str, float]], None]
-    tell: Callable[[str], None]
-    go_back: Callable[[int, int], int]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Trainer:
-    """What takes a step: all that the loop needs of a rank.
+    """Everything that a rank needs for a training step.
 
     Attributes:
-        model: with the method token_losses, sharded over all ranks.
-        rows: of this rank, step after step.
-        rows_per_rank: the most rows that any rank gets in a step: decides the number of micro-batches of all.
+        recipe: The recipe of the run.
+        model: Sharded over all ranks; has the method `token_losses`.
+        optimizers: The optimizers of the model's parameters.
+        objective: Collates rows to batches.
+        rows: Yields this rank's rows of each step.
+        rows_per_rank: The largest number of rows that any rank gets in a step. It determines the
+            number of micro-batches on every rank.
+        device: The device of this rank.
+        meter: Measures the speed.
+        guard: Decides which steps are skipped and when to roll back.
+        interval: Decides when a checkpoint is due.
+        best: Tracks the best validation.
     """
 
     recipe: Recipe
     model: Any
     optimizers: Sequence[torch.optim.Optimizer]
-    objective: Causal
+    objective: Objective
     rows: Iterator[Rows]
     rows_per_rank: int
     device: torch.device
     meter: Meter
     guard: Guard
     interval: Interval
-    best: Best
+    best: BestTracker
 
-    def step(self, step: int, notice: Notice = Notice.NONE) -> Step | None:
-        """Step `step` (from 0). None where the rows of all ranks have ended. Raises NoTargets. notice: as train_step."""
+    def step(self, step: int, signal: Signal = Signal.NONE) -> StepResult | None:
+        """Runs one training step.
+
+        Args:
+            step: The step's number, from 0.
+            signal: The request that this rank has received; it reaches all ranks with the step.
+
+        Returns:
+            The result, or None if the rows of all ranks hold only padding: the data is exhausted.
+
+        Raises:
+            NoTargetsError: The rows hold text, but no target token.
+        """
         recipe = self.recipe
-        begin = time.perf_counter()
-        drawn = next(self.rows)
+        start = time.perf_counter()
+        rows = next(self.rows)
         collate = functools.partial(self.objective.collate, step=step)
         count = -(-self.rows_per_rank // recipe.train.micro_batch)
-        batches = micro_batches(drawn, recipe.train.micro_batch, count, collate, self.device)
-        waited = time.perf_counter() - begin
-        place = dist.get_rank() // recipe.parallel.tensor
-        # dropout is a function of (seed, step, rank): there is no generator state to save
-        torch.manual_seed(((recipe.seed << 31) + (step << 16) + place) % 2**63)
-        rate = learning_rate(step, recipe.steps, recipe.optimizer.learning_rate, recipe.schedule)
+        batches = micro_batches(rows, recipe.train.micro_batch, count, collate, self.device)
+        waited = time.perf_counter() - start
+        data_rank = dist.get_rank() // recipe.parallel.tensor
+        # dropout depends on (seed, step, rank) only, so that no generator state has to be saved
+        torch.manual_seed(((recipe.seed << 31) + (step << 16) + data_rank) % 2**63)
+        lr = learning_rate(step, recipe.steps, recipe.optimizer.learning_rate, recipe.schedule)
         try:
-            done = train_step(
-                self.model, batches, self.optimizers, rate, recipe.train.max_grad_norm, recipe.parallel.tensor,
-                self.guard.most_norm, notice,
-            )  # fmt: skip
-        except NoTargets:
-            if self._any_tokens(drawn):
+            result = train_step(
+                self.model,
+                batches,
+                self.optimizers,
+                lr,
+                recipe.train.max_grad_norm,
+                tensor=recipe.parallel.tensor,
+                skip_above_norm=self.guard.skip_above_norm,
+                signal=signal,
+            )
+        except NoTargetsError:
+            if self._any_tokens(rows):
                 raise
             return None
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - start
         self.meter.add(recipe.tokens_per_step, seconds, waited)
         self.interval.add(seconds)
-        return done
+        return result
 
     def _any_tokens(self, rows: Rows) -> bool:
+        """Returns whether any rank's rows hold a token."""
         total = torch.tensor(int(rows.used.sum()), device=self.device)
         dist.all_reduce(total)
         return bool(total)
 
 
-def fit(trainer: Trainer, hooks: Hooks, start: int = 0, unreported: Mapping[str, float] | None = None) -> int:
-    """Runs steps start .. recipe.steps - 1, or fewer where the rows of all ranks end before (rows of padding alone) or
-    validations get no better any more. Returns the steps done in all.
+def fit(
+    trainer: Trainer, hooks: Hooks, start: int = 0, unreported: Mapping[str, float] | None = None
+) -> int:
+    """Trains from step `start` to the recipe's last step.
+
+    It ends earlier if the data of all ranks is exhausted (their rows hold only padding), or if the
+    validation metric has not improved for as long as the recipe allows (early stopping).
 
     Args:
-        unreported: what was logged of step `start`, where its report may not have arrived: it is validated and reported again.
+        trainer: Runs the steps.
+        hooks: The callbacks around the steps.
+        start: The number of steps done before, by an earlier run.
+        unreported: The logged metrics of step `start`, if its report may have been lost. The step
+            is then validated and reported once more.
+
+    Returns:
+        The total number of steps done, those before `start` included.
 
     Raises:
-        LeftError: as Hooks.noticed had it.
-        RunError: as Guard.judge, Best.judge and Hooks.go_back.
+        StoppedError: The run was asked to stop.
+        RunError: See `Guard.record`, `BestTracker.update` and `Hooks.roll_back`.
     """
-    recipe, steps, step, best = trainer.recipe, trainer.recipe.steps, start, trainer.best
-    if step >= steps or best.over or best.missed(step) or unreported is not None:  # ended between a save and its report
-        _validate(step, trainer, hooks, loss=(unreported or {}).get("train/loss"))
+    recipe, best = trainer.recipe, trainer.best
+    interrupted = start >= recipe.steps or best.exhausted or best.missed_validation(start)
+    if interrupted or unreported is not None:  # the run died between a save and its report
+        _validate(trainer, hooks, start, loss=(unreported or {}).get("train/loss"))
     trainer.model.train()
-    while step < steps and not best.over:
-        done = trainer.step(step, hooks.noticed())
-        if done is None:
-            _validate(step, trainer, hooks, save=True)
+    step = start
+    while step < recipe.steps and not best.exhausted:
+        result = trainer.step(step, hooks.signal())
+        step += 1
+        if result is None:  # the data is exhausted: this step changed nothing and is not counted
+            step -= 1
+            _validate(trainer, hooks, step, save=True)
             break
-        at, last = step + 1, step + 1 == steps
-        back = trainer.guard.judge(at, done.applied, done.grad_norm)
-        if not done.applied:
-            hooks.tell(f"step {at} was left out: loss {done.loss:.4g}, gradient norm {done.grad_norm:.4g}")
-        if back:
-            step = hooks.go_back(at, trainer.guard.in_a_row)
+        must_roll_back = trainer.guard.record(step, result.applied, result.grad_norm)
+        if not result.applied:
+            hooks.say(
+                f"step {step} skipped: loss {result.loss:.4g}, gradient norm {result.grad_norm:.4g}"
+            )
+        if must_roll_back:
+            step = hooks.roll_back(step, trainer.guard.skipped_in_a_row)
             trainer.meter.reset()
             continue
-        if at % recipe.train.log_every == 0 or last or at == 1 or not done.applied:
-            rate = learning_rate(step, steps, recipe.optimizer.learning_rate, recipe.schedule)
-            scalars = {"loss": done.loss, "grad_norm": done.grad_norm, "learning_rate": rate, "targets": done.targets}
-            if recipe.optimizer.l1:
-                scalars["sparsity"] = sparsity(trainer.optimizers)
-            hooks.log(at, {f"train/{k}": v for k, v in (scalars | trainer.meter.read()).items()})
-        save = last or trainer.interval.due(at)
-        if done.noticed is Notice.LEAVE:
-            raise LeftError(f"left at step {at}")
-        if done.noticed:
-            why = "this run is to end" if done.noticed is Notice.END else "a machine of this run will be taken away"
-            hooks.tell(f"{why}: saving step {at} at once")
-            hooks.save(at)
-            hooks.settle()
-            if done.noticed is Notice.END:
-                raise LeftError(f"stopped after step {at}, which is saved; the same command goes on from there")
-            save = False
-        if last or due(at, recipe.validation.every):
-            _validate(at, trainer, hooks, save, done.loss if math.isfinite(done.loss) else float("inf"))
+        _log(trainer, hooks, step, result)
+        saved = _handle_signal(hooks, step, result.signal)
+        save = not saved and (step == recipe.steps or trainer.interval.due(step))
+        if step == recipe.steps or is_due(step, recipe.validation.every):
+            loss = result.loss if math.isfinite(result.loss) else float("inf")
+            _validate(trainer, hooks, step, save=save, loss=loss)
         elif save:
-            hooks.save(at)
-        step += 1
-    if best.mark is not None:
-        hooks.tell(best.why())
+            hooks.save(step)
+    if best.best is not None:
+        hooks.say(best.summary())
     return step
 
 
-def _validate(at: int, trainer: Trainer, hooks: Hooks, save: bool = False, loss: float | None = None) -> None:
-    """What happens after a step that is validated. save: also where it is not the best; loss: the step's."""
+def _log(trainer: Trainer, hooks: Hooks, step: int, result: StepResult) -> None:
+    """Logs a step every `log_every` steps, and always the first, the last and skipped steps."""
+    recipe = trainer.recipe
+    due = step % recipe.train.log_every == 0 or step in (1, recipe.steps) or not result.applied
+    if not due:
+        return
+    metrics = {
+        "loss": result.loss,
+        "grad_norm": result.grad_norm,
+        "learning_rate": learning_rate(
+            step - 1, recipe.steps, recipe.optimizer.learning_rate, recipe.schedule
+        ),
+        "targets": result.targets,
+    }
+    if recipe.optimizer.l1:
+        metrics["sparsity"] = sparsity(trainer.optimizers)
+    metrics |= trainer.meter.read()
+    hooks.log(step, {f"train/{name}": value for name, value in metrics.items()})
+
+
+def _handle_signal(hooks: Hooks, step: int, signal: Signal) -> bool:
+    """Saves or stops, as the signal requests.
+
+    Returns:
+        Whether the step was saved.
+
+    Raises:
+        StoppedError: The signal requests a stop.
+    """
+    if signal is Signal.NONE:
+        return False
+    if signal is Signal.ABANDON:
+        raise StoppedError(f"Stopped at step {step}.")
+    reason = "Stop requested" if signal is Signal.STOP else "A machine of this run will be lost"
+    hooks.say(f"{reason}: saving step {step}.")
+    hooks.save(step)
+    hooks.wait_for_save()
+    if signal is Signal.STOP:
+        raise StoppedError(
+            f"Stopped. Checkpoint saved at step {step}; run the same command to resume."
+        )
+    return True
+
+
+def _validate(
+    trainer: Trainer, hooks: Hooks, step: int, *, save: bool = False, loss: float | None = None
+) -> None:
+    """Validates and reports a step; saves it if `save` is set or the validation is the best so far.
+
+    Args:
+        trainer: Runs the steps.
+        hooks: The callbacks around the steps.
+        step: The number of steps done.
+        save: Saves the step even if it is not the best.
+        loss: The step's training loss, which is reported too.
+    """
     best = trainer.best
-    if save and not best.kept:
-        hooks.save(at)  # first: it goes on beside the validation, and what is reported can be found again
-    metrics = hooks.validate(at) | ({} if loss is None else {"train/loss": loss})
-    better = best.judge(at, metrics)
-    if better or (save and best.kept):
-        hooks.save(at)  # after it: the checkpoint tells which is the best
-    hooks.report(at, metrics)
+    if save and not best.enabled:
+        # saved first: the checkpoint is written during the validation, and exists once the step is
+        # reported
+        hooks.save(step)
+    metrics = hooks.validate(step) | ({} if loss is None else {"train/loss": loss})
+    improved = best.update(step, metrics)
+    if improved or (save and best.enabled):
+        hooks.save(step)  # saved after the validation: the checkpoint records which one is the best
+    hooks.report(step, metrics)
     trainer.meter.reset()

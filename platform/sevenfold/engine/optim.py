@@ -1,4 +1,7 @@
-"""Optimizers and learning-rate schedule. The schedule is a function of the step: there is no state to save."""
+"""Optimizers and the learning-rate schedule.
+
+The schedule is a function of the step, so that a checkpoint holds no state of it.
+"""
 
 from __future__ import annotations
 
@@ -16,79 +19,136 @@ from sevenfold import recipe as r
 
 
 def build(model: nn.Module, settings: r.Optimizer) -> list[torch.optim.Optimizer]:
-    """AdamW; or Muon for the matrices, and AdamW for all else. Weight decay and L1 on matrices that are no embeddings."""
+    """Builds the optimizers of a model's trainable parameters.
+
+    With `name: muon`, Muon updates the matrices and AdamW all other parameters, among them the
+    output layer and the embeddings. Otherwise AdamW updates everything. Weight decay and L1 apply
+    to matrices that are not embeddings.
+    """
     embeddings = {id(p) for p in embedding_parameters(model)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     matrices: list[nn.Parameter] = []
-    heads: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    head_matrices: list[nn.Parameter] = []  # the output layer, unless it is tied to an embedding
+    others: list[nn.Parameter] = []
     for p in model.parameters():
-        if p.requires_grad:
-            matrix = p.ndim >= 2 and id(p) not in embeddings
-            (heads if matrix and head is not None and p is head.weight else matrices if matrix else plain).append(p)
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2 or id(p) in embeddings:
+            others.append(p)
+        elif head is not None and p is head.weight:
+            head_matrices.append(p)
+        else:
+            matrices.append(p)
+
+    optimizers: list[torch.optim.Optimizer] = []
     muon = settings.name == "muon"
-    decayed = heads if muon else matrices + heads
+    decayed = head_matrices if muon else matrices + head_matrices
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay, "l1": settings.l1},
-        {"params": plain, "weight_decay": 0.0, "l1": 0.0},
+        {"params": others, "weight_decay": 0.0, "l1": 0.0},
     ]
-    out: list[torch.optim.Optimizer] = []
-    if groups := [g for g in groups if g["params"]]:
-        rest = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
-        out.append(torch.optim.AdamW(groups, **rest, fused=True))  # type: ignore[arg-type]
+    groups = [group for group in groups if group["params"]]
+    if groups:
+        options = {"lr": settings.learning_rate, "betas": settings.betas, "eps": settings.eps}
+        optimizers.append(torch.optim.AdamW(groups, **options, fused=True))  # type: ignore[arg-type]
     if muon and matrices:
-        out.append(Muon(matrices, settings.learning_rate, settings.weight_decay, settings.momentum, settings.l1))
-    for optimizer in out if settings.l1 else ():
-        optimizer.register_step_post_hook(_shrink)
-    return out
+        optimizers.append(
+            Muon(
+                matrices,
+                settings.learning_rate,
+                settings.weight_decay,
+                settings.momentum,
+                settings.l1,
+            )
+        )
+    if settings.l1:
+        for optimizer in optimizers:
+            optimizer.register_step_post_hook(_apply_l1)
+    return optimizers
 
 
 @torch.no_grad()
-def _shrink(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """The proximal step of L1, after the gradient's: p <- sign(p) max(|p| - rate * l1, 0) (ISTA: Beck and Teboulle, SIAM J.
-    Imaging Sciences 2(1), 2009, eq. 1.4). Decoupled, as the weight decay is: the gradient's scale does not show in it."""
+def _apply_l1(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Applies the proximal step of L1 after a gradient step: p <- sign(p) max(|p| - lr * l1, 0).
+
+    This is ISTA (Beck and Teboulle, SIAM J. Imaging Sciences 2(1), 2009, eq. 1.4). It is decoupled
+    from the gradient, as AdamW's weight decay is: the scale of the gradient has no influence on it.
+    """
     for group in optimizer.param_groups:
-        for p in group["params"] if group["l1"] else ():
-            shard = _shard(p)
+        if not group["l1"]:
+            continue
+        for p in group["params"]:
+            shard = _local_shard(p)
             shard.copy_(F.softshrink(shard, float(group["lr"]) * group["l1"]))
 
 
 @torch.no_grad()
 def sparsity(optimizers: Sequence[torch.optim.Optimizer]) -> float:
-    """The part of the parameters that L1 draws to 0 and that are exactly that, over all ranks, each of which calls it."""
-    found = [p for o in optimizers for group in o.param_groups if group["l1"] for p in group["params"]]
-    zeros = torch.stack([(_shard(p) == 0).sum() / _copies(p) for p in found]).double().sum()
+    """Returns the fraction of the L1-regularized parameters that are exactly zero.
+
+    It counts the shards of all ranks, so every rank has to call it.
+    """
+    parameters = [
+        p for o in optimizers for group in o.param_groups if group["l1"] for p in group["params"]
+    ]
+    counts = [(_local_shard(p) == 0).sum() / _replicas(p) for p in parameters]
+    zeros = torch.stack(counts).double().sum()
     dist.all_reduce(zeros)
-    return float(zeros) / sum(p.numel() for p in found)
+    return float(zeros) / sum(p.numel() for p in parameters)
 
 
-def _shard(p: torch.Tensor) -> torch.Tensor:
-    """This rank's part, which p shares its memory with."""
+def _local_shard(p: torch.Tensor) -> torch.Tensor:
+    """Returns this rank's shard of a parameter; it shares the parameter's memory."""
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def _copies(p: torch.Tensor) -> int:
-    """How many ranks hold the same part of it."""
-    world = dist.get_world_size()
+def _replicas(p: torch.Tensor) -> int:
+    """Returns the number of ranks that hold a copy of the same shard."""
+    world_size = dist.get_world_size()
     if not isinstance(p, DTensor):
-        return world
-    return world // math.prod(n for n, placed in zip(p.device_mesh.shape, p.placements, strict=True) if placed.is_shard())
+        return world_size
+    shards = math.prod(
+        size
+        for size, placement in zip(p.device_mesh.shape, p.placements, strict=True)
+        if placement.is_shard()
+    )
+    return world_size // shards
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal (Jordan 2024, arXiv 2502.16982): for matrices. Steps have AdamW's size, so that its
-    learning rates serve (0.2 * sqrt(max(rows, columns)), ibid., section 2.2).
+    """Muon, for matrices: momentum whose updates are made orthogonal (Jordan 2024).
 
-    torch's own (2.13) does this in bfloat16 and on whatever part of a matrix it holds in the end by DTensor's rules; here
-    each matrix is put together, made orthogonal by one rank, and handed out: the same on any number of ranks.
+    Updates are scaled by 0.2 * sqrt(max(rows, columns)), which gives them the size of AdamW's, so
+    that AdamW's learning rates can be used (arXiv 2502.16982, section 2.2).
+
+    torch.optim.Muon (torch 2.13) orthogonalizes in bfloat16, and on whichever part of a matrix
+    DTensor's sharding rules leave on a rank. Here each matrix is gathered, orthogonalized by one
+    rank and broadcast, so that the result is the same on any number of ranks.
+
+    Args:
+        params: The matrices to update.
+        lr: The learning rate.
+        weight_decay: Decoupled weight decay, as in AdamW.
+        momentum: The decay of the running mean of the gradients.
+        l1: The strength of L1, which `build` applies after each step.
     """
 
-    def __init__(self, params: list[nn.Parameter], lr: float, weight_decay: float, momentum: float, l1: float = 0.0):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "l1": l1})
+    def __init__(
+        self,
+        params: list[nn.Parameter],
+        lr: float,
+        weight_decay: float,
+        momentum: float,
+        l1: float = 0.0,
+    ):
+        super().__init__(
+            params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "l1": l1}
+        )
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        number = 0
+        """Updates the parameters; `closure` is ignored."""
+        index = 0
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -98,28 +158,33 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p.grad)
                 buffer = state["momentum_buffer"]
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = _orthogonal(p.grad.lerp(buffer, group["momentum"]), number)  # Nesterov's
+                nesterov = p.grad.lerp(buffer, group["momentum"])
+                update = _orthogonalized(nesterov, index)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
-                number += 1
+                index += 1
 
 
-def _orthogonal(matrix: torch.Tensor, number: int) -> torch.Tensor:
-    """Laid out as the argument is. One rank makes it: the ranks take turns by `number`."""
+def _orthogonalized(matrix: torch.Tensor, index: int) -> torch.Tensor:
+    """Orthogonalizes a matrix; the result is sharded as the matrix is.
+
+    One rank computes it and broadcasts it. The ranks take turns by `index`, the matrix's number.
+    """
     if not isinstance(matrix, DTensor):
         return newton_schulz(matrix)
     full, mesh = matrix.full_tensor(), matrix.device_mesh
-    owner = number % dist.get_world_size()
-    made = newton_schulz(full) if dist.get_rank() == owner else torch.empty_like(full)
-    dist.broadcast(made, owner)
-    whole = DTensor.from_local(made, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return whole.redistribute(placements=matrix.placements)
+    owner = index % dist.get_world_size()
+    result = newton_schulz(full) if dist.get_rank() == owner else torch.empty_like(full)
+    dist.broadcast(result, owner)
+    replicated = DTensor.from_local(result, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return replicated.redistribute(placements=matrix.placements)
 
 
 def newton_schulz(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """About the nearest orthogonal matrix: singular values within 0.7 to 1.2. Coefficients: Jordan's (as torch.optim.Muon).
+    """Approximates the nearest orthogonal matrix: singular values end up between 0.7 and 1.2.
 
-    bfloat16 on an accelerator, where it is what products are made for; float32 on a CPU.
+    Coefficients are Jordan's, as in torch.optim.Muon. It computes in bfloat16 on a GPU, which
+    multiplies matrices fastest in it, and in float32 on a CPU.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrix.flatten(1).to(torch.bfloat16 if matrix.is_cuda else torch.float32)
@@ -133,22 +198,29 @@ def newton_schulz(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
 
 
 def embedding_parameters(model: nn.Module) -> list[torch.Tensor]:
-    """The weights of look-up tables, which an output layer may share."""
+    """Returns the weights of embedding layers; a tied output layer shares one of them."""
     return [m.weight for m in model.modules() if isinstance(m, nn.Embedding)]
 
 
 def learning_rate(step: int, steps: int, peak: float, schedule: r.Schedule) -> float:
-    """The rate of step `step` (from 0) of `steps`. wsd: arXiv 2404.06395."""
+    """Returns the learning rate of a step.
+
+    Args:
+        step: The step's number, from 0.
+        steps: The number of steps of the run.
+        peak: The learning rate at the end of the warmup.
+        schedule: constant, cosine, linear or wsd (warmup-stable-decay, arXiv 2404.06395).
+    """
     if step < schedule.warmup_steps:
         return peak * (step + 1) / schedule.warmup_steps
-    done = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
+    progress = (step - schedule.warmup_steps) / max(1, steps - schedule.warmup_steps)
     if schedule.name == "constant":
         factor = 1.0
     elif schedule.name == "cosine":
-        factor = 0.5 * (1 + math.cos(math.pi * done))
+        factor = 0.5 * (1 + math.cos(math.pi * progress))
     elif schedule.name == "linear":
-        factor = 1 - done
-    else:
-        left = steps - step
-        factor = min(1.0, left / max(1.0, schedule.decay_fraction * steps))
+        factor = 1 - progress
+    else:  # wsd: constant, then linear over the last decay_fraction of the steps
+        remaining = steps - step
+        factor = min(1.0, remaining / max(1.0, schedule.decay_fraction * steps))
     return peak * (schedule.min_ratio + (1 - schedule.min_ratio) * factor)

@@ -1,4 +1,4 @@
-"""One training step, and the forward pass of a validation."""
+"""One training step, and the loss of batches for validation."""
 
 from __future__ import annotations
 
@@ -13,76 +13,149 @@ import torch.distributed as dist
 from torch import nn
 
 from sevenfold.engine.batch import IGNORE, Batch
-from sevenfold.engine.notice import Notice
+from sevenfold.engine.signals import Signal
 from sevenfold.errors import RunError
 
 
-class NoTargets(RunError):
-    """A step without a single target token, on any rank."""
+class NoTargetsError(RunError):
+    """Raised when the batches of a step hold no target token on any rank."""
 
 
 @dataclass
-class Step:
-    """Of all ranks together: loss in nats a target token, number of target tokens, norm of the gradient before
-    clipping; `applied` is False where loss or gradient were not finite and no weight was changed. `noticed`: the notice
-    that a rank was given."""
+class StepResult:
+    """The result of one training step; every value is that of all ranks together.
+
+    Attributes:
+        loss: The mean loss per target token, in nats.
+        targets: The number of target tokens.
+        grad_norm: The norm of the gradient before clipping.
+        applied: False if loss or gradient were not finite, or the gradient's norm was above the
+            limit. Then no weight was changed.
+        signal: The request that one of the ranks passed in, or Signal.NONE.
+    """
 
     loss: float
     targets: int
     grad_norm: float
     applied: bool
-    noticed: Notice
+    signal: Signal
 
 
 def train_step(
-    model: Any, batches: Sequence[Batch], optimizers: Sequence[torch.optim.Optimizer], learning_rate: float,
-    max_grad_norm: float, tensor: int = 1, most_norm: float = float("inf"),
-    notice: Notice = Notice.NONE,
-) -> Step:  # fmt: skip
-    """The loss is the mean over the target tokens of all micro-batches of all ranks: how they are dealt out does
-    not show in it. Raises NoTargets where there is no target token at all.
+    model: Any,
+    batches: Sequence[Batch],
+    optimizers: Sequence[torch.optim.Optimizer],
+    learning_rate: float,
+    max_grad_norm: float,
+    *,
+    tensor: int = 1,
+    skip_above_norm: float = float("inf"),
+    signal: Signal = Signal.NONE,
+) -> StepResult:
+    """Runs forward and backward over the micro-batches of all ranks, then updates the weights.
+
+    The loss is the mean over the target tokens of all micro-batches of all ranks. It therefore does
+    not depend on how the rows are distributed over ranks and micro-batches.
 
     Args:
-        model: with the method token_losses (objectives.attach), sharded over all ranks.
-        tensor: so many neighbouring ranks hold the same rows.
-        most_norm: a gradient above it counts as one that is not finite.
-        notice: of one rank, the others' being NONE; it travels with the count.
-    """
-    world = dist.get_world_size() // tensor
-    device = batches[0].labels.device
-    mine = torch.stack([torch.zeros((), device=device), *((b.labels != IGNORE).sum() for b in batches)]).sum()
-    both = torch.stack([mine, torch.full((), float(notice), device=device)])
-    dist.all_reduce(both)
-    count, notices = both[0] // tensor, both[1]
+        model: Sharded with FSDP over all ranks; has the method `token_losses` (see
+            objectives.attach_losses).
+        batches: This rank's micro-batches. Every rank passes the same number of them.
+        optimizers: The optimizers of all trainable parameters.
+        learning_rate: The learning rate of this step.
+        max_grad_norm: The gradient is scaled down to this norm.
+        tensor: The number of tensor-parallel ranks. That many neighboring ranks hold the same rows.
+        skip_above_norm: A gradient with a larger norm is treated as one that is not finite.
+        signal: The request that this rank has received. Only one rank may pass another value than
+            NONE; it reaches every rank along with the number of targets.
 
-    total = torch.zeros((), device=device)
+    Raises:
+        NoTargetsError: No rank has a target token.
+    """
+    data_parallel_size = dist.get_world_size() // tensor
+    targets, received_signal = _reduce_targets(batches, tensor, signal)
+    # FSDP averages gradients over the data-parallel ranks; times their number it is the sum
+    loss_sum = _forward_backward(model, batches, data_parallel_size / targets)
+    dist.all_reduce(loss_sum)
+    loss_sum /= tensor
+    grad_norm = clip_grad_norm(model.parameters(), max_grad_norm)
+
+    # one transfer for all four values: the only place where the host waits for the device
+    total_loss, target_count, norm, signal_value = torch.stack(
+        [value.double() for value in (loss_sum, targets, grad_norm, received_signal)]
+    ).tolist()
+    if not target_count:
+        raise NoTargetsError(
+            "expected at least one target token in a step, found none: "
+            "every document is empty or fully masked"
+        )
+    applied = math.isfinite(total_loss + norm) and norm <= skip_above_norm
+    _update_weights(optimizers, learning_rate, applied)
+    return StepResult(
+        loss=total_loss / target_count,
+        targets=int(target_count),
+        grad_norm=norm,
+        applied=applied,
+        signal=Signal(int(signal_value)),
+    )
+
+
+def _reduce_targets(
+    batches: Sequence[Batch], tensor: int, signal: Signal
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums the number of target tokens and the signal over all ranks, in one all-reduce.
+
+    Returns:
+        The number of distinct target tokens, and the signal's value; both float32 scalars.
+    """
+    device = batches[0].labels.device
+    # the leading zero makes the sum float32, which the signal can be stacked with
+    counts = [torch.zeros((), device=device), *((b.labels != IGNORE).sum() for b in batches)]
+    local_targets = torch.stack(counts).sum()
+    totals = torch.stack([local_targets, torch.full((), float(signal), device=device)])
+    dist.all_reduce(totals)
+    # each row was counted by all of its tensor-parallel ranks, the signal was sent by one rank
+    return totals[0] // tensor, totals[1]
+
+
+def _forward_backward(
+    model: Any, batches: Sequence[Batch], scale: float | torch.Tensor
+) -> torch.Tensor:
+    """Accumulates the gradient of `scale` times the summed loss of this rank's micro-batches.
+
+    Returns:
+        The sum of the losses, without the scale.
+    """
+    loss_sum = torch.zeros((), device=batches[0].labels.device)
     for i, batch in enumerate(batches):
+        # ranks exchange gradients once a step, in the backward pass of the last micro-batch
         model.set_requires_gradient_sync(i == len(batches) - 1)
         loss = model.token_losses(batch).sum()
-        (loss * (world / count)).backward()  # FSDP takes the mean over ranks: times world makes it the sum
-        total += loss.detach()
-    dist.all_reduce(total)
-    total /= tensor
+        (loss * scale).backward()
+        loss_sum += loss.detach()
+    return loss_sum
 
-    norm = clip_grad_norm(model.parameters(), max_grad_norm)
-    # the one place where the host waits for the device
-    summed, targets, length, noticed = torch.stack([t.double() for t in (total, count, norm, notices)]).tolist()
-    if not targets:
-        raise NoTargets("a step without a single target token: the documents are empty, or every one of them is masked")
-    applied = math.isfinite(summed + length) and length <= most_norm
+
+def _update_weights(
+    optimizers: Sequence[torch.optim.Optimizer], learning_rate: float, applied: bool
+) -> None:
+    """Steps the optimizers if the gradient is to be applied, and zeroes it in any case."""
     for optimizer in optimizers:
         if applied:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate
             optimizer.step()
         optimizer.zero_grad()
-    return Step(summed / targets, int(targets), length, applied, Notice(int(noticed)))
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], most: float) -> torch.Tensor:
-    """Scales the gradients so that the norm of all together is at most `most`; returns what it was.
+    """Scales the gradients down so that the norm of all of them together is at most `most`.
 
-    torch's clip_grad_norm_ takes one mesh alone: with tensor parallelism some parameters lie on two.
+    torch's clip_grad_norm_ accepts parameters of one device mesh only. With tensor parallelism some
+    parameters lie on a mesh of two dimensions and others on one of a single dimension.
+
+    Returns:
+        The norm before scaling.
     """
     by_mesh: dict[Any, list[torch.Tensor]] = defaultdict(list)
     for p in parameters:
@@ -90,7 +163,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], most: float) -> torch.Ten
             by_mesh[getattr(p.grad, "device_mesh", None)].append(p.grad)
     norms = [nn.utils.get_total_norm(grads) for grads in by_mesh.values()]
     norm = torch.stack([n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]).norm()
-    factor = (most / (norm + 1e-6)).clamp(max=1.0)  # as torch's
+    factor = (most / (norm + 1e-6)).clamp(max=1.0)  # the same epsilon as clip_grad_norm_
     for grads in by_mesh.values():
         torch._foreach_mul_([g.to_local() if hasattr(g, "to_local") else g for g in grads], factor)
     return norm
@@ -98,25 +171,36 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], most: float) -> torch.Ten
 
 @torch.no_grad()
 def evaluate(
-    model: Any, batches: Sequence[Batch], token_bytes: torch.Tensor, told: list[tuple[int, int]] | None = None
+    model: Any,
+    batches: Sequence[Batch],
+    token_bytes: torch.Tensor,
+    told: list[tuple[int, int]] | None = None,
 ) -> tuple[float, int, int]:
-    """(sum of -log p in nats, target tokens, bytes of text that these stand for) of all ranks together.
-
-    Every rank must bring as many batches.
+    """Computes the loss of the batches of all ranks, in evaluation mode.
 
     Args:
-        token_bytes: int64 [vocabulary].
-        told: of an objective that judges, (label, what the model took for it) of this rank's batches are put in.
+        model: Sharded with FSDP over all ranks; has the method `token_losses`. It is left in
+            training mode.
+        batches: This rank's batches. Every rank passes the same number of them.
+        token_bytes: The number of bytes of text that each token stands for: int64 [vocabulary].
+        told: If given, the (label, prediction) of each of this rank's targets is appended. Only for
+            an objective that makes predictions (`Objective.has_predictions`).
+
+    Returns:
+        The sum of -log p in nats, the number of target tokens, and the number of bytes of text that
+        these tokens stand for; each summed over all ranks.
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
     for batch in batches:
-        asked = batch.labels[batch.labels != IGNORE]
-        losses, taken = model.token_losses(batch, judged=True)
+        is_target = batch.labels != IGNORE
+        labels = batch.labels[is_target]
+        losses, predictions = model.token_losses(batch, with_predictions=True)
         nats = float(losses.sum())
         if told is not None:
-            told += zip(asked.tolist(), taken[batch.labels != IGNORE].tolist(), strict=True)
-        sums += torch.tensor([nats, len(asked), int(token_bytes[asked.cpu()].sum())], dtype=torch.float64)
+            told += zip(labels.tolist(), predictions[is_target].tolist(), strict=True)
+        text_bytes = int(token_bytes[labels.cpu()].sum())
+        sums += torch.tensor([nats, len(labels), text_bytes], dtype=torch.float64)
     sums = sums.to(batches[0].labels.device)
     dist.all_reduce(sums)
     model.train()

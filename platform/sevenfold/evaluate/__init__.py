@@ -1,0 +1,1 @@
+"""Evaluation of finished runs: metrics, baselines, significance tests and lm-eval tasks."""

@@ -1,4 +1,4 @@
-"""Whether one system is better than another, or only luckier."""
+"""Statistical significance of the difference between systems."""
 
 from __future__ import annotations
 
@@ -11,7 +11,18 @@ from sevenfold.evaluate.metrics import References, corpus_metrics
 
 
 class Compared(TypedDict):
-    """A system by a measure. p is None for the baseline; low to high is the 95% interval of the resampled scores."""
+    """A system's score by one metric, and whether it differs from the baseline system's.
+
+    Attributes:
+        system: The system's name.
+        measure: "BLEU" or "chrF".
+        score: The score on all sentences.
+        mean: The mean score of the resamples.
+        low: The lower end of the 95% interval of the resampled scores.
+        high: The upper end of that interval.
+        p: The p-value of the difference from the baseline; None for the baseline itself.
+        signature: sacrebleu's description of the metric and the test.
+    """
 
     system: str
     measure: str
@@ -24,36 +35,44 @@ class Compared(TypedDict):
 
 
 def paired_bootstrap(
-    references: References, systems: Mapping[str, Sequence[str]], seed: int = 12345, samples: int = 1000, tokenize: str = "13a"
+    references: References,
+    systems: Mapping[str, Sequence[str]],
+    seed: int = 12345,
+    samples: int = 1000,
+    tokenize: str = "13a",
 ) -> list[Compared]:
-    """BLEU and chrF2 of each system, and how likely chance alone sets it as far from the first one (Koehn, 2004).
+    """Compares the BLEU and chrF2 of systems with those of the first one (Koehn, 2004).
 
-    sacrebleu's own PairedTest. It gives a system compared with its equal the least p there is, since no resample differs
-    from the others; here a difference of zero has p = 1. Of a few sentences no p means much. The resamples are held at
-    once: some 70 kB a sentence.
+    This is sacrebleu's PairedTest, with one correction: for a system whose score equals the
+    baseline's, sacrebleu reports the least possible p, since all resamples are equal; here p is 1.
+    With few sentences no p-value means much. All resamples are in memory, about 70 kB per sentence.
 
     Args:
-        references: of each sentence its reference, or its several.
-        systems: names to predictions; the first one is the baseline.
-        seed: above 0.
+        references: The reference of each sentence, or its several references.
+        systems: Predictions by the system's name. The first system is the baseline.
+        seed: The seed of the resampling, 1 or more.
+        samples: The number of resamples.
+        tokenize: BLEU's tokenizer; see `metrics.bleu`.
+
+    Returns:
+        A row per metric and system.
 
     Raises:
-        ValueError: fewer than two systems, no sentences, lengths that differ, a seed below 1, an unknown tokenizer.
+        ValueError: There are fewer than two systems or no sentences, numbers of sentences differ,
+            the seed is below 1, or the tokenizer is unknown.
     """
     from sacrebleu.significance import PairedTest, Result
 
-    if len(systems) < 2:
-        raise ValueError(f"expected two systems or more, found {list(systems)}")
-    if not references:
-        raise ValueError("expected sentences to compare, found none")
-    for name, made in systems.items():
-        if len(made) != len(references):
-            raise ValueError(f"expected {len(references)} predictions of {name}, as there are references, found {len(made)}")
-    if seed < 1:
-        raise ValueError(f"expected a seed above 0 (sacrebleu takes 0 for none), found {seed}")
+    _check_input(references, systems, seed)
     metrics = corpus_metrics(references, tokenize)
-    with _seeded(seed):
-        test = PairedTest([(n, list(p)) for n, p in systems.items()], metrics, None, test_type="bs", n_samples=samples)
+    with _sacrebleu_seed(seed):
+        test = PairedTest(
+            [(name, list(predictions)) for name, predictions in systems.items()],
+            metrics,
+            None,
+            test_type="bs",
+            n_samples=samples,
+        )
         signatures, scores = test()
     rows: list[Compared] = []
     for measure, (key, signature) in zip(metrics, signatures.items(), strict=True):
@@ -62,21 +81,45 @@ def paired_bootstrap(
             assert r.mean is not None and r.ci is not None
             p = 1.0 if r.p_value is not None and r.score == results[0].score else r.p_value
             rows.append(
-                {"system": name, "measure": measure, "score": float(r.score), "mean": float(r.mean),
-                 "low": float(r.mean - r.ci), "high": float(r.mean + r.ci), "p": p, "signature": str(signature)}
-            )  # fmt: skip
+                {
+                    "system": name,
+                    "measure": measure,
+                    "score": float(r.score),
+                    "mean": float(r.mean),
+                    "low": float(r.mean - r.ci),
+                    "high": float(r.mean + r.ci),
+                    "p": p,
+                    "signature": str(signature),
+                }
+            )
     return rows
 
 
+def _check_input(references: References, systems: Mapping[str, Sequence[str]], seed: int) -> None:
+    """Raises ValueError if systems cannot be compared, or for a bad seed."""
+    if len(systems) < 2:
+        raise ValueError(f"expected two systems or more, found {list(systems)}")
+    if not references:
+        raise ValueError("expected sentences to compare, found none")
+    for name, predictions in systems.items():
+        if len(predictions) != len(references):
+            raise ValueError(
+                f"{name}: expected {len(references)} predictions, one per reference, "
+                f"found {len(predictions)}"
+            )
+    if seed < 1:
+        raise ValueError(f"expected a seed above 0 (sacrebleu treats 0 as no seed), found {seed}")
+
+
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """sacrebleu takes its seed from the environment alone."""
-    before = os.environ.get("SACREBLEU_SEED")
+def _sacrebleu_seed(seed: int) -> Iterator[None]:
+    """Sets sacrebleu's seed, which it reads from the environment only, within the block."""
+    previous = os.environ.get("SACREBLEU_SEED")
     os.environ["SACREBLEU_SEED"] = str(seed)
     try:
         yield
     finally:
-        if before is None:
+        if previous is None:
             del os.environ["SACREBLEU_SEED"]
         else:
-            os.environ["SACREBLEU_SEED"] = before
+            os.environ["SACREBLEU_SEED"] = previous

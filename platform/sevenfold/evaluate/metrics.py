@@ -1,4 +1,8 @@
-"""Measures, by the field's own libraries, and the baselines that a figure is read beside."""
+"""Metrics of generated text, classification, retrieval and language modelling.
+
+They are computed by the libraries that papers use (sacrebleu, rouge-score, scikit-learn) where
+there is one. The module also has two baselines for language models: a unigram model and xz.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +20,19 @@ import regex
 
 from sevenfold.evaluate.text import UNSPACED
 
-References = Sequence[str | Sequence[str]]  # of each prediction its reference, or its several
+# Per prediction, its reference or its several references.
+References = Sequence[str | Sequence[str]]
 ARTICLES = {"a", "an", "the"}
-_PARTS = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^{UNSPACED}\s]+")
-_SIGNS = regex.compile(rf"\p{{P}}|[{regex.escape(string.punctuation)}]")
+_WORDS = regex.compile(rf"[{UNSPACED}]\p{{M}}*|[^{UNSPACED}\s]+")
+_PUNCTUATION = regex.compile(rf"\p{{P}}|[{regex.escape(string.punctuation)}]")
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F1 of ROUGE-1, -2 and -L (rouge-score, with stemming), 0 to 1. Raises ValueError where lengths differ."""
+    """Returns the mean F1 of ROUGE-1, -2 and -L, 0 to 1 (rouge-score, with stemming).
+
+    Raises:
+        ValueError: The numbers of predictions and references differ.
+    """
     from rouge_score.rouge_scorer import RougeScorer
 
     kinds = ["rouge1", "rouge2", "rougeL"]
@@ -32,98 +41,141 @@ def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     return {k: float(np.mean([s[k].fmeasure for s in scores])) if scores else 0.0 for k in kinds}
 
 
-def bleu(predictions: Sequence[str], references: References, tokenize: str = "13a") -> dict[str, float | str]:
-    """BLEU and chrF2 of the whole corpus, 0 to 100, by sacrebleu (arXiv 1804.08771), with what it calls them in full.
+def bleu(
+    predictions: Sequence[str], references: References, tokenize: str = "13a"
+) -> dict[str, float | str]:
+    """Returns corpus BLEU and chrF2, 0 to 100, with sacrebleu's signatures (arXiv 1804.08771).
 
     Args:
-        tokenize: sacrebleu's name of BLEU's tokenizer: 13a; zh, ja-mecab, ko-mecab or char where words have no spaces.
+        predictions: The generated texts.
+        references: The reference of each prediction, or its several references.
+        tokenize: sacrebleu's name of BLEU's tokenizer: 13a; zh, ja-mecab, ko-mecab or char for
+            languages without spaces between words.
 
     Raises:
-        ValueError: lengths differ, or sacrebleu has no such tokenizer.
+        ValueError: The numbers of predictions and references differ, or sacrebleu has no such
+            tokenizer.
     """
     if len(predictions) != len(references):
-        raise ValueError(f"expected as many references as predictions, found {len(references)} and {len(predictions)}")
-    found: dict[str, float | str] = {}
+        raise ValueError(
+            f"expected as many references as predictions, "
+            f"found {len(references)} and {len(predictions)}"
+        )
+    scores: dict[str, float | str] = {}
     for name, metric in corpus_metrics(references or [""], tokenize).items():
-        # sacrebleu knows no empty corpus: an empty line stands for it
-        found[name.lower()] = float(metric.corpus_score(list(predictions) or [""], None).score)
-        found[f"{name.lower()}_signature"] = str(metric.get_signature())
-    return found
+        # sacrebleu fails on an empty corpus: it is scored as one empty line.
+        scores[name.lower()] = float(metric.corpus_score(list(predictions) or [""], None).score)
+        scores[f"{name.lower()}_signature"] = str(metric.get_signature())
+    return scores
 
 
 def corpus_metrics(references: References, tokenize: str = "13a") -> dict[str, Any]:
-    """sacrebleu's BLEU and chrF, which hold the references. Raises ValueError where it has no such tokenizer."""
+    """Returns sacrebleu's BLEU and chrF objects for these references.
+
+    Raises:
+        ValueError: sacrebleu has no such tokenizer.
+    """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
     if tokenize not in BLEU.TOKENIZERS:
-        raise ValueError(f"expected a tokenizer of {', '.join(BLEU.TOKENIZERS)}, found {tokenize!r}")
-    columns = list(zip_longest(*map(several, references)))
+        raise ValueError(
+            f"expected a tokenizer of {', '.join(BLEU.TOKENIZERS)}, found {tokenize!r}"
+        )
+    # sacrebleu expects the first reference of every sentence, then the second of every one, ...
+    columns = list(zip_longest(*map(as_references, references)))
     return {"BLEU": BLEU(tokenize=tokenize, references=columns), "chrF": CHRF(references=columns)}
 
 
-def several(reference: str | Sequence[str]) -> Sequence[str]:
-    """A reference as the list that it may be."""
+def as_references(reference: str | Sequence[str]) -> Sequence[str]:
+    """Returns a single reference as a list of one, and several references as they are."""
     return [reference] if isinstance(reference, str) else reference
 
 
 def exact_match(predictions: Sequence[str], references: References) -> float:
-    """Share that is a reference but for case, punctuation, articles and white space, 0 to 1 (SQuAD, arXiv 1606.05250).
+    """Returns the share of predictions that equal a reference, 0 to 1 (SQuAD, arXiv 1606.05250).
 
-    Raises ValueError where lengths differ.
+    Case, punctuation, English articles and white space do not matter: see `answer_words`.
+
+    Raises:
+        ValueError: The numbers of predictions and references differ.
     """
     pairs = zip(predictions, references, strict=True)
-    return _mean([float(any(answer_words(p) == answer_words(r) for r in several(rs))) for p, rs in pairs])
+    return _mean(
+        [
+            float(any(answer_words(p) == answer_words(r) for r in as_references(rs)))
+            for p, rs in pairs
+        ]
+    )
 
 
 def token_f1(predictions: Sequence[str], references: References) -> float:
-    """Mean F1 of the words shared with the best reference, 0 to 1 (SQuAD, arXiv 1606.05250). ValueError as above."""
+    """Returns the mean F1 of the words shared with the best reference, 0 to 1 (SQuAD).
+
+    Raises:
+        ValueError: The numbers of predictions and references differ.
+    """
     pairs = zip(predictions, references, strict=True)
-    return _mean([max((_shared(answer_words(p), answer_words(r)) for r in several(rs)), default=0.0) for p, rs in pairs])
+    return _mean(
+        [
+            max((_f1(answer_words(p), answer_words(r)) for r in as_references(rs)), default=0.0)
+            for p, rs in pairs
+        ]
+    )
 
 
 def answer_words(text: str) -> list[str]:
-    """What SQuAD compares: lower case, without punctuation and English articles, split at white space.
+    """Returns the words that SQuAD compares: lower case, no punctuation, no English articles.
 
-    As in MLQA (arXiv 1910.07475), punctuation is that of any script, and scripts without spaces are split into characters.
+    As in MLQA (arXiv 1910.07475), the punctuation of all scripts is removed, and scripts without
+    spaces between words are split into characters.
     """
-    plain = _SIGNS.sub("", unicodedata.normalize("NFC", text).lower())
-    return [w for w in _PARTS.findall(plain) if w not in ARTICLES]
+    plain = _PUNCTUATION.sub("", unicodedata.normalize("NFC", text).lower())
+    return [w for w in _WORDS.findall(plain) if w not in ARTICLES]
 
 
-def _shared(predicted: list[str], reference: list[str]) -> float:
+def _f1(predicted: list[str], reference: list[str]) -> float:
+    """Returns the F1 of the shared words; as in SQuAD 2, an empty answer matches only another."""
     if not predicted or not reference:
         return float(predicted == reference)
-    both = sum((Counter(predicted) & Counter(reference)).values())
-    return 2 * both / (len(predicted) + len(reference))
+    shared = sum((Counter(predicted) & Counter(reference)).values())
+    return 2 * shared / (len(predicted) + len(reference))
 
 
 def _mean(values: Sequence[float]) -> float:
     return float(np.mean(values)) if len(values) else 0.0
 
 
-def classification(predicted: Sequence[str], true: Sequence[str], classes: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, F1 over all classes (micro), mean F1 of the classes (macro) and each class's own, 0 to 1, by scikit-learn.
+def classification(
+    predicted: Sequence[str], true: Sequence[str], classes: Sequence[str]
+) -> dict[str, Any]:
+    """Returns accuracy, micro and macro F1, and each class's precision, recall and F1, 0 to 1.
 
-    A prediction that is no class counts as a miss of the true one; a class that nobody predicted has precision 0.
+    The F1s are scikit-learn's. A prediction that is not a class counts as a miss of the true class;
+    a class that was never predicted has precision 0.
 
     Raises:
-        ValueError: lengths differ, or a true label is no class.
+        ValueError: The numbers of labels differ, or a true label is not a class.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    if strange := set(true) - set(classes):
-        raise ValueError(f"expected true labels of {list(classes)}, found {sorted(strange)}")
+    if unknown := set(true) - set(classes):
+        raise ValueError(f"expected true labels of {list(classes)}, found {sorted(unknown)}")
     hits = [float(p == t) for p, t in zip(predicted, true, strict=True)]
     if not hits:
-        zero = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
-        return {"accuracy": 0.0, "f1_micro": 0.0, "f1_macro": 0.0, "per_class": {c: dict(zero) for c in classes}}
-    both, common = (list(true), list(predicted)), {"labels": list(classes), "zero_division": 0}
-    columns = precision_recall_fscore_support(*both, **common)
+        zeros = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+        return {
+            "accuracy": 0.0,
+            "f1_micro": 0.0,
+            "f1_macro": 0.0,
+            "per_class": {c: dict(zeros) for c in classes},
+        }
+    labels, options = (list(true), list(predicted)), {"labels": list(classes), "zero_division": 0}
+    columns = precision_recall_fscore_support(*labels, **options)
     return {
         "accuracy": _mean(hits),
-        "f1_micro": float(precision_recall_fscore_support(*both, **common, average="micro")[2]),
-        "f1_macro": float(precision_recall_fscore_support(*both, **common, average="macro")[2]),
+        "f1_micro": float(precision_recall_fscore_support(*labels, **options, average="micro")[2]),
+        "f1_macro": float(precision_recall_fscore_support(*labels, **options, average="macro")[2]),
         "per_class": {
             c: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
             for c, p, r, f, n in zip(classes, *columns, strict=True)
@@ -131,78 +183,104 @@ def classification(predicted: Sequence[str], true: Sequence[str], classes: Seque
     }
 
 
-def retrieval(ranked: Sequence[Sequence[str]], relevant: Sequence[Collection[str]], k: int = 10) -> dict[str, float]:
-    """Means over the queries that have something relevant, as trec_eval and BEIR (arXiv 2104.08663) take them, 0 to 1.
+def retrieval(
+    ranked: Sequence[Sequence[str]], relevant: Sequence[Collection[str]], k: int = 10
+) -> dict[str, float]:
+    """Returns nDCG, MRR and recall at k, 0 to 1, as computed by trec_eval and BEIR.
 
-    nDCG: each relevant id at rank i is worth 1 / log2(i + 1), over the worth of the best order (Järvelin and Kekäläinen,
-    2002, with the discount of Burges et al., 2005). MRR: 1 / rank of the first relevant one, 0 if below k (Voorhees, 1999).
-    Recall: share of the relevant ids found. An id that is ranked twice counts at its first place.
+    They are means over the queries that have a relevant id (BEIR: arXiv 2104.08663). An id that is
+    ranked twice counts at its first rank.
+
+    nDCG: a relevant id at rank i gains 1 / log2(i + 1); the sum is divided by that of the best
+    order (Järvelin and Kekäläinen, 2002, with the discount of Burges et al., 2005).
+    MRR: 1 / rank of the first relevant id, 0 if that is below rank k (Voorhees, 1999).
+    Recall: the share of the relevant ids that are among the first k.
 
     Args:
-        ranked: of each query the ids found, best first.
-        relevant: of each query the ids to find.
+        ranked: The ids found for each query, best first.
+        relevant: The relevant ids of each query.
+        k: The number of ranks that count.
 
     Raises:
-        ValueError: lengths differ, or k is below 1.
+        ValueError: The numbers of queries differ, or k is below 1.
     """
     if k < 1:
         raise ValueError(f"expected k of 1 or more, found {k}")
-    worth = 1 / np.log2(np.arange(k) + 2)
-    rows = []
+    gains = 1 / np.log2(np.arange(k) + 2)
+    scores = []
     for found, wanted in zip(ranked, relevant, strict=True):
-        if not (asked := set(wanted)):
+        relevant_ids = set(wanted)
+        if not relevant_ids:
             continue
-        ranks = [i for i, x in enumerate(list(dict.fromkeys(found))[:k]) if x in asked]
-        best = worth[: len(asked)].sum()
-        rows.append((worth[ranks].sum() / best, 1 / (ranks[0] + 1) if ranks else 0.0, len(ranks) / len(asked)))
-    means = np.mean(rows, axis=0) if rows else np.zeros(3)
-    return {f"{name}@{k}": float(m) for name, m in zip(("ndcg", "mrr", "recall"), means, strict=True)}
+        top = list(dict.fromkeys(found))[:k]
+        ranks = [i for i, x in enumerate(top) if x in relevant_ids]  # from 0
+        best = gains[: len(relevant_ids)].sum()
+        ndcg = gains[ranks].sum() / best
+        reciprocal_rank = 1 / (ranks[0] + 1) if ranks else 0.0
+        recall = len(ranks) / len(relevant_ids)
+        scores.append((ndcg, reciprocal_rank, recall))
+    means = np.mean(scores, axis=0) if scores else np.zeros(3)
+    return {
+        f"{name}@{k}": float(m) for name, m in zip(("ndcg", "mrr", "recall"), means, strict=True)
+    }
 
 
 def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]]:
-    """Windows over a long text, each (begin, end, first token whose -log p counts), end past the last.
+    """Returns overlapping windows over a text that is longer than the model's context.
 
-    Each token but the first counts once, with at least `context - stride` tokens before it where there are as many
-    (huggingface.co/docs/transformers/perplexity). Since the token that opens a window is not predicted in it, the stride
-    has to be smaller than the context.
+    Every token but the first is scored in exactly one window, with at least `context - stride`
+    tokens before it where there are as many (huggingface.co/docs/transformers/perplexity).
+    The stride must be smaller than the context, since the first token of a window is not predicted
+    in it.
 
     Args:
-        length: tokens of the text.
-        context: tokens that the model sees at once.
-        stride: tokens from one window's begin to the next.
+        length: Tokens of the text.
+        context: Tokens that the model reads at once.
+        stride: Tokens from the start of a window to the start of the next one.
+
+    Returns:
+        (start, stop, first scored token) of each window, all counted within the text.
 
     Raises:
-        ValueError: not 1 <= stride < context.
+        ValueError: The stride is not between 1 and context - 1.
     """
     if not 1 <= stride < context:
-        raise ValueError(f"expected 1 <= stride < context, found stride {stride} and context {context}")
-    made: list[tuple[int, int, int]] = []
+        raise ValueError(
+            f"expected 1 <= stride < context, found stride {stride} and context {context}"
+        )
+    spans: list[tuple[int, int, int]] = []
     first = 1
     while first < length:
-        begin = len(made) * stride
-        end = min(begin + context, length)
-        made.append((begin, end, first))
-        first = end
-    return made
+        start = len(spans) * stride
+        stop = min(start + context, length)
+        spans.append((start, stop, first))
+        first = stop
+    return spans
 
 
 def bits_per_byte(nats: float, text_bytes: int) -> float:
-    """Sum of -log p over the bytes of the text it is of, in bits."""
+    """Converts the sum of -log p over a text, in nats, to bits per byte of the text."""
     return nats / math.log(2) / text_bytes
 
 
-def unigram_bits_per_byte(train: np.ndarray, heldout: np.ndarray, heldout_bytes: int, vocab_size: int) -> float:
-    """Of the held-out tokens by their frequencies in training, add-one smoothed.
+def unigram_bits_per_byte(
+    train: np.ndarray, heldout: np.ndarray, heldout_bytes: int, vocab_size: int
+) -> float:
+    """Returns the bits per byte of a unigram model with add-one smoothing.
 
     Args:
-        train, heldout: token ids, any shape.
-        heldout_bytes: bytes of text that the held-out tokens stand for.
+        train: Token ids to count, of any shape.
+        heldout: Token ids to predict, of any shape.
+        heldout_bytes: Bytes of the text that the held-out tokens stand for.
+        vocab_size: The size of the vocabulary.
     """
     counts = np.bincount(train.ravel(), minlength=vocab_size) + 1.0
-    return bits_per_byte(float(-np.log(counts / counts.sum())[heldout.ravel()].sum()), heldout_bytes)
+    return bits_per_byte(
+        float(-np.log(counts / counts.sum())[heldout.ravel()].sum()), heldout_bytes
+    )
 
 
 def xz_bits_per_byte(texts: Sequence[str]) -> float:
-    """Of `xz -9` on the texts end to end."""
+    """Returns the bits per byte of the texts, joined and compressed by `xz -9`."""
     raw = "".join(texts).encode()
     return 8 * len(lzma.compress(raw, preset=9)) / len(raw)

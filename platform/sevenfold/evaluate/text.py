@@ -1,39 +1,51 @@
-"""Words and ends of sentences in any script. `regex` and not `re`, whose \\w breaks Hindi and Thai at their vowel signs."""
+r"""Splits text into words, tokens and sentences, in any script.
+
+It uses `regex` and not `re`, whose `\w` splits Hindi and Thai words at their vowel signs.
+"""
 
 from __future__ import annotations
 
 import regex
 
-UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # written without spaces between words
+# Scripts that are written without spaces between words.
+UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
 _LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{UNSPACED}]]"
 _WORD = regex.compile(rf"(?V1)[{UNSPACED}]\p{{M}}*|{_LETTER}+")
 _TOKEN = regex.compile(rf"(?V1)[{UNSPACED}]\p{{M}}*|{_LETTER}+(?:['\u2019\-]{_LETTER}+)*|[^\s]")
-_CLOSER = r"""['"\p{Pe}\p{Pf}]"""
-_WIDE = r"[\u3002\uff01\uff1f]"  # the stops of Chinese and Japanese, which no space follows
-_TITLES = "Mr|Mrs|Ms|Dr|Prof|Sr|Jr|St|Gen|Sen|Gov|Lt|Col|Capt|vs|cf|e\\.g|i\\.e"
-SENTENCE_END = regex.compile(
-    rf"(?<=[\p{{STerm}}…]{_CLOSER}*)(?<!\b(?:{_TITLES}|\p{{Lu}})\.)\s+(?!\p{{Ll}})"
-    rf"|(?<={_WIDE}{_CLOSER}*)(?!{_WIDE}|{_CLOSER})\s*"
+_CLOSING = r"""['"\p{Pe}\p{Pf}]"""  # quotation marks and brackets that may follow a full stop
+_WIDE_STOP = r"[\u3002\uff01\uff1f]"  # sentence ends of Chinese and Japanese; no space follows them
+_ABBREVIATIONS = "Mr|Mrs|Ms|Dr|Prof|Sr|Jr|St|Gen|Sen|Gov|Lt|Col|Capt|vs|cf|e\\.g|i\\.e"
+_SENTENCE_END = regex.compile(
+    rf"(?<=[\p{{STerm}}…]{_CLOSING}*)(?<!\b(?:{_ABBREVIATIONS}|\p{{Lu}})\.)\s+(?!\p{{Ll}})"
+    rf"|(?<={_WIDE_STOP}{_CLOSING}*)(?!{_WIDE_STOP}|{_CLOSING})\s*"
     r"|\s*\n\s*\n\s*"
 )
 
 
 def words(text: str) -> list[str]:
-    """Runs of letters and digits in lower case; one character at a time in scripts without spaces."""
+    """Returns the runs of letters and digits in lower case.
+
+    In scripts without spaces between words each character is a word.
+    """
     return _WORD.findall(text.lower())
 
 
 def tokens(text: str) -> list[str]:
-    """Words as they are written, with what a hyphen or an apostrophe joins, and each other sign on its own."""
+    """Returns the words, in their own case, and each other character that is not white space.
+
+    Words joined by a hyphen or an apostrophe are one token.
+    """
     return _TOKEN.findall(text)
 
 
 def lead(text: str, sentences: int = 3) -> str:
-    """The first sentences of a text, white space squeezed.
+    """Returns the first sentences of a text, with each run of white space as one space.
 
-    A sentence ends at a full stop, exclamation or question mark of any script before white space and no small letter, but for
-    titles and initials; and at an empty line.
+    A sentence ends at a full stop, exclamation mark or question mark of any script, where white
+    space follows and then no lower-case letter. Full stops after titles, common abbreviations and
+    initials do not count; Chinese and Japanese stops need no white space. An empty line also
+    ends a sentence.
     """
     text = text.strip()
-    ends = [m.start() for m, _ in zip(SENTENCE_END.finditer(text), range(sentences), strict=False)]
+    ends = [m.start() for m, _ in zip(_SENTENCE_END.finditer(text), range(sentences), strict=False)]
     return " ".join(text[: ends[-1] if len(ends) == sentences else None].split())

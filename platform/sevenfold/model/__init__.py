@@ -1,0 +1,1 @@
+"""Models: built from transformers' configs and classes, and parallelized over ranks."""

@@ -1,4 +1,7 @@
-"""Parallelism, put on from outside: reads from top to bottom."""
+"""Parallelism, applied to a model from outside.
+
+It covers FSDP, tensor parallelism, activation checkpointing and compilation.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,12 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -23,66 +31,122 @@ from sevenfold.errors import InputError
 from sevenfold.recipe import Parallel, Train
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-STYLES: dict[str, Callable[[], ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
-# the products of matrices, dear to make again; all else is made again (selective checkpointing, arXiv 2205.05198)
+STYLES: dict[str, Callable[[], ParallelStyle]] = {
+    "colwise": ColwiseParallel,
+    "rowwise": RowwiseParallel,
+}
+# selective activation checkpointing (arXiv 2205.05198): the results of matmuls and attention, which
+# are expensive to recompute, are saved; everything else is recomputed in the backward pass
 SAVED = {
     getattr(torch.ops.aten, name).default
-    for name in ("mm", "addmm", "bmm", "_scaled_dot_product_flash_attention", "_scaled_dot_product_efficient_attention",
-                 "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_cudnn_attention")
-} | {torch.ops.higher_order.flex_attention}  # fmt: skip
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_cudnn_attention",
+    )
+} | {torch.ops.higher_order.flex_attention}
 
 
 @dataclass(frozen=True)
 class Place:
-    """A rank's place in the data: ranks of one tensor-parallel group read the same rows."""
+    """A rank's position among the data-parallel ranks.
+
+    The ranks of one tensor-parallel group have the same position: they read the same rows.
+
+    Attributes:
+        rank: The data-parallel rank.
+        world_size: The number of data-parallel ranks.
+    """
 
     rank: int
     world_size: int
 
     @staticmethod
     def of(rank: int, world_size: int, tensor: int) -> Place:
+        """Returns the position of a rank, given the number of tensor-parallel ranks."""
         return Place(rank // tensor, world_size // tensor)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The transformer blocks, as transformers marks them."""
+    """Returns the transformer blocks of a model, in order."""
     return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
 
 
 def tensor_plan(model: PreTrainedModel, ways: int) -> dict[str, str]:
-    """Module -> colwise or rowwise, with `*` for layer numbers, as the model's config has it.
+    """Returns the tensor-parallel plan of a model, which its config holds.
+
+    Args:
+        model: The model.
+        ways: The number of tensor-parallel ranks.
+
+    Returns:
+        The style, colwise or rowwise, of each module; in the modules' names `*` stands for the
+        number of the layer.
 
     Raises:
-        InputError: the model has no such plan, or heads or width cannot be dealt out.
+        InputError: The model has no supported plan, or its size is not a multiple of `ways`.
     """
     config = model.config
-    plan = {f"{model.base_model_prefix}.{k}": v for k, v in (getattr(config, "base_model_tp_plan", None) or {}).items()}
-    unknown = sorted(set(plan.values()) - STYLES.keys())
-    if not plan or unknown:
-        why = f"its plan asks for {unknown[0]}" if unknown else "it has no plan"
-        raise InputError(f"parallel.tensor {ways}: {config.model_type} cannot be split: {why}; llama, mistral and qwen2 can")
+    plan = {
+        f"{model.base_model_prefix}.{name}": style
+        for name, style in (getattr(config, "base_model_tp_plan", None) or {}).items()
+    }
+    unsupported = sorted(set(plan.values()) - STYLES.keys())
+    if not plan or unsupported:
+        reason = f"its plan needs {unsupported[0]}" if unsupported else "it has no plan"
+        raise InputError(
+            f"parallel.tensor {ways}: {config.model_type} does not support tensor parallelism "
+            f"({reason}); llama, mistral and qwen2 do"
+        )
     for field in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(config, field, ways) % ways:
-            raise InputError(f"parallel.tensor {ways} does not divide the model's {field} {getattr(config, field)}")
+            raise InputError(
+                f"the model's {field} ({getattr(config, field)}) must be a multiple of "
+                f"parallel.tensor ({ways})"
+            )
     return plan
 
 
-def shard(model: PreTrainedModel, device: torch.device, train: Train, parallel: Parallel | None = None) -> PreTrainedModel:
-    """Lays a model, whole on rank 0, over all ranks. Shards and gradient sums are float32, the arithmetic `train.dtype`.
+def shard(
+    model: PreTrainedModel, device: torch.device, train: Train, parallel: Parallel | None = None
+) -> PreTrainedModel:
+    """Shards a model over all ranks and broadcasts rank 0's weights.
 
-    Whatever rank 0 holds is what every rank gets, so that the start does not hang on the number of ranks.
+    Shards and gradient sums are float32; the computation is in `train.dtype`. The weights are rank
+    0's, so that they do not depend on the number of ranks.
+
+    Args:
+        model: The model. Only rank 0 needs its weights.
+        device: The device of this rank.
+        train: The recipe's `train`.
+        parallel: The recipe's `parallel`. Default: FSDP over all ranks.
     """
     full = model.state_dict() if dist.get_rank() == 0 else {}
     layout = parallel or Parallel()
-    lay_out(model, mesh_of(device, layout), train, layout)
-    set_model_state_dict(model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
+    parallelize(model, mesh_of(device, layout), train, layout)
+    set_model_state_dict(
+        model, full, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    )
     return model
 
 
-def lay_out(model: PreTrainedModel, mesh: DeviceMesh, train: Train, layout: Parallel) -> None:
-    """As `shard`, without handing out what rank 0 holds. mesh: as `mesh_of` makes it."""
+def parallelize(model: PreTrainedModel, mesh: DeviceMesh, train: Train, layout: Parallel) -> None:
+    """Applies the parallelism to a model without broadcasting rank 0's weights; see `shard`.
+
+    Args:
+        model: The model.
+        mesh: The device mesh, from `mesh_of`.
+        train: The recipe's `train`.
+        layout: The recipe's `parallel`.
+    """
     if layout.tensor > 1:
-        styles: dict[str, ParallelStyle] = {k: STYLES[v]() for k, v in tensor_plan(model, layout.tensor).items()}
+        styles: dict[str, ParallelStyle] = {
+            name: STYLES[style]() for name, style in tensor_plan(model, layout.tensor).items()
+        }
         parallelize_module(model, mesh["tensor"], styles)
 
     recompute(model, train.activation_checkpointing)
@@ -96,22 +160,40 @@ def lay_out(model: PreTrainedModel, mesh: DeviceMesh, train: Train, layout: Para
     for block in blocks(model):
         fully_shard(block, mesh=data, mp_policy=policy)
     fully_shard(model, mesh=data, mp_policy=policy)
-    register_fsdp_forward_method(model, "token_losses")  # of objectives.attach
+    register_fsdp_forward_method(model, "token_losses")  # see attach_losses
 
 
 def mesh_of(device: torch.device, layout: Parallel) -> DeviceMesh:
-    """Tensor-parallel ranks are neighbours: they talk most."""
-    world = dist.get_world_size()
-    sizes = {"replicate": layout.replicate, "shard": world // layout.replicate // layout.tensor, "tensor": layout.tensor}
-    used = {k: n for k, n in sizes.items() if n > 1 or k == "shard"}
-    if math.prod(used.values()) != world:
-        raise ValueError(f"{world} ranks cannot be laid out as {sizes}")
+    """Creates the device mesh of a layout.
+
+    Tensor-parallel ranks are neighbors, since they communicate the most. Dimensions of size 1 are
+    left out, except `shard`.
+
+    Raises:
+        ValueError: The sizes do not match the number of ranks.
+    """
+    world_size = dist.get_world_size()
+    sizes = {
+        "replicate": layout.replicate,
+        "shard": world_size // layout.replicate // layout.tensor,
+        "tensor": layout.tensor,
+    }
+    used = {name: size for name, size in sizes.items() if size > 1 or name == "shard"}
+    if math.prod(used.values()) != world_size:
+        raise ValueError(
+            f"the product of the mesh sizes {sizes} must be the number of ranks ({world_size})"
+        )
     return init_device_mesh(device.type, tuple(used.values()), mesh_dim_names=tuple(used))
 
 
 def recompute(model: PreTrainedModel, how: str) -> None:
-    """Activation checkpointing: none, full (a block's inputs are kept, all else is made again in backward) or selective
-    (what matrix products gave is kept too)."""
+    """Enables activation checkpointing.
+
+    Args:
+        model: The model.
+        how: "none"; "full": the inputs of blocks are saved, and everything else is recomputed in
+            the backward pass; "selective": the results of matmuls and attention are saved too.
+    """
     if how == "none":
         return
     kwargs: dict[str, Any] = {"use_reentrant": False}

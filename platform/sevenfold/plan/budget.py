@@ -1,4 +1,8 @@
-"""What money trains: the largest compute-optimal decoder and its tokens, and which pretrained ones the GPUs can fine-tune."""
+"""What a budget in USD can train.
+
+`train` and `optimum` give the compute-optimal decoder to pretrain, `tune` the pretrained models
+that can be fine-tuned.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +18,21 @@ from sevenfold.plan.layouts import Layout
 from sevenfold.plan.speed import Size, Speed
 from sevenfold.recipe import Recipe
 
-RATIO = 20  # tokens a parameter: Hoffmann et al. (arXiv 2203.15556), approach 1
-# loss of N parameters and D tokens, E + A / N^a + B / D^b: Besiroglu et al. (arXiv 2404.10102), refit of Hoffmann's approach 3
+# Compute-optimal tokens per parameter: Hoffmann et al. (arXiv 2203.15556), approach 1.
+TOKENS_PER_PARAMETER = 20
+# The loss of N parameters trained on D tokens is E + A / N^ALPHA + B / D^BETA: the refit of
+# Hoffmann's approach 3 by Besiroglu et al. (arXiv 2404.10102).
 E, A, B, ALPHA, BETA = 1.8172, 482.01, 2085.43, 0.3478, 0.3658
-LENGTH, VOCABULARY = 2048, 32_000
-BATCH = 2**19  # tokens a step: GPT-3's of 1B to 3B (arXiv 2005.14165, table 2.1: 1M and 0.5M)
-HEAD = 128  # width of a head; a block's width and the number of blocks go together: width / blocks = 128 (arXiv 2001.08361)
+SEQUENCE_LENGTH, VOCABULARY = 2048, 32_000
+# GPT-3 used 1M and 0.5M tokens per step for its models of 1B to 3B (arXiv 2005.14165, table 2.1).
+TOKENS_PER_STEP = 2**19
+# The width of an attention head. It is also the ratio of a model's width to its number of blocks
+# (arXiv 2001.08361).
+HEAD_WIDTH = 128
 WIDTHS = (512, 768, 1024, 1536, 2048, 3072, 4096, 5120)
-WEEK = 168.0  # hours that a run may take before more machines are taken
+MAX_HOURS = 168.0  # a run that would take longer than a week gets more machines
 
-# pretrained decoders by size: parameters, width, blocks, vocabulary (their configs on Hugging Face)
+# Pretrained decoders: parameters, width, blocks, vocabulary (from their configs on Hugging Face).
 PRETRAINED: dict[str, tuple[float, int, int, int]] = {
     "SmolLM2 135M": (0.135e9, 576, 30, 49_152),
     "SmolLM2 360M": (0.362e9, 960, 32, 49_152),
@@ -38,13 +47,26 @@ PRETRAINED: dict[str, tuple[float, int, int, int]] = {
     "Qwen3 32B": (32.762e9, 5120, 64, 151_936),
     "Llama 3.3 70B": (70.554e9, 8192, 80, 128_256),
 }
-LORA = 0.005  # of the parameters, that an adapter of rank 16 on all linear layers has: 42M of 8B
-TUNED_LENGTH, CHUNK = 2048, 2048
+# The size of a LoRA adapter of rank 16 on all linear layers, as a share of the model's parameters:
+# 42M of 8B.
+LORA_SHARE = 0.005
+TUNED_LENGTH, LOSS_CHUNK = 2048, 2048
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A model that the money trains: its config, where it runs, tokens and hours that it gets, loss by the law above (nats)."""
+    """A model that the budget can pretrain.
+
+    Attributes:
+        config: The model's transformers config.
+        size: Its parameters and FLOPs.
+        fleet: The machines to train on.
+        layout: How the model is distributed over their GPUs.
+        speed: The estimated speed with this layout.
+        tokens: Tokens that the budget pays for.
+        hours: Hours that the budget pays for.
+        loss: The loss that the scaling law predicts, in nats per token.
+    """
 
     config: dict[str, Any]
     size: Size
@@ -57,131 +79,230 @@ class Trained:
 
     @property
     def ratio(self) -> float:
-        """Tokens a parameter."""
+        """Tokens per parameter."""
         return self.tokens / self.size.parameters
 
 
-def law(parameters: float, tokens: float) -> float:
+def predicted_loss(parameters: float, tokens: float) -> float:
+    """Returns the loss that the scaling law predicts, in nats per token."""
     return E + A / parameters**ALPHA + B / tokens**BETA
 
 
-def recipe_of(width: int, gpus: int) -> Recipe:
-    """Of a Llama of this width, on so many GPUs."""
-    rows = BATCH // LENGTH
-    batch = rows if gpus <= rows else gpus
+def _recipe(width: int, gpus: int) -> Recipe:
+    """Returns the recipe of a Llama of this width on this number of GPUs."""
+    sequences = TOKENS_PER_STEP // SEQUENCE_LENGTH
+    global_batch = sequences if gpus <= sequences else gpus
     config = {
-        "model_type": "llama", "hidden_size": width, "num_hidden_layers": max(4, width // HEAD),
-        "tie_word_embeddings": width <= 2048, "intermediate_size": 256 * round(width * 8 / 3 / 256),
-        "num_attention_heads": width // HEAD,
-        "num_key_value_heads": width // HEAD, "vocab_size": VOCABULARY,
-    }  # fmt: skip
-    return Recipe.model_validate({
-        "name": "budget", "data": {"sources": [{"path": "text"}], "sequence_length": LENGTH, "lanes": batch},
-        "tokenizer": {"vocab_size": VOCABULARY}, "model": {"config": config},
-        "train": {"steps": 1, "global_batch": batch, "micro_batch": 1, "dtype": "bfloat16",
-                  "compile": True, "loss_chunk": CHUNK},
-        "checkpoint": {"every": "auto"}, "cluster": {"num_workers": gpus, "gpus_per_worker": 1},
-    })  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": width,
+        "num_hidden_layers": max(4, width // HEAD_WIDTH),
+        "tie_word_embeddings": width <= 2048,
+        "intermediate_size": 256 * round(width * 8 / 3 / 256),
+        "num_attention_heads": width // HEAD_WIDTH,
+        "num_key_value_heads": width // HEAD_WIDTH,
+        "vocab_size": VOCABULARY,
+    }
+    return Recipe.model_validate(
+        {
+            "name": "budget",
+            "data": {
+                "sources": [{"path": "text"}],
+                "sequence_length": SEQUENCE_LENGTH,
+                "lanes": global_batch,
+            },
+            "tokenizer": {"vocab_size": VOCABULARY},
+            "model": {"config": config},
+            "train": {
+                "steps": 1,
+                "global_batch": global_batch,
+                "micro_batch": 1,
+                "dtype": "bfloat16",
+                "compile": True,
+                "loss_chunk": LOSS_CHUNK,
+            },
+            "checkpoint": {"every": "auto"},
+            "cluster": {"num_workers": gpus, "gpus_per_worker": 1},
+        }
+    )
 
 
-def closed_form(
-    parameters: float, width: int, blocks: int, vocabulary: int, gpus: int, rows: int, length: int, checkpointing: str,
+def memory_estimate(
+    parameters: float,
+    width: int,
+    blocks: int,
+    vocabulary: int,
+    gpus: int,
+    micro_batch: int,
+    length: int,
+    checkpointing: str,
     trained: float | None = None,
-) -> float:  # fmt: skip
-    """Bytes a GPU, of FSDP over so many: float32 shards of weights, gradients and moments, two gathered blocks and the output
-    layer in bfloat16, activations (about 50 bytes a token, width and block; fully checkpointed 2, and one block's), logits of a
-    chunk in float32 with their gradients, 3 GiB for CUDA, NCCL and the allocator. It is to sort out by: the plan of a recipe
-    traces the model itself.
+) -> float:
+    """Returns an estimate of the bytes on each GPU under FSDP, from a model's dimensions alone.
+
+    It is the sum of
+    - float32 shards of weights, gradients and AdamW's two moments;
+    - two gathered blocks and both embedding matrices in bfloat16;
+    - activations: about 50 bytes per token, unit of width and block; with full checkpointing 2
+      bytes, and those of one block;
+    - float32 logits of one chunk, with their gradients;
+    - 3 GiB for CUDA, NCCL and the allocator.
+
+    It only serves to rule out what cannot fit: the plan of a recipe traces the model itself
+    (plan.memory).
 
     Args:
-        trained: parameters, of LoRA; None: all.
+        parameters: The number of parameters.
+        width: The hidden size.
+        blocks: The number of transformer blocks.
+        vocabulary: The size of the vocabulary.
+        gpus: GPUs that the parameters are sharded over.
+        micro_batch: Sequences per micro-batch.
+        length: Tokens per sequence.
+        checkpointing: Activation checkpointing: none or full.
+        trained: The number of trained parameters, with LoRA; None if all are trained.
     """
     trained = parameters if trained is None else trained
     shards = (4 * parameters + 12 * trained) / gpus
-    edge = 2.0 * width * vocabulary
-    gathered = (2 * 2 * (parameters - edge) / blocks + 2 * edge) * (1 if gpus > 1 else 0.5)
-    tokens = rows * length
-    kept = 50 * width * tokens * blocks if checkpointing == "none" else 2 * width * tokens * blocks + 60 * width * tokens
-    logits = 12.0 * min(CHUNK, tokens) * vocabulary
-    return shards + gathered + kept + logits + 3 * GIB
+    embeddings = 2.0 * width * vocabulary
+    gathered = (2 * 2 * (parameters - embeddings) / blocks + 2 * embeddings) * (
+        1 if gpus > 1 else 0.5
+    )
+    tokens = micro_batch * length
+    activations = (
+        50 * width * tokens * blocks
+        if checkpointing == "none"
+        else 2 * width * tokens * blocks + 60 * width * tokens
+    )
+    logits = 12.0 * min(LOSS_CHUNK, tokens) * vocabulary
+    return shards + gathered + activations + logits + 3 * GIB
 
 
 def train(usd: float, fleets: Sequence[Fleet]) -> list[Trained]:
-    """For each width that fits, on the cheapest of the fleets, all the money spent: smallest first.
+    """Returns what the budget pretrains for each width that fits, smallest first.
 
-    Raises InputError: no money, no known price, nothing fits.
+    Each model spends the whole budget, on the fleet that trains it on the most tokens.
+
+    Args:
+        usd: The budget.
+        fleets: The fleets to choose from.
+
+    Raises:
+        InputError: The budget is not above 0, no price is known, or nothing fits.
     """
     if not usd > 0:
         raise InputError(f"--budget: expected an amount above 0, found {usd:g}")
-    priced = [f for f in fleets if f.hourly is not None]
+    priced = [fleet for fleet in fleets if fleet.hourly is not None]
     if not priced:
-        raise InputError(f"--budget: no price is known: {fleets[0].priced}; give one by --hardware")
-    out: list[Trained] = []
+        raise InputError(
+            f"--budget: no price is known ({fleets[0].priced}); set one with --hardware FILE"
+        )
+    results: list[Trained] = []
     for width in WIDTHS:
-        if out and out[-1].ratio < 1:  # far past both optima
+        # Below one token per parameter a model is far beyond both optima.
+        if results and results[-1].ratio < 1:
             break
-        found = [made for fleet in priced if (made := _trained(usd, width, fleet)) is not None]
-        if found:
-            out.append(max(found, key=lambda t: t.tokens))
-    if not out:
+        options = [
+            result for fleet in priced if (result := _trained(usd, width, fleet)) is not None
+        ]
+        if options:
+            results.append(max(options, key=lambda t: t.tokens))
+    if not results:
         gpu = priced[0].gpu
         speed.check(gpu, "bfloat16")
         raise InputError(
-            f"--budget: not even a decoder of width {WIDTHS[0]} fits {gpu.name} of {gpu.memory / GIB:.1f} GiB in bfloat16"
+            f"--budget: even the smallest decoder (width {WIDTHS[0]}, bfloat16) does not fit on "
+            f"{gpu.name} with {gpu.memory / GIB:.1f} GiB"
         )
-    return out
+    return results
 
 
 def _trained(usd: float, width: int, fleet: Fleet) -> Trained | None:
-    """On as few machines as hold it and are done within a week."""
-    found = None
-    for nodes in _counts(fleet):
+    """Uses as few machines as hold the model and finish within a week; None if it does not fit."""
+    result = None
+    for nodes in _node_counts(fleet):
         part = fleet.of(min(fleet.gpus, nodes * fleet.gpus_per_node))
-        made = _on(usd, width, part)
-        if made is None:
+        larger = _trained_on(usd, width, part)
+        if larger is None:
             continue
-        found = made
-        if made.hours <= WEEK:
+        result = larger
+        if result.hours <= MAX_HOURS:
             break
-    return found
+    return result
 
 
-def _counts(fleet: Fleet) -> list[int]:
+def _node_counts(fleet: Fleet) -> list[int]:
+    """Returns powers of two up to the number of nodes, and that number."""
     return sorted({min(fleet.nodes, 2**i) for i in range(12)})
 
 
-def _on(usd: float, width: int, fleet: Fleet) -> Trained | None:
-    recipe = recipe_of(width, fleet.gpus)
+def _trained_on(usd: float, width: int, fleet: Fleet) -> Trained | None:
+    """Uses all GPUs of the fleet; None if the model does not fit."""
+    recipe = _recipe(width, fleet.gpus)
     if "bfloat16" not in fleet.gpu.flops:
         return None
-    made = speed.size(recipe, VOCABULARY)
-    rows = recipe.train.global_batch // fleet.gpus
-    best = None
-    for how in ("none", "full"):
-        for micro_batch in (8, 4, 2, 1):
-            need = closed_form(made.parameters, width, made.blocks, VOCABULARY, fleet.gpus, micro_batch, LENGTH, how)
-            if micro_batch <= max(1, rows) and need <= fleet.gpu.memory:
-                layout = Layout(fleet.gpus, 1, 1, micro_batch, how)
-                said = speed.estimate(recipe, VOCABULARY, layout, fleet)
-                if best is None or said.tokens > best[1].tokens:
-                    best = layout, said
-                break
-    if best is None:
+    size = speed.size(recipe, VOCABULARY)
+    fastest = _fastest_layout(recipe, size, fleet)
+    if fastest is None:
         return None
-    layout, said = best
+    layout, estimate = fastest
     assert fleet.usd_per_hour is not None
     hours = usd / fleet.usd_per_hour
-    lasting = cost.cost(recipe, made, said, layout, fleet).effective
-    tokens = hours * 3600 * lasting * said.tokens
-    return Trained(recipe.model.config or {}, made, fleet, layout, said, tokens, hours, law(made.parameters, tokens))
+    goodput = cost.cost(recipe, size, estimate, layout, fleet).effective
+    tokens = hours * 3600 * goodput * estimate.tokens
+    return Trained(
+        config=recipe.model.config or {},
+        size=size,
+        fleet=fleet,
+        layout=layout,
+        speed=estimate,
+        tokens=tokens,
+        hours=hours,
+        loss=predicted_loss(size.parameters, tokens),
+    )
+
+
+def _fastest_layout(recipe: Recipe, size: Size, fleet: Fleet) -> tuple[Layout, Speed] | None:
+    """Returns the fastest layout that fits, without tensor parallelism; None if none fits.
+
+    It compares no and full checkpointing, each with the largest micro-batch that fits.
+    """
+    sequences = recipe.train.global_batch // fleet.gpus
+    fastest = None
+    for checkpointing in ("none", "full"):
+        for micro_batch in (8, 4, 2, 1):
+            needed = memory_estimate(
+                size.parameters,
+                size.hidden,
+                size.blocks,
+                VOCABULARY,
+                fleet.gpus,
+                micro_batch,
+                SEQUENCE_LENGTH,
+                checkpointing,
+            )
+            if micro_batch <= max(1, sequences) and needed <= fleet.gpu.memory:
+                layout = Layout(fleet.gpus, 1, 1, micro_batch, checkpointing)
+                estimate = speed.estimate(recipe, VOCABULARY, layout, fleet)
+                if fastest is None or estimate.tokens > fastest[1].tokens:
+                    fastest = layout, estimate
+                break
+    return fastest
 
 
 def optimum(found: Sequence[Trained]) -> tuple[tuple[float, float], tuple[float, float]]:
-    """(parameters, tokens) that the money makes best: where tokens are 20 a parameter, and where the law's loss is least;
-    between the sizes looked at tokens are a power of parameters. At an end of these sizes: that end."""
+    """Returns the two compute-optimal points of a budget, each as (parameters, tokens).
+
+    The first is where the budget gives 20 tokens per parameter, the second where the scaling law's
+    loss is lowest. Between the sizes in `found` the tokens are interpolated as a power law of the
+    parameters. An optimum that lies outside of these sizes is moved to the nearest of them.
+
+    Args:
+        found: The result of `train`.
+    """
     points = [(math.log(t.size.parameters), math.log(t.tokens)) for t in found]
 
-    def tokens(x: float) -> float:
+    def log_tokens(x: float) -> float:
+        """Interpolates linearly between the logarithms."""
         if len(points) == 1:
             return points[0][1]
         k = next((i for i in range(1, len(points) - 1) if x <= points[i][0]), len(points) - 1)
@@ -190,14 +311,24 @@ def optimum(found: Sequence[Trained]) -> tuple[tuple[float, float], tuple[float,
 
     low, high, steps = points[0][0], points[-1][0], 2000
     grid = [low + (high - low) * i / steps for i in range(steps + 1)]
-    first = min(grid, key=lambda x: abs(tokens(x) - x - math.log(RATIO)))
-    second = min(grid, key=lambda x: law(math.exp(x), math.exp(tokens(x))))
-    return (math.exp(first), math.exp(tokens(first))), (math.exp(second), math.exp(tokens(second)))
+    by_ratio = min(grid, key=lambda x: abs(log_tokens(x) - x - math.log(TOKENS_PER_PARAMETER)))
+    by_loss = min(grid, key=lambda x: predicted_loss(math.exp(x), math.exp(log_tokens(x))))
+    return (
+        (math.exp(by_ratio), math.exp(log_tokens(by_ratio))),
+        (math.exp(by_loss), math.exp(log_tokens(by_loss))),
+    )
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """GPUs that a pretrained model needs, whole and with LoRA, fully checkpointed; None: more than there are."""
+    """The number of GPUs needed to fine-tune a pretrained model, with full checkpointing.
+
+    Attributes:
+        name: The model.
+        parameters: Its number of parameters.
+        whole: GPUs to train all parameters; None if the fleet has too few.
+        adapter: GPUs to train a LoRA adapter; None if the fleet has too few.
+    """
 
     name: str
     parameters: float
@@ -206,13 +337,30 @@ class Tuned:
 
 
 def tune(fleet: Fleet) -> list[Tuned]:
-    """Of each pretrained size, by the closed form: one row of 2,048 tokens a GPU."""
-    counts = sorted({*(n for n in (1, 2, 4, 8) if n <= min(fleet.gpus, fleet.gpus_per_node)),
-                     *(n * fleet.gpus_per_node for n in _counts(fleet) if n * fleet.gpus_per_node <= fleet.gpus)})  # fmt: skip
+    """Returns the GPUs that each pretrained model needs, with one sequence of 2,048 tokens per GPU.
+
+    The memory comes from `memory_estimate`.
+    """
+    within_node = [n for n in (1, 2, 4, 8) if n <= min(fleet.gpus, fleet.gpus_per_node)]
+    whole_nodes = [nodes * fleet.gpus_per_node for nodes in _node_counts(fleet)]
+    counts = sorted({*within_node, *(n for n in whole_nodes if n <= fleet.gpus)})
 
     def fewest(name: str, trained: float | None) -> int | None:
         parameters, width, blocks, vocabulary = PRETRAINED[name]
-        need = ((n, closed_form(parameters, width, blocks, vocabulary, n, 1, TUNED_LENGTH, "full", trained)) for n in counts)
-        return next((n for n, b in need if b <= fleet.gpu.memory), None)
+        for gpus in counts:
+            needed = memory_estimate(
+                parameters, width, blocks, vocabulary, gpus, 1, TUNED_LENGTH, "full", trained
+            )
+            if needed <= fleet.gpu.memory:
+                return gpus
+        return None
 
-    return [Tuned(n, p[0], fewest(n, None), fewest(n, LORA * p[0])) for n, p in PRETRAINED.items()]
+    return [
+        Tuned(
+            name=name,
+            parameters=parameters,
+            whole=fewest(name, None),
+            adapter=fewest(name, LORA_SHARE * parameters),
+        )
+        for name, (parameters, *_) in PRETRAINED.items()
+    ]

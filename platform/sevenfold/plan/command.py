@@ -1,145 +1,214 @@
-"""`sevenfold plan`: will it fit, how fast, how long, for how much; or what a sum of money trains."""
+"""The command `sevenfold plan`: whether a recipe fits, how fast it trains, and what it costs.
+
+With `--budget` it also shows what a sum of money can train.
+"""
 
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
-from sevenfold.doctor import cluster_file
+from sevenfold.cluster.cluster_file import read_cluster_file
 from sevenfold.errors import InputError
-from sevenfold.plan import budget, choose, cost, hardware, shape, show, speed, write
+from sevenfold.plan import budget, choose, cost, hardware, shape, show, speed
 from sevenfold.plan.choose import Candidate
 from sevenfold.plan.cost import Cost
 from sevenfold.plan.hardware import Fleet, Table
+from sevenfold.plan.write import write_settings
 from sevenfold.recipe import Recipe, parse
 from sevenfold.report.console import say
 
-VOCABULARY = 32_000  # where nothing says it: Llama 2's (arXiv 2307.09288)
+# The size of the vocabulary if neither recipe nor tokenizer says it: Llama 2's (arXiv 2307.09288).
+VOCABULARY = 32_000
 
 
 def run(
-    path: str | None, overrides: list[str], *, cluster: str | None = None, gpus: int | None = None, gpu: str | None = None,
-    hardware_file: str | None = None, writes: bool = False, usd: float | None = None,
-) -> None:  # fmt: skip
-    """
+    path: str | None,
+    overrides: list[str],
+    *,
+    cluster: str | None = None,
+    gpus: int | None = None,
+    gpu: str | None = None,
+    hardware_file: str | None = None,
+    writes: bool = False,
+    usd: float | None = None,
+) -> None:
+    """Runs the command.
+
     Args:
-        path: of the recipe; None: with `usd` alone.
-        writes: the chosen settings into the recipe's file.
+        path: The recipe's file; None with `usd` alone.
+        overrides: Changes to the recipe, as `section.key=value`.
+        cluster: A cluster.yaml, whose pools with GPUs are the machines.
+        gpus: The number of GPUs, instead of a cluster; 1 if only `gpu` is given.
+        gpu: The kind of GPU, instead of a cluster.
+        hardware_file: A file that overrides entries of the hardware table.
+        writes: Whether to write the chosen settings into the recipe's file.
+        usd: A budget; what it can train is shown.
 
     Raises:
-        InputError: what is wrong with recipe, cluster or hardware; a recipe that fits nothing.
+        InputError: The recipe, cluster or hardware is not valid, or the recipe does not fit.
     """
     if path is None and (usd is None or writes or overrides):
-        raise InputError("plan: expected RECIPE, or --budget USD alone, found neither")
+        raise InputError(
+            "plan: expected RECIPE, or --budget USD alone (without --write and overrides)"
+        )
     recipe = parse(path, overrides) if path is not None else None
     table = hardware.load(hardware_file)
     fleets = _fleets(table, cluster, gpus, gpu, recipe)
     if usd is not None:
-        _budget(usd, fleets)
+        _show_budget(usd, fleets)
     if recipe is None or path is None:
         return
-    picked = _plan(recipe, fleets, table)
+    chosen = _plan(recipe, fleets, table)
     if writes:
-        changes = settings(recipe, picked)
-        write.write(path, changes)
-        say(f"{path}: written: {', '.join(f'{k}: {v}' for k, v in changes.items())}")
+        changes = settings(recipe, chosen)
+        write_settings(path, changes)
+        say(f"{path}: wrote {', '.join(f'{key}: {value}' for key, value in changes.items())}")
 
 
-def _fleets(table: Table, cluster: str | None, gpus: int | None, gpu: str | None, recipe: Recipe | None) -> list[Fleet]:
+def _fleets(
+    table: Table, cluster: str | None, gpus: int | None, gpu: str | None, recipe: Recipe | None
+) -> list[Fleet]:
+    """Returns the machines that the options name."""
     if cluster is not None and (gpus is not None or gpu is not None):
         raise InputError("plan: give either --cluster FILE or --gpus N --gpu NAME, not both")
     if cluster is not None:
-        return hardware.of_cluster(table, cluster_file.read(cluster), cluster, recipe)
+        return hardware.of_cluster(table, read_cluster_file(cluster), cluster, recipe)
     if gpu is None:
-        raise InputError(f"plan: expected --cluster FILE, or --gpus N --gpu NAME (one of {', '.join(table['gpus'])})")
+        names = ", ".join(table["gpus"])
+        raise InputError(f"plan: expected --cluster FILE, or --gpus N --gpu NAME (one of {names})")
     return [hardware.of_gpus(table, gpu, 1 if gpus is None else gpus)]
 
 
-def _budget(usd: float, fleets: list[Fleet]) -> None:
-    show.trained(usd, budget.train(usd, fleets))
-    for fleet in {f.gpu.name: f for f in sorted(fleets, key=lambda f: f.gpus)}.values():
-        show.tuned(fleet)
+def _show_budget(usd: float, fleets: list[Fleet]) -> None:
+    show.pretraining(usd, budget.train(usd, fleets))
+    largest_of_kind = {f.gpu.name: f for f in sorted(fleets, key=lambda f: f.gpus)}
+    for fleet in largest_of_kind.values():
+        show.fine_tuning(fleet)
 
 
 def vocabulary(recipe: Recipe) -> tuple[int, list[str]]:
-    """Its size, and what had to be assumed: the tokenizer need not be there yet."""
-    told = None
+    """Returns the size of the vocabulary, and what had to be assumed.
+
+    The tokenizer need not exist yet.
+    """
+    from_tokenizer = None
     if recipe.tokenizer.path is not None and (recipe.model.config or {}).get("vocab_size") is None:
         from sevenfold import storage
-        from sevenfold.data.tokens import load_tokenizer
+        from sevenfold.data.tokenizer import load_tokenizer
 
         with contextlib.suppress(InputError, OSError, ValueError):
-            told = len(load_tokenizer(storage.locate(recipe.tokenizer.path)))
-    size = shape.vocabulary(recipe, told or VOCABULARY)
-    if told is None and shape.vocabulary(recipe, -1) == -1:
-        return size, [f"a vocabulary of {size:,}: {recipe.tokenizer.path} is not there; model.config.vocab_size=N says another"]
-    return size, []
+            from_tokenizer = len(load_tokenizer(storage.locate(recipe.tokenizer.path)))
+    size = shape.vocabulary(recipe, from_tokenizer or VOCABULARY)
+    unknown = from_tokenizer is None and shape.vocabulary(recipe, -1) == -1
+    if not unknown:
+        return size, []
+    return size, [
+        f"a vocabulary of {size:,}, as {recipe.tokenizer.path} cannot be loaded; "
+        "set another size with model.config.vocab_size=N"
+    ]
 
 
 def _plan(recipe: Recipe, fleets: list[Fleet], table: Table) -> Candidate:
-    size, assumed = vocabulary(recipe)
-    if recipe.objective == "classify" and not recipe.data.classes:  # which the data would say
+    """Plans the recipe on each fleet, shows the plans and returns the cheapest.
+
+    Raises:
+        InputError: The recipe fits on no fleet.
+    """
+    vocab_size, assumptions = vocabulary(recipe)
+    if recipe.objective == "classify" and not recipe.data.classes:
+        # The number of classes is only known once the data was read.
         recipe = recipe.override({"data.classes": ["a", "b"]})
-        assumed.append("two classes: data.classes names none")
-    assumed += [
-        "each row one document; rates, FSDP's overlap and the allocator as in sevenfold/plan/speed.py and memory.py; +-15%",
-        "validation, start and compilation are not counted",
+        assumptions.append("two classes, as data.classes names none")
+    assumptions += [
+        "each sequence is one document; kernel rates, FSDP's overlap and the allocator's overhead "
+        "as in sevenfold/plan/speed.py and memory.py; +-15%",
+        "validation, startup and compilation are not counted",
     ]
-    made, spent, last = speed.size(recipe, size), [], None
-    show.model(recipe, made, assumed)
+    size = speed.size(recipe, vocab_size)
+    show.model(recipe, size, assumptions)
+    plans: list[tuple[Candidate, Cost]] = []
+    failure: InputError | None = None
     for fleet in fleets:
-        there = choose.fitted(recipe, fleet)
-        part = fleet.of(there.workers[1])
+        on_fleet = choose.fitted(recipe, fleet)
+        used = fleet.of(on_fleet.workers[1])
         try:
-            found = choose.candidates(there, size, part)
-            picked = choose.best(found, there, table)
+            found = choose.candidates(on_fleet, vocab_size, used)
+            chosen = choose.best(found, on_fleet, table)
         except InputError as e:
-            last = e
+            failure = e
             continue
-        show.layouts(found, picked)
-        show.chosen(there, found, picked)
-        if there.lanes != recipe.lanes:
-            say(f"  data.lanes: {there.lanes}, for as many readers: another order of the data than with {recipe.lanes}")
-        assert picked.speed is not None
-        spent.append((picked, cost.cost(there, made, picked.speed, picked.layout, part)))
+        _show_plan(recipe, on_fleet, found, chosen)
+        assert chosen.speed is not None
+        plans.append((chosen, cost.cost(on_fleet, size, chosen.speed, chosen.layout, used)))
         if len(fleets) > 1:
             say("")
-    if not spent:
-        assert last is not None
-        raise last
-    if last is not None:
-        say(f"not there: {last}")
-    show.money(recipe, spent)
-    picked, best = min(spent, key=_spends)
-    assert picked.speed is not None
-    show.beside(best, picked.speed.step, picked.fleet)
-    if len(spent) > 1:
-        say(f"taken: {picked.fleet.name}, {choose.named(picked.layout)}: the cheapest")
-    return picked
+    if not plans:
+        assert failure is not None
+        raise failure
+    if failure is not None:
+        say(f"not possible: {failure}")
+    show.costs(recipe, plans)
+    chosen, cheapest = min(plans, key=_price_and_speed)
+    assert chosen.speed is not None
+    show.checkpoints_and_data(cheapest, chosen.speed.step)
+    if len(plans) > 1:
+        say(f"cheapest: {chosen.fleet.name}, {choose.named(chosen.layout)}")
+    return chosen
 
 
-def _spends(one: tuple[Candidate, Cost]) -> tuple[float, float]:
-    """Money where it is known, then time."""
-    candidate, spent = one
+def _show_plan(
+    recipe: Recipe, on_fleet: Recipe, found: Sequence[Candidate], chosen: Candidate
+) -> None:
+    """Shows the plan on one fleet.
+
+    Args:
+        recipe: The recipe as its file says it.
+        on_fleet: The recipe on this fleet's GPUs.
+        found: All candidates.
+        chosen: The chosen one.
+    """
+    show.layouts(found, chosen)
+    show.choice(found, chosen)
+    if on_fleet.lanes != recipe.lanes:
+        say(
+            f"  data.lanes: {on_fleet.lanes}, so that each worker has a lane; "
+            f"the order of the data differs from that with {recipe.lanes} lanes"
+        )
+
+
+def _price_and_speed(plan: tuple[Candidate, Cost]) -> tuple[float, float]:
+    """Orders plans by price, those without a known price last, then by throughput."""
+    candidate, price = plan
     assert candidate.speed is not None
-    return (spent.usd if spent.usd is not None else float("inf"), -candidate.speed.tokens)
+    return (price.usd if price.usd is not None else float("inf"), -candidate.speed.tokens)
 
 
 def settings(recipe: Recipe, picked: Candidate) -> dict[str, Any]:
-    """What a plan decides, as `{"section.key": value}`; what the recipe leaves at its default and the plan does too is not
-    named."""
+    """Returns the settings of a plan, as `{"section.key": value}`.
+
+    A setting of `parallel` that is the default both in the recipe and in the plan is left out.
+
+    Args:
+        recipe: The recipe as its file says it.
+        picked: The chosen layout.
+    """
     layout = picked.layout
-    out: dict[str, Any] = {
-        "train.micro_batch": layout.micro_batch, "train.activation_checkpointing": layout.activation_checkpointing,
-        "parallel.replicate": layout.replicate, "parallel.tensor": layout.tensor, "cluster.num_workers": layout.gpus,
+    result: dict[str, Any] = {
+        "train.micro_batch": layout.micro_batch,
+        "train.activation_checkpointing": layout.activation_checkpointing,
+        "parallel.replicate": layout.replicate,
+        "parallel.tensor": layout.tensor,
+        "cluster.num_workers": layout.gpus,
         "cluster.gpus_per_worker": 1,
-    }  # fmt: skip
+    }
     lanes = choose.fitted(recipe, picked.fleet).lanes
     if lanes != recipe.lanes:
-        out["data.lanes"] = lanes
-    given = recipe.model_dump(exclude_unset=True)
-    for key in [k for k in out if k.startswith("parallel.")]:
+        result["data.lanes"] = lanes
+    explicit = recipe.model_dump(exclude_unset=True)
+    for key in [key for key in result if key.startswith("parallel.")]:
         section, name = key.split(".")
-        if out[key] == 1 and name not in given.get(section, {}):
-            del out[key]
-    return out
+        if result[key] == 1 and name not in explicit.get(section, {}):
+            del result[key]
+    return result

@@ -1,4 +1,7 @@
-"""What a run takes: hours and money to its tokens, with what failures take; its checkpoints; the CPUs that feed it."""
+"""What a run costs: hours and money, including what failures and checkpoints take.
+
+It also covers the CPUs that prepare the data.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,40 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from sevenfold.data.stream import TASK_CPUS
-from sevenfold.engine.interval import best_seconds
+from sevenfold.engine.checkpoint.interval import optimal_interval
 from sevenfold.plan.hardware import Fleet
 from sevenfold.plan.layouts import Layout
 from sevenfold.plan.speed import Size, Speed
 from sevenfold.recipe import Recipe
 
 HOUR, DAY = 3600.0, 86_400.0
-TOKENS_PER_CORE = 23e6  # a second: text that is read, tokenized and packed by Ray Data (benchmarks/RESULTS.md, the stream)
-WEIGHTS, MOMENT = 4, 4  # bytes a trained parameter in a checkpoint: float32, of AdamW two moments, of Muon one
-# of a save, measured (benchmarks/RESULTS.md, checkpoints) for 707 MB a worker: seconds a byte
-CALL, SUMS = 0.096 / 707e6, 2.471 / 707e6
-STORAGE = 1e9  # bytes a second a node, writing and reading; assumed: Llama 3's 2 TB/s for 2,048 nodes (arXiv 2407.21783)
-SLOWER = 0.05  # of a step, beside a save; assumed, as benchmarks/goodput.py
-RECOVERY = 150.0  # seconds from a failure to the step that goes on; assumed, ibid.
-SPOT_DAYS = 20.0  # mean days until a spot node is taken; assumed, ibid.: 5% of the nodes a day
+# Tokens per second that one CPU core reads, tokenizes and packs in Ray Data (benchmarks/RESULTS.md,
+# the stream).
+TOKENS_PER_CORE = 23e6
+# Bytes per trained parameter in a checkpoint, in float32: the weight, and one moment. AdamW has two
+# moments, Muon one.
+WEIGHT_BYTES = MOMENT_BYTES = 4
+# Seconds per byte of a save, measured for 707 MB per worker (benchmarks/RESULTS.md, checkpoints):
+# the call, which blocks training, and the whole save until the checkpoint is committed.
+SAVE_CALL, SAVE_TOTAL = 0.096 / 707e6, 2.471 / 707e6
+# Bytes per second that each node writes to and reads from storage. Assumed: Llama 3's 2 TB/s for
+# 2,048 nodes (arXiv 2407.21783).
+STORAGE = 1e9
+# The next three are assumed, as in benchmarks/goodput.py.
+SLOWDOWN = 0.05  # the share of a step by which a save in the background slows it down
+RECOVERY = 150.0  # seconds from a failure to the first step after it
+SPOT_DAYS = 20.0  # mean days until a spot node is taken away: 5% of the nodes per day
 
 
 class Policy(NamedTuple):
-    """How a run saves. Seconds: of training between saves, that a save takes from it, until it is committed (from the save's
-    beginning), and from a failure to the step that goes on."""
+    """How a run saves checkpoints; all times in seconds.
+
+    Attributes:
+        interval: Training time between two saves.
+        cost: Training time that a save takes away.
+        committed: Time from the start of a save until the checkpoint is valid.
+        recovery: Time from a failure to the first step after it.
+    """
 
     interval: float
     cost: float
@@ -34,32 +51,41 @@ class Policy(NamedTuple):
     recovery: float
 
 
-def closed(p: Policy, mtbf: float) -> float:
-    """The part of the time whose steps last, failures coming at any moment alike (exponential, also while recovering).
+def expected_goodput(p: Policy, mtbf: float) -> float:
+    """Returns the expected goodput in closed form: the share of time spent on steps that are kept.
 
-    Save k counts where recovery + k (interval + cost) - cost + committed pass without a failure; from one failure to the next
-    there are on average sum over k of exp(-that / mtbf) of them. Daly's cost function (FGCS 22(3), 2006), for a commit that
-    comes later than the save.
+    Failures are exponentially distributed and can also happen during a recovery. The k-th save
+    after a failure counts if no failure happens for
+    t_k = recovery + k (interval + cost) - cost + committed. On average, the sum over k of
+    exp(-t_k / mtbf) saves count between two failures. This is Daly's cost function (FGCS 22(3),
+    2006) for a checkpoint that becomes valid some time after the save.
+
+    Args:
+        p: How the run saves checkpoints.
+        mtbf: Mean time between failures, in seconds.
     """
     lag, period = p.recovery + p.committed - p.cost, p.interval + p.cost
-    if period > 700 * mtbf:  # exp would overflow: nothing is ever saved
+    if period > 700 * mtbf:  # exp would overflow: practically no save ever counts
         return 0.0
     return p.interval / mtbf * math.exp(-lag / mtbf) / math.expm1(period / mtbf)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """
+    """What a run costs.
+
     Attributes:
-        tokens: of the run; None where it lasts as long as its data (data.epochs), of which the plan knows nothing.
-        hours: to these, failures included; None with tokens.
-        usd: for all machines; None where no price is known either.
-        effective: part of the time whose steps last.
-        checkpoint: bytes of one.
-        best: steps between saves that lose the least time.
-        every: steps between saves, as the recipe says; None: at the end alone.
-        mtbf: mean hours between failures of the run.
-        cores: of CPUs at work that feed it; asked: logical CPUs that its data tasks ask Ray for.
+        tokens: Tokens of the run; None if data.epochs limits it, as the plan does not know how many
+            tokens the data has.
+        hours: Hours to train on them, including failures; None if tokens is None.
+        usd: The price of all machines for these hours; None if hours or price are not known.
+        effective: The expected goodput: the share of time spent on steps that are kept.
+        checkpoint: Bytes of one checkpoint.
+        best: Steps between saves that lose the least time.
+        every: Steps between saves in the recipe; None if it saves only at the end.
+        mtbf: Mean hours between failures of the run.
+        cores: Busy CPU cores that prepare the data.
+        asked: Logical CPUs that the data tasks request from Ray.
     """
 
     tokens: int | None
@@ -75,43 +101,73 @@ class Cost:
 
 
 def checkpoint_bytes(model: Size) -> int:
-    """Float32 weights and moments of what is trained: 12 bytes a parameter with AdamW."""
-    muon = sum(math.prod(s) for s in model.matrices)
-    return model.trained * (WEIGHTS + 2 * MOMENT) - muon * MOMENT
+    """Returns the bytes of a checkpoint: float32 weights and moments of the trained parameters.
+
+    With AdamW that is 12 bytes per parameter.
+    """
+    with_muon = sum(math.prod(shape) for shape in model.matrices)
+    return model.trained * (WEIGHT_BYTES + 2 * MOMENT_BYTES) - with_muon * MOMENT_BYTES
 
 
 def policy(size: int, fleet: Fleet, mtbf: float) -> Policy:
-    """Saves as often as is best. size: bytes of a checkpoint. mtbf: seconds."""
-    share = size / fleet.gpus
-    through = size / fleet.nodes / STORAGE
-    committed = share * SUMS + 2 * through  # written, and read back
-    cost = share * CALL + SLOWER * committed
-    return Policy(best_seconds(cost, mtbf, committed), cost, committed, RECOVERY)
+    """Returns the policy that saves at the best interval.
+
+    Args:
+        size: Bytes of a checkpoint.
+        fleet: The machines.
+        mtbf: Mean time between failures, in seconds.
+    """
+    bytes_per_gpu = size / fleet.gpus
+    transfer = size / fleet.nodes / STORAGE
+    committed = bytes_per_gpu * SAVE_TOTAL + 2 * transfer  # written, then read back
+    cost = bytes_per_gpu * SAVE_CALL + SLOWDOWN * committed
+    return Policy(optimal_interval(cost, mtbf, committed), cost, committed, RECOVERY)
 
 
-def between_failures(recipe: Recipe, fleet: Fleet) -> float:
-    """Mean seconds between two failures of the run: a machine's, or a spot node's being taken."""
+def mean_seconds_between_failures(recipe: Recipe, fleet: Fleet) -> float:
+    """Returns the mean time between failures of the run, including the loss of spot nodes."""
     rate = fleet.gpus / (recipe.checkpoint.mtbf_hours * HOUR)
     return 1 / (rate + (fleet.nodes / (SPOT_DAYS * DAY) if fleet.spot else 0.0))
 
 
 def cost(recipe: Recipe, model: Size, speed: Speed, layout: Layout, fleet: Fleet) -> Cost:
+    """Returns what a run of the recipe costs.
+
+    Args:
+        recipe: The recipe.
+        model: The size of its model.
+        speed: The estimated speed.
+        layout: How the model is distributed.
+        fleet: The machines.
+    """
     fleet = fleet.of(layout.gpus)
-    size, mtbf = checkpoint_bytes(model), between_failures(recipe, fleet)
-    best = policy(size, fleet, mtbf)
+    checkpoint = checkpoint_bytes(model)
+    mtbf = mean_seconds_between_failures(recipe, fleet)
+    best = policy(checkpoint, fleet, mtbf)
+    best_steps = max(1, math.ceil(best.interval / speed.step))
     tokens = recipe.steps * recipe.tokens_per_step or None
+
     every = recipe.checkpoint.every
     interval = best.interval
+    saves_every: int | None = best_steps if every == "auto" else None
     if isinstance(every, int):
         interval = every * speed.step
+        saves_every = every
     elif every is None and tokens is not None:
         interval = recipe.steps * speed.step
-    effective = closed(best._replace(interval=interval), mtbf)
-    hours = tokens / speed.tokens / HOUR / effective if tokens and effective else None
+
+    goodput = expected_goodput(best._replace(interval=interval), mtbf)
+    hours = tokens / speed.tokens / HOUR / goodput if tokens and goodput else None
     usd = None if hours is None or fleet.usd_per_hour is None else hours * fleet.usd_per_hour
-    steps = max(1, math.ceil(best.interval / speed.step))
-    told = steps if every == "auto" else every if isinstance(every, int) else None
     return Cost(
-        tokens, hours, usd, effective, size, steps, told, mtbf / HOUR, speed.tokens / TOKENS_PER_CORE,
-        layout.gpus * TASK_CPUS if recipe.data.executor == "ray" else 0.0,
-    )  # fmt: skip
+        tokens=tokens,
+        hours=hours,
+        usd=usd,
+        effective=goodput,
+        checkpoint=checkpoint,
+        best=best_steps,
+        every=saves_every,
+        mtbf=mtbf / HOUR,
+        cores=speed.tokens / TOKENS_PER_CORE,
+        asked=layout.gpus * TASK_CPUS if recipe.data.executor == "ray" else 0.0,
+    )

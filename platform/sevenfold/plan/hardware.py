@@ -1,28 +1,40 @@
-"""What GPUs and nodes are and cost: hardware.yaml, or a file of one's own that is laid over it."""
+"""GPUs, machines and their prices: hardware.yaml, which a user's file can override."""
 
 from __future__ import annotations
 
+import copy
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sevenfold.cluster.hardware import hardware_table
 from sevenfold.errors import InputError
 from sevenfold.recipe import Recipe
 
-GIB, GBIT = 2**30, 1e9 / 8
-NODE = 8  # GPUs, where nobody says how many a node has
-ETHERNET = 400 * GBIT  # bytes a second, where nothing is known of the nodes: a port of 400 Gbit/s
+GIB = 2**30
+GBIT = 1e9 / 8  # bytes
+GPUS_PER_NODE = 8  # if no machine of the table has the GPU
+ETHERNET = 400 * GBIT  # bytes per second and node, if nothing is known of it: a 400 Gbit/s port
+PCIE_GBS = 24  # GB/s between the GPUs of a machine, if nothing is known of it: PCIe 4 x16
 Table = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """memory: bytes. flops: a second, dense, by dtype (float32, bfloat16). bandwidth: of its memory, bytes a second. gemm,
-    attention: the part of `flops` that large matrix products and fused attention reach."""
+    """A kind of GPU.
+
+    Attributes:
+        name: Its name in the table.
+        memory: Bytes of memory.
+        flops: Peak FLOP/s by dtype (float32, bfloat16), without sparsity.
+        bandwidth: Memory bandwidth, in bytes per second.
+        gemm: The share of `flops` that large matrix multiplications reach.
+        attention: The share of `flops` that fused attention reaches.
+    """
 
     name: str
     memory: int
@@ -34,16 +46,19 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Fleet:
-    """Like GPUs in like nodes.
+    """GPUs of one kind in nodes of one kind.
 
     Attributes:
-        link: within a node, bytes a second a GPU, one way.
-        network: between nodes, bytes a second a node, one way.
-        hourly: of a node, USD; None where no price is known.
-        spot: whether a node may be taken away.
-        name: of its pool or machine.
-        priced: where the price is from, as a sentence.
-        beside: of the head and the machines that feed, USD an hour.
+        gpu: The kind of GPU.
+        gpus: The number of GPUs.
+        gpus_per_node: GPUs of each node.
+        link: Bandwidth between the GPUs of a node, in bytes per second and GPU, one way.
+        network: Bandwidth between nodes, in bytes per second and node, one way.
+        hourly: The price of a node in USD per hour; None if it is not known.
+        spot: Whether nodes are spot instances, which can be taken away.
+        name: The name of the cluster's pool or the machine.
+        priced: The price and its source, as text.
+        beside: The price of the head node and the data node together, in USD per hour.
     """
 
     gpu: Gpu
@@ -59,152 +74,251 @@ class Fleet:
 
     @property
     def nodes(self) -> int:
+        """The number of nodes, the last of which may be partly used."""
         return -(-self.gpus // self.gpus_per_node)
 
     @property
     def usd_per_hour(self) -> float | None:
-        """Of all machines: one whose GPUs are not all used is paid for whole."""
+        """The price of all machines; a partly used node is paid for in full."""
         return None if self.hourly is None else self.hourly * self.nodes + self.beside
 
     def of(self, gpus: int) -> Fleet:
-        """So many GPUs of it."""
+        """Returns the fleet with this number of GPUs."""
         return replace(self, gpus=gpus)
 
 
 def load(path: str | None = None) -> Table:
-    """The table, and a file's laid over it, field by field.
+    """Returns the hardware table, overridden field by field by a user's file.
+
+    Args:
+        path: The user's file; None for the table alone.
 
     Raises:
-        InputError: no such file, no YAML of this form.
+        InputError: The file is missing, or is not a valid table.
     """
-    table = yaml.safe_load(Path(__file__).with_name("hardware.yaml").read_text(encoding="utf-8"))
+    table: dict[str, Any] = copy.deepcopy(dict(hardware_table()))
     if path is None:
         return dict(table)
-    try:
-        own = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        raise InputError(
-            f"{path}: expected a table of hardware (YAML), found none: {getattr(e, 'strerror', None) or e}"
-        ) from None
-    except yaml.YAMLError as e:
-        raise InputError(f"{path}: expected YAML: {' '.join(str(e).split())}") from None
-    if not isinstance(own, dict) or not own.keys() <= table.keys():
-        raise InputError(f"{path}: expected {', '.join(table)}, as in sevenfold/plan/hardware.yaml, found {_found(own)}")
+    overrides = _read(path, table)
     for kind in ("gpus", "machines"):
-        for name, fields in (own.get(kind) or {}).items():
+        for name, fields in (overrides.get(kind) or {}).items():
             if not isinstance(fields, dict):
-                raise InputError(f"{path}: {kind}.{name}: expected fields, as {{usd: 21.96}}, found {fields!r}")
+                raise InputError(
+                    f"{path}: {kind}.{name}: expected fields, such as {{usd: 21.96}}, "
+                    f"found {fields!r}"
+                )
             known = set().union(*table[kind].values())
             if unknown := sorted(fields.keys() - known):
-                raise InputError(f"{path}: {kind}.{name}: no field {unknown[0]!r}{_near(unknown[0], known)}")
+                raise InputError(
+                    f"{path}: {kind}.{name}: unknown field {unknown[0]!r}"
+                    f"{_suggestion(unknown[0], known)}"
+                )
             table[kind][name] = table[kind].get(name, {}) | fields
-    table["spot_share"] = own.get("spot_share", table["spot_share"])
+    table["spot_share"] = overrides.get("spot_share", table["spot_share"])
     return dict(table)
 
 
-def _found(own: Any) -> str:
-    return ", ".join(map(str, own)) if isinstance(own, dict) else type(own).__name__
+def _read(path: str, table: Table) -> dict[str, Any]:
+    """Returns the contents of a user's file, whose sections must be those of the table."""
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise InputError(f"{path}: expected a hardware table (YAML): {reason}") from None
+    except yaml.YAMLError as e:
+        raise InputError(f"{path}: expected YAML: {' '.join(str(e).split())}") from None
+    if not isinstance(content, dict) or not content.keys() <= table.keys():
+        keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
+        raise InputError(
+            f"{path}: expected the keys {', '.join(table)}, as in sevenfold/cluster/hardware.yaml; "
+            f"found {keys}"
+        )
+    return content
 
 
-def _near(name: str, known: Any) -> str:
+def _suggestion(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, list(known), 1, 0.5)
-    return f": did you mean {close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def gpu(table: Table, name: str) -> Gpu:
-    """Raises InputError where it is not known, or its entry is not whole."""
+    """Returns a GPU of the table.
+
+    Raises:
+        InputError: The table does not have it, or its entry lacks fields.
+    """
     entry = table["gpus"].get(name.lower())
     if entry is None:
         known = ", ".join(table["gpus"])
-        raise InputError(f"GPU {name}: expected one of {known}; another one goes into a file given by --hardware")
+        raise InputError(
+            f"unknown GPU {name}: expected one of {known}; add others with --hardware FILE"
+        )
     try:
-        flops = {k: float(v) * 1e12 for k, v in entry["tflops"].items()}
+        flops = {dtype: float(tflops) * 1e12 for dtype, tflops in entry["tflops"].items()}
         memory, bandwidth = int(entry["memory_gib"] * GIB), entry["bandwidth_gbs"] * 1e9
-        efficiencies = {k: float(entry[k]) for k in ("gemm", "attention") if k in entry}
+        efficiencies = {key: float(entry[key]) for key in ("gemm", "attention") if key in entry}
     except (KeyError, TypeError, ValueError, AttributeError) as e:
         raise InputError(
-            f"hardware: gpus.{name}: expected memory_gib, tflops by dtype and bandwidth_gbs, found no {e}"
+            f"hardware: gpus.{name}: expected memory_gib, tflops by dtype and bandwidth_gbs; "
+            f"missing or not valid: {e}"
         ) from None
     return Gpu(name.lower(), memory, flops, bandwidth, **efficiencies)
 
 
 def of_gpus(table: Table, name: str, gpus: int) -> Fleet:
-    """So many GPUs of a kind, in the smallest machines of the table that hold them, or eight.
+    """Returns GPUs of a kind, in the smallest machines of the table that hold them.
 
-    Raises InputError: an unknown GPU, no number above 0.
+    More than eight GPUs are put into machines that have eight, or the most that there are.
+
+    Args:
+        table: The hardware table.
+        name: The kind of GPU.
+        gpus: The number of GPUs.
+
+    Raises:
+        InputError: The GPU is unknown, or the number is not above 0.
     """
     if gpus < 1:
         raise InputError(f"--gpus: expected a number above 0, found {gpus}")
-    made = gpu(table, name)
-    having = sorted((m["gpus"], n) for n, m in table["machines"].items() if m.get("gpu") == made.name)
-    if not having:
-        link = table["gpus"][made.name].get("link_gbs", 24) * 1e9
-        return Fleet(made, gpus, min(NODE, gpus), link, ETHERNET, None, False, made.name, f"{made.name}: no price is known")
-    kind = next((n for count, n in having if count >= min(gpus, NODE)), having[-1][1])
-    return machine(table, kind, gpus, spot=False)
+    kind = gpu(table, name)
+    machines = sorted(
+        (entry["gpus"], machine_name)
+        for machine_name, entry in table["machines"].items()
+        if entry.get("gpu") == kind.name
+    )
+    if not machines:
+        return Fleet(
+            gpu=kind,
+            gpus=gpus,
+            gpus_per_node=min(GPUS_PER_NODE, gpus),
+            link=table["gpus"][kind.name].get("link_gbs", PCIE_GBS) * 1e9,
+            network=ETHERNET,
+            name=kind.name,
+            priced=f"{kind.name}: no price is known",
+        )
+    needed = min(gpus, GPUS_PER_NODE)
+    smallest = next(
+        (machine_name for count, machine_name in machines if count >= needed), machines[-1][1]
+    )
+    return machine(table, smallest, gpus, spot=False)
 
 
 def machine(table: Table, kind: str, gpus: int, spot: bool, name: str | None = None) -> Fleet:
-    """So many GPUs in machines of a kind. Raises InputError where it is not known or has no GPU."""
+    """Returns GPUs in machines of one kind.
+
+    Args:
+        table: The hardware table.
+        kind: The machine's type, such as p4d.24xlarge.
+        gpus: The number of GPUs.
+        spot: Whether the machines are spot instances.
+        name: The name of the fleet; None for the machine's type.
+
+    Raises:
+        InputError: The machine is not known or has no GPU.
+    """
     entry = table["machines"].get(kind)
     if entry is None or not entry.get("gpus"):
         known = ", ".join(k for k, m in table["machines"].items() if m.get("gpus"))
-        what = "not known" if entry is None else "without a GPU"
-        raise InputError(f"machine {kind}: {what}: expected one of {known}; another one goes into a file given by --hardware")
-    made, hourly, said = gpu(table, entry["gpu"]), entry.get("usd"), f"{entry.get('source')}, {entry.get('date')}"
-    if spot and entry.get("spot_usd") is not None:
-        hourly = entry["spot_usd"]
-    elif spot and hourly is not None:
-        hourly, said = hourly * table["spot_share"], f"assumed {table['spot_share']:g} of the price on demand ({said})"
-    priced = f"{kind} {hourly:,.2f} USD an hour: {said}" if hourly is not None else f"{kind}: no price is known"
-    if not entry.get("checked") and hourly is not None:
-        priced += ", not checked"
-    link = entry.get("link_gbs", table["gpus"][made.name].get("link_gbs", 24)) * 1e9
-    return Fleet(made, gpus, entry["gpus"], link, entry["network_gbps"] * GBIT, hourly, spot, name or kind, priced)
+        problem = "not known" if entry is None else "has no GPU"
+        raise InputError(
+            f"machine {kind}: {problem}: expected one of {known}; add others with --hardware FILE"
+        )
+    gpu_kind = gpu(table, entry["gpu"])
+    hourly, source = _price(table, entry, spot)
+    if hourly is None:
+        priced = f"{kind}: no price is known"
+    else:
+        checked = "" if entry.get("checked") else ", not checked"
+        priced = f"{kind} {hourly:,.2f} USD per hour: {source}{checked}"
+    gpu_link = table["gpus"][gpu_kind.name].get("link_gbs", PCIE_GBS)
+    return Fleet(
+        gpu=gpu_kind,
+        gpus=gpus,
+        gpus_per_node=entry["gpus"],
+        link=entry.get("link_gbs", gpu_link) * 1e9,
+        network=entry["network_gbps"] * GBIT,
+        hourly=hourly,
+        spot=spot,
+        name=name or kind,
+        priced=priced,
+    )
 
 
-def of_cluster(table: Table, config: Mapping[str, Any], where: str, recipe: Recipe | None = None) -> list[Fleet]:
-    """A fleet for each pool of a cluster.yaml that has GPUs and, where a recipe names labels of its workers, has these; as
-    many as may be started.
+def _price(table: Table, entry: Mapping[str, Any], spot: bool) -> tuple[float | None, str]:
+    """Returns a machine's price in USD per hour, None if it is not known, and where it is from."""
+    hourly, source = entry.get("usd"), f"{entry.get('source')}, {entry.get('date')}"
+    if not spot:
+        return hourly, source
+    if entry.get("spot_usd") is not None:
+        return entry["spot_usd"], source
+    if hourly is None:
+        return None, source
+    share = table["spot_share"]
+    return hourly * share, f"assumed {share:g} of the on-demand price ({source})"
+
+
+def of_cluster(
+    table: Table, config: Mapping[str, Any], where: str, recipe: Recipe | None = None
+) -> list[Fleet]:
+    """Returns a fleet for each pool of a cluster.yaml that has GPUs, at its maximum size.
+
+    Args:
+        table: The hardware table.
+        config: The contents of the cluster.yaml.
+        where: Its path, for errors.
+        recipe: If it has cluster.worker_labels, only pools with these labels count.
 
     Raises:
-        InputError: no pool with GPUs, or none that is known here.
+        InputError: No pool has GPUs, or its machines are not in the table.
     """
-    most, labels = config.get("max_workers", 2), recipe.cluster.worker_labels if recipe is not None else {}
-    out, kinds = [], config["available_node_types"]
-    for name, kind in kinds.items():
-        count = min(kind.get("max_workers", most), most)
-        gpus = int((kind.get("resources") or {}).get("GPU", 0))
-        if name == config.get("head_node_type") or not gpus or not count:
+    max_workers = config.get("max_workers", 2)  # Ray's default
+    labels = recipe.cluster.worker_labels if recipe is not None else {}
+    pools = config["available_node_types"]
+    fleets = []
+    for name, pool in pools.items():
+        nodes = min(pool.get("max_workers", max_workers), max_workers)
+        gpus = int((pool.get("resources") or {}).get("GPU", 0))
+        if name == config.get("head_node_type") or not gpus or not nodes:
             continue
-        if not labels.items() <= (kind.get("labels") or {}).items():
+        if not labels.items() <= (pool.get("labels") or {}).items():
             continue
-        node = kind.get("node_config") or {}
+        node = pool.get("node_config") or {}
         spot = (node.get("InstanceMarketOptions") or {}).get("MarketType") == "spot"
         try:
-            made = machine(table, str(node.get("InstanceType")), count * gpus, spot, name)
+            fleet = machine(table, str(node.get("InstanceType")), nodes * gpus, spot, name)
         except InputError as e:
             raise InputError(f"{where}: available_node_types.{name}: {e}") from None
-        out.append(replace(made, gpus_per_node=gpus, beside=_beside(table, config, recipe)))
-    if not out:
-        named = f" with the labels {labels}" if labels else ""
+        beside = _price_of_other_machines(table, config, recipe)
+        fleets.append(replace(fleet, gpus_per_node=gpus, beside=beside))
+    if not fleets:
+        with_labels = f" with the labels {labels}" if labels else ""
         raise InputError(
-            f"{where}: expected a pool of workers{named} with GPUs (resources: {{GPU: 8}}), found {', '.join(kinds)}"
+            f"{where}: expected a pool of workers with GPUs (resources: {{GPU: 8}}){with_labels}, "
+            f"found {', '.join(pools)}"
         )
-    return out
+    return fleets
 
 
-def _beside(table: Table, config: Mapping[str, Any], recipe: Recipe | None) -> float:
-    """USD an hour of the head, and of a machine of the pool that feeds, where there is one without GPUs."""
-    kinds, labels = config["available_node_types"], recipe.cluster.data_labels if recipe is not None else {}
-    feeds = [
-        n for n, k in kinds.items()
-        if n != config.get("head_node_type") and not (k.get("resources") or {}).get("GPU")
-        and labels.items() <= (k.get("labels") or {}).items()
-    ]  # fmt: skip
-    types = [
-        str((kinds[n].get("node_config") or {}).get("InstanceType"))
-        for n in (config.get("head_node_type"), *feeds[:1])
-        if n in kinds
+def _price_of_other_machines(
+    table: Table, config: Mapping[str, Any], recipe: Recipe | None
+) -> float:
+    """Returns the price of the head node and one data node, in USD per hour.
+
+    The data node is of the first pool without GPUs that has the recipe's cluster.data_labels.
+    """
+    pools = config["available_node_types"]
+    labels = recipe.cluster.data_labels if recipe is not None else {}
+    head = config.get("head_node_type")
+    data_pools = [
+        name
+        for name, pool in pools.items()
+        if name != head
+        and not (pool.get("resources") or {}).get("GPU")
+        and labels.items() <= (pool.get("labels") or {}).items()
     ]
-    return float(sum(table["machines"].get(t, {}).get("usd") or 0.0 for t in types))
+    instance_types = [
+        str((pools[name].get("node_config") or {}).get("InstanceType"))
+        for name in (head, *data_pools[:1])
+        if name in pools
+    ]
+    return float(sum(table["machines"].get(t, {}).get("usd") or 0.0 for t in instance_types))

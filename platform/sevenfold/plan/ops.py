@@ -1,7 +1,7 @@
-"""What a GPU has to do for a micro-batch: the very model, run forward and backward on tensors without memory, its operations
-counted.
+"""Counts the operations of a micro-batch by running the model itself on fake tensors.
 
-Few layers and rows are run; what a block and a row take follows from their differences.
+Forward and backward run without allocating memory or computing anything. Only few blocks and
+sequences are run: what each further one adds follows from the differences.
 """
 
 from __future__ import annotations
@@ -13,29 +13,60 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode  # pinned (constraints.txt): private, and nothing public does it
+
+# FakeTensorMode is private, but there is no public alternative; constraints.txt pins torch.
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from sevenfold.engine import objectives
-from sevenfold.engine.batch import Batch, Decoder
+from sevenfold.engine.objectives import Causal, Denoise, Masked, SpecialTokens, attach_losses
 from sevenfold.model import build, parallel
 from sevenfold.plan import shape
 from sevenfold.recipe import Recipe
 
-NAME = "sdpa_without_mask"  # documents are kept apart by FlexAttention's block mask, which is next to nothing
+# Attention without a mask: FlexAttention's block mask, which separates documents, costs next to
+# nothing.
+_ATTENTION = "sdpa_without_mask"
 aten = torch.ops.aten
-PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
-FREE = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "lift_fresh"}  # touch no memory
-FILLED = {"zeros", "full", "zeros_like", "fill_", "zero_", "new_zeros", "ones", "ones_like", "arange"}  # written alone
+_MATMULS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default}
+# Operations that do not touch memory.
+_NO_MEMORY = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "new_empty_strided",
+    "detach",
+    "lift_fresh",
+}
+# Operations that write their result and read nothing.
+_WRITE_ONLY = {
+    "zeros",
+    "full",
+    "zeros_like",
+    "fill_",
+    "zero_",
+    "new_zeros",
+    "ones",
+    "ones_like",
+    "arange",
+}
 
 
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of matrix products and of attention, bytes that products read and write, bytes of all else (each operation by
-    itself, as without torch.compile), operations started."""
+    """The operations of a part of a step.
+
+    Attributes:
+        products: FLOPs of matrix multiplications.
+        attention: FLOPs of attention.
+        product_bytes: Bytes that matrix multiplications read and write.
+        bytes: Bytes that all other operations read and write, each on its own (without
+            torch.compile).
+        kernels: The number of operations.
+    """
 
     products: float = 0.0
     attention: float = 0.0
@@ -55,8 +86,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Pass:
-    """A micro-batch's way through a model, forward and backward (with what is computed again): all blocks, and what is
-    outside of them."""
+    """The forward and backward pass of a micro-batch.
+
+    Attributes:
+        forward: The forward pass of all blocks.
+        backward: The backward pass of all blocks, including what checkpointing recomputes.
+        rest_forward: The forward pass of everything outside of the blocks.
+        rest_backward: The backward pass of everything outside of the blocks.
+    """
 
     forward: Work
     backward: Work
@@ -71,42 +108,57 @@ class Pass:
 
 
 def of(recipe: Recipe, vocab_size: int, micro_batch: int, checkpointing: str) -> Pass:
-    """Of one GPU without tensor parallelism."""
+    """Returns the operations of a micro-batch on one GPU, without tensor parallelism.
+
+    Args:
+        recipe: The recipe.
+        vocab_size: The size of the vocabulary.
+        micro_batch: Sequences per micro-batch.
+        checkpointing: Activation checkpointing: none, selective or full.
+    """
     key = shape.Key(recipe, vocab_size)
-    if micro_batch == 1:  # by itself: some operations of several rows are not there
-        return _passed(key, 1, checkpointing)
-    two, three = (_passed(key, rows, checkpointing) for rows in (2, 3))
+    # A single sequence is counted separately: it lacks some operations that several have.
+    if micro_batch == 1:
+        return _count(key, 1, checkpointing)
+    two, three = (_count(key, rows, checkpointing) for rows in (2, 3))
     return two + (three + two * -1) * (micro_batch - 2)
 
 
 @functools.lru_cache(maxsize=64)
-def _passed(key: shape.Key, rows: int, checkpointing: str) -> Pass:
+def _count(key: shape.Key, rows: int, checkpointing: str) -> Pass:
+    """Counts operations at the recipe's depth, from models with one and two blocks per stack."""
     recipe, vocab_size = key.recipe, key.vocab_size
-    known = shape.depths(build.config_of(recipe, vocab_size))
-    base = dict.fromkeys(known, 1)
-    first = _run(recipe, vocab_size, base, rows, checkpointing)
-    (forward, backward), blocks = first, (Work(), Work())
-    for name, layers in known.items():
-        more = _run(recipe, vocab_size, base | {name: 2}, rows, checkpointing)
-        a, b = more[0] - first[0], more[1] - first[1]  # of a block
-        blocks = blocks[0] + a * layers, blocks[1] + b * layers
-        forward, backward = forward - a, backward - b
-    return Pass(*blocks, forward, backward)
+    depths = shape.depths(build.config_of(recipe, vocab_size))
+    one_each = dict.fromkeys(depths, 1)
+    base_forward, base_backward = _run(recipe, vocab_size, one_each, rows, checkpointing)
+    rest_forward, rest_backward = base_forward, base_backward
+    blocks_forward, blocks_backward = Work(), Work()
+    for name, count in depths.items():
+        deeper = _run(recipe, vocab_size, one_each | {name: 2}, rows, checkpointing)
+        block_forward, block_backward = deeper[0] - base_forward, deeper[1] - base_backward
+        blocks_forward = blocks_forward + block_forward * count
+        blocks_backward = blocks_backward + block_backward * count
+        rest_forward = rest_forward - block_forward
+        rest_backward = rest_backward - block_backward
+    return Pass(blocks_forward, blocks_backward, rest_forward, rest_backward)
 
 
-def _run(recipe: Recipe, vocab_size: int, layers: Mapping[str, int], rows: int, checkpointing: str) -> tuple[Work, Work]:
-    """(forward, backward) of a model of so many blocks."""
+def _run(
+    recipe: Recipe, vocab_size: int, layers: Mapping[str, int], rows: int, checkpointing: str
+) -> tuple[Work, Work]:
+    """Returns the operations (forward, backward) of a model with these numbers of blocks."""
     config = shape.config_at(recipe, vocab_size, dict(layers))
-    for name in build.dropouts(config):  # with it a CPU's attention falls apart into single operations
+    # With dropout the CPU's attention is not one operation but many.
+    for name in build.dropouts(config):
         setattr(config, name, 0.0)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model: Any = build.build(recipe, config, weights=False)
         if recipe.adapter is not None:
-            build.with_adapter(model, recipe)
+            shape.add_adapter(model, recipe)
         _cast(model, parallel.DTYPES[recipe.train.dtype])
         model.train()
         if build.CLASSES[recipe.objective][1] == "decoder" and model._can_set_attn_implementation():
-            model.set_attn_implementation(NAME)
+            model.set_attn_implementation(_ATTENTION)
         parallel.recompute(model, checkpointing)
         losses = _losses(recipe, model, rows)
         with _Counter() as counter:
@@ -117,85 +169,115 @@ def _run(recipe: Recipe, vocab_size: int, layers: Mapping[str, int], rows: int, 
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """As FSDP does with parameters that it gathers. What two modules share stays shared."""
-    made: dict[int, nn.Parameter] = {}
+    """Casts parameters as FSDP does when it gathers them; tied parameters stay tied."""
+    cast_of: dict[int, nn.Parameter] = {}
     for module in model.modules():
         for name, p in module._parameters.items():
             if p is not None:
-                made.setdefault(id(p), nn.Parameter(p.detach().to(dtype), p.requires_grad))
-                module._parameters[name] = made[id(p)]
+                cast_of.setdefault(id(p), nn.Parameter(p.detach().to(dtype), p.requires_grad))
+                module._parameters[name] = cast_of[id(p)]
 
 
 def _losses(recipe: Recipe, model: Any, rows: int) -> Callable[[], torch.Tensor]:
-    """The losses of rows that are full, each one document."""
+    """Returns a function that computes the losses of full sequences, one document each."""
     length, train = recipe.data.sequence_length, recipe.train
-
-    def ids(width: int) -> torch.Tensor:
-        return torch.zeros(rows, width, dtype=torch.int64)
-
-    def batch(width: int, asked: int, decoder: Decoder | None = None) -> Batch:
-        return Batch(ids(width), torch.arange(width).expand(rows, -1), ids(asked), torch.zeros(1, dtype=torch.int32), decoder)
-
     if recipe.objective in ("classify", "embed"):
-        return lambda: next(iter(model(input_ids=ids(length)).values())).float().square()
-    kinds = {"masked": objectives.Masked, "denoise": objectives.Denoise, "seq2seq": objectives.Denoise}
-    objective = kinds.get(recipe.objective, objectives.Causal)(objectives.Words(0), 0, 0.0, 1.0)
-    made = batch(length, length)
-    if isinstance(objective, objectives.Denoise):
-        rate, span = recipe.corruption.rate, recipe.corruption.mean_span
-        asked = max(1, round(length * rate * (1 + 1 / span))) if recipe.objective == "denoise" else length // 2
-        read = length if recipe.objective == "denoise" else length - asked
-        made = batch(read, asked, Decoder(ids(asked), ids(asked)))
-    losses = objectives.attach(model, objective, train.loss_chunk, train.z_loss, train.label_smoothing, cpu_logits=None)
-    return lambda: losses(made)
+
+        def losses_of_padded() -> torch.Tensor:
+            # The counter also counts how these ids are made.
+            ids = torch.zeros(rows, length, dtype=torch.int64)
+            outputs: torch.Tensor = next(iter(model(input_ids=ids).values()))
+            return outputs.float().square()
+
+        return losses_of_padded
+    kinds = {"masked": Masked, "denoise": Denoise, "seq2seq": Denoise}
+    objective = kinds.get(recipe.objective, Causal)(SpecialTokens(0), 0, 0.0, 1.0)
+    if isinstance(objective, Denoise):
+        batch = shape.encoder_decoder_batch(rows, *_mean_lengths(recipe))
+    else:
+        batch = shape.token_batch(rows, length)
+    losses = attach_losses(
+        model, objective, train.loss_chunk, train.z_loss, train.label_smoothing, cpu_logits=None
+    )
+    return lambda: losses(batch)
 
 
-def _without_mask(module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any) -> Any:
+def _mean_lengths(recipe: Recipe) -> tuple[int, int]:
+    """Returns the mean tokens per sequence of encoder and decoder.
+
+    Time depends on the mean, memory on the most: for that see shape.sides.
+    """
+    length = recipe.data.sequence_length
+    if recipe.objective == "seq2seq":
+        return length - length // 2, length // 2
+    rate, span = recipe.corruption.rate, recipe.corruption.mean_span
+    return length, max(1, round(length * rate * (1 + 1 / span)))
+
+
+def _without_mask(
+    module: nn.Module, query: Any, key: Any, value: Any, attention_mask: Any, **kwargs: Any
+) -> Any:
     return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
 
-AttentionInterface.register(NAME, _without_mask)
-AttentionMaskInterface.register(NAME, lambda *_, **__: None)
+AttentionInterface.register(_ATTENTION, _without_mask)
+AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)
 
 
 class _Counter(TorchDispatchMode):
+    """Counts the operations that run while it is active."""
+
     def __init__(self) -> None:
         super().__init__()
         self.work = Work()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        made = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        outputs = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
         if "scaled_dot_product" in name:
-            self.work += Work(attention=_attention_flops(name, tensors, args, kwargs or {}), kernels=1)
-        elif func in PRODUCTS:
-            a, b = (tensors[-2], tensors[-1])
+            flops = _attention_flops(name, inputs, args, kwargs or {})
+            self.work += Work(attention=flops, kernels=1)
+        elif func in _MATMULS:
+            a, b = inputs[-2:]  # addmm and baddbmm have the bias first
             flops = 2.0 * a.numel() * b.shape[-1]
-            self.work += Work(products=flops, product_bytes=_bytes([a, b, *made]), kernels=1)
-        elif not func.is_view and name not in FREE and made:
-            self.work += Work(bytes=_touched(name, tensors, made), kernels=1)
-        return out
+            self.work += Work(products=flops, product_bytes=_bytes([a, b, *outputs]), kernels=1)
+        elif not func.is_view and name not in _NO_MEMORY and outputs:
+            self.work += Work(bytes=_bytes_accessed(name, inputs, outputs), kernels=1)
+        return result
 
 
 def _bytes(tensors: list[torch.Tensor]) -> float:
     return float(sum(t.numel() * t.element_size() for t in tensors))
 
 
-def _touched(name: str, tensors: list[torch.Tensor], made: list[torch.Tensor]) -> float:
-    """Bytes read and written. Of a table only the rows looked up are; where a result is an argument, it is both."""
+def _bytes_accessed(name: str, inputs: list[torch.Tensor], outputs: list[torch.Tensor]) -> float:
+    """Returns the bytes that an operation reads and writes.
+
+    An embedding reads only the rows that it looks up. A tensor that is changed in place is both
+    read and written.
+    """
     if name == "embedding":
-        return 2 * _bytes(made)
-    if name in FILLED:
-        return _bytes(made)
-    return _bytes([t for t in tensors if t.numel() > 1]) + _bytes(made)
+        return 2 * _bytes(outputs)
+    if name in _WRITE_ONLY:
+        return _bytes(outputs)
+    return _bytes([t for t in inputs if t.numel() > 1]) + _bytes(outputs)
 
 
-def _attention_flops(name: str, tensors: list[torch.Tensor], args: Any, kwargs: Mapping[str, Any]) -> float:
-    """Of a flash kernel: two products forward, five backward (Dao, arXiv 2307.08691, section 3.1); causal: half of them."""
+def _attention_flops(
+    name: str, inputs: list[torch.Tensor], args: Any, kwargs: Mapping[str, Any]
+) -> float:
+    """Returns the FLOPs of a FlashAttention kernel.
+
+    It has two matmuls forward and five backward (Dao, arXiv 2307.08691, section 3.1); with a causal
+    mask half of each.
+    """
     backward = "backward" in name
-    query, key = (tensors[1], tensors[2]) if backward else (tensors[0], tensors[1])
-    rows, heads, asked, size = query.shape
+    query, key = (inputs[1], inputs[2]) if backward else (inputs[0], inputs[1])
+    batch, heads, queries, head_dim = query.shape
     causal = 0.5 if any(a is True for a in (*args, *kwargs.values())) else 1.0
-    return (5 if backward else 2) * 2.0 * rows * heads * asked * key.shape[-2] * size * causal
+    matmuls = 5 if backward else 2
+    return matmuls * 2.0 * batch * heads * queries * key.shape[-2] * head_dim * causal

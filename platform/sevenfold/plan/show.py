@@ -1,4 +1,4 @@
-"""A plan as a person reads it."""
+"""Prints a plan as text and tables."""
 
 from __future__ import annotations
 
@@ -12,77 +12,140 @@ from sevenfold.plan.speed import Size
 from sevenfold.recipe import Recipe
 from sevenfold.report.console import say, table
 
-SHOWN, NOT_FITTING = 8, 3  # layouts
-HELD = {
-    "parameters": "param", "gradients": "grad", "optimizer": "optim", "activations": "activ", "logits": "logit",
-    "buffers": "buff", "reserve": "res",
-}  # fmt: skip
+# The number of layouts to show: of those that fit, and of the others.
+FITTING, NOT_FITTING = 8, 3
+# The columns of memory.Memory's parts.
+MEMORY_COLUMNS = {
+    "parameters": "param",
+    "gradients": "grad",
+    "optimizer": "optim",
+    "activations": "activ",
+    "logits": "logit",
+    "buffers": "buff",
+    "reserve": "res",
+}
+# The names of the parts of speed.Speed.parts.
+STEP_PARTS = {
+    "products": "matmuls",
+    "attention": "attention",
+    "memory": "memory-bound kernels",
+    "host": "kernel launches",
+    "communication": "communication",
+    "optimizer": "optimizer",
+}
 
 
-def model(recipe: Recipe, made: Size, assumed: Sequence[str]) -> None:
-    frozen = f" ({made.trained:,} trained)" if made.trained != made.parameters else ""
-    steps = f", {recipe.steps:,} steps" if recipe.steps else ", as many steps as its data last"
+def model(recipe: Recipe, size: Size, assumptions: Sequence[str]) -> None:
+    """Prints the size of the recipe's model, the tokens of a step, and what is assumed."""
+    trained = f" ({size.trained:,} trained)" if size.trained != size.parameters else ""
+    sequences, length = recipe.train.global_batch, recipe.data.sequence_length
+    steps = f"{recipe.steps:,} steps" if recipe.steps else "steps until the data ends"
     say(
-        f"{recipe.name}: {made.parameters:,} parameters{frozen}, {made.flops_per_token / 1e9:,.4g} GFLOPs a token, "
-        f"{recipe.tokens_per_step:,} tokens a step ({recipe.train.global_batch} rows of {recipe.data.sequence_length}){steps}"
+        f"{recipe.name}: {size.parameters:,} parameters{trained}, "
+        f"{size.flops_per_token / 1e9:,.4g} GFLOPs per token, "
+        f"{recipe.tokens_per_step:,} tokens per step ({sequences} sequences of {length}), {steps}"
     )
-    for line in assumed:
-        say(f"assumed: {line}")
+    for assumption in assumptions:
+        say(f"assumed: {assumption}")
 
 
 def layouts(found: Sequence[Candidate], chosen: Candidate) -> None:
-    """Of one fleet, the quickest and, of those that do not fit, the nearest."""
+    """Prints a table of a fleet's layouts.
+
+    It has the fastest layouts, and the smallest of those that do not fit.
+    """
     fleet = chosen.fleet
     fitting = [c for c in found if c.speed is not None]
-    rows = fitting[:SHOWN] + [c for c in found if c.speed is None][:NOT_FITTING]
-    if chosen not in rows:
-        rows = [*rows[: SHOWN - 1], chosen, *rows[SHOWN:]]
+    shown = fitting[:FITTING] + [c for c in found if c.speed is None][:NOT_FITTING]
+    if chosen not in shown:
+        shown = [*shown[: FITTING - 1], chosen, *shown[FITTING:]]
     machines = f"{fleet.nodes} machine{'s' * (fleet.nodes > 1)}{', spot' * fleet.spot}"
-    title = f"{fleet.name}: {fleet.gpus} x {fleet.gpu.name}, {machines}: GiB a GPU of {fleet.gpu.memory / GIB:.1f}"
     table(
-        title, ("layout, rows, checkpoint", *HELD.values(), "all", "free", "tokens/s", "MFU"), [_row(c, chosen) for c in rows]
+        f"{fleet.name}: {fleet.gpus} x {fleet.gpu.name}, {machines}; "
+        f"GiB per GPU, of {fleet.gpu.memory / GIB:.1f}",
+        (
+            "layout, micro-batch, ckpt",
+            *MEMORY_COLUMNS.values(),
+            "total",
+            "free",
+            "tokens/s",
+            "MFU",
+        ),
+        [_layout_row(c, chosen) for c in shown],
     )
-    say("  layout; rows a micro-batch; activation checkpointing; grad: of several micro-batches also whole; - does not fit")
-    if hidden := len(found) - len(rows):
-        say(f"  and {hidden} more: {len(fitting)} of {len(found)} fit")
+    say("  micro-batch: sequences; ckpt: activation checkpointing (sel. = selective)")
+    say(
+        "  grad: including unsharded gradients of several micro-batches; "
+        "res: unusable memory of the allocator, CUDA and NCCL; -: does not fit"
+    )
+    if hidden := len(found) - len(shown):
+        say(f"  {hidden} layouts not shown; {len(fitting)} of {len(found)} fit")
 
 
-def _row(c: Candidate, chosen: Candidate) -> list[str]:
-    layout = c.layout
-    held = [f"{getattr(c.memory, part) / GIB:.1f}" for part in HELD]
-    rate = [f"{c.speed.tokens:,.0f}", f"{c.speed.mfu:.1%}"] if c.speed else ["-", "-"]
-    how = {"selective": "sel."}.get(layout.activation_checkpointing, layout.activation_checkpointing)
-    name = f"{'> ' if c is chosen else ''}{choose.named(layout).split(',')[0]}, {layout.micro_batch}, {how}"
-    return [name, *held, f"{c.memory.total / GIB:.1f}", f"{c.free / GIB:.1f}", *rate]
+def _layout_row(candidate: Candidate, chosen: Candidate) -> list[str]:
+    layout = candidate.layout
+    checkpointing = layout.activation_checkpointing
+    if checkpointing == "selective":
+        checkpointing = "sel."
+    mark = "> " if candidate is chosen else ""
+    mesh = choose.named(layout).split(",")[0]
+    rate = ["-", "-"]
+    if candidate.speed:
+        rate = [f"{candidate.speed.tokens:,.0f}", f"{candidate.speed.mfu:.1%}"]
+    return [
+        f"{mark}{mesh}, {layout.micro_batch}, {checkpointing}",
+        *(f"{getattr(candidate.memory, part) / GIB:.1f}" for part in MEMORY_COLUMNS),
+        f"{candidate.memory.total / GIB:.1f}",
+        f"{candidate.free / GIB:.1f}",
+        *rate,
+    ]
 
 
-def chosen(recipe: Recipe, found: Sequence[Candidate], picked: Candidate) -> None:
-    assert picked.speed is not None
-    say(f"chosen: {choose.named(picked.layout)}: {choose.why(picked, found)}")
-    parts = picked.speed.parts
-    told = ", ".join(f"{k} {v:.2f}" for k, v in parts.items() if v >= 0.005)
-    say(f"a step: {picked.speed.step:.2f} s ({told} s); {picked.speed.per_gpu:,.0f} tokens/s a GPU, MFU {picked.speed.mfu:.1%}")
+def choice(found: Sequence[Candidate], chosen: Candidate) -> None:
+    """Prints the chosen layout, the reason for it, and the time of a step by parts."""
+    estimate = chosen.speed
+    assert estimate is not None
+    say(f"chosen: {choose.named(chosen.layout)}: {choose.why(chosen, found)}")
+    parts = ", ".join(
+        f"{STEP_PARTS[name]} {seconds:.2f} s"
+        for name, seconds in estimate.parts.items()
+        if seconds >= 0.005
+    )
+    say(
+        f"step: {estimate.step:.2f} s ({parts}); {estimate.per_gpu:,.0f} tokens/s per GPU, "
+        f"MFU {estimate.mfu:.1%}"
+    )
 
 
-def money(recipe: Recipe, rows: Sequence[tuple[Candidate, Cost]]) -> None:
-    out = []
-    for c, spent in rows:
-        assert c.speed is not None
-        out.append([
-            f"{c.fleet.name}: {c.layout.gpus} x {c.fleet.gpu.name}", f"{c.speed.tokens:,.0f} +-{speed.SPREAD:.0%}",
-            _span(spent.hours, "h"), _span(spent.usd, "USD"), f"{spent.effective:.2%}", f"{spent.mtbf:,.0f} h",
-        ])  # fmt: skip
-    columns = ("machines", "tokens/s", "time", "money", "lasts", "a failure each")
-    tokens = rows[0][1].tokens
-    what = f"{tokens:,} tokens" if tokens else "its data, of which the plan does not know how much it is"
-    table(f"{recipe.name}: {what}", columns, out)
-    for line in dict.fromkeys(c.fleet.priced for c, _ in rows):
-        say(f"price: {line}")
-    for beside in {c.fleet.beside for c, _ in rows if c.fleet.beside and c.fleet.hourly is not None}:
-        say(f"  and {beside:,.2f} USD an hour for the head and a machine that feeds, which the money counts")
+def costs(recipe: Recipe, plans: Sequence[tuple[Candidate, Cost]]) -> None:
+    """Prints a table of the time and cost of the run on each fleet, and the prices."""
+    rows = []
+    for candidate, cost in plans:
+        assert candidate.speed is not None
+        fleet = candidate.fleet
+        rows.append(
+            [
+                f"{fleet.name}: {candidate.layout.gpus} x {fleet.gpu.name}",
+                f"{candidate.speed.tokens:,.0f} +-{speed.SPREAD:.0%}",
+                _with_range(cost.hours, "h"),
+                _with_range(cost.usd, "USD"),
+                f"{cost.effective:.2%}",
+                f"{cost.mtbf:,.0f} h",
+            ]
+        )
+    tokens = plans[0][1].tokens
+    amount = f"{tokens:,} tokens" if tokens else "all its data (size not known to the plan)"
+    columns = ("machines", "tokens/s", "time", "cost", "goodput", "MTBF")
+    table(f"{recipe.name}: {amount}", columns, rows)
+    for priced in dict.fromkeys(candidate.fleet.priced for candidate, _ in plans):
+        say(f"price: {priced}")
+    priced_fleets = [c.fleet for c, _ in plans if c.fleet.hourly is not None]
+    for usd in {fleet.beside for fleet in priced_fleets if fleet.beside}:
+        say(f"price: head node and data node {usd:,.2f} USD per hour, included in the cost")
 
 
-def _span(value: float | None, unit: str) -> str:
+def _with_range(value: float | None, unit: str) -> str:
+    """Returns a value with the range that it should be in, such as "20 h (17 - 24)"."""
     if value is None:
         return "-"
     form = ",.0f" if value >= 10 else ".2g"
@@ -90,58 +153,96 @@ def _span(value: float | None, unit: str) -> str:
     return f"{value:{form}} {unit} ({low:{form}} - {high:{form}})"
 
 
-def beside(spent: Cost, step: float, fleet: Fleet) -> None:
-    """Checkpoints, and the CPUs that feed."""
-    every = f"the recipe saves each {spent.every:,}" if spent.every else "the recipe saves at the end alone"
+def checkpoints_and_data(cost: Cost, step: float) -> None:
+    """Prints the size and interval of checkpoints, and the CPUs that prepare the data.
+
+    Args:
+        cost: What the run costs.
+        step: Seconds per step.
+    """
+    saves = f"every {cost.every:,} steps" if cost.every else "only at the end"
     say(
-        f"a checkpoint: {spent.checkpoint / 1e9:,.3g} GB; best each {spent.best:,} steps "
-        f"({spent.best * step / 60:,.1f} min), {every}"
+        f"checkpoint: {cost.checkpoint / 1e9:,.3g} GB; best interval {cost.best:,} steps "
+        f"({cost.best * step / 60:,.1f} min); the recipe saves {saves}"
     )
-    say(
-        f"fed by {spent.cores:.3f} CPU cores at work; its data tasks ask Ray for {spent.asked:g} CPUs"
-        if spent.asked
-        else f"fed by {spent.cores:.3f} CPU cores at work, in the workers themselves"
+    where = (
+        f"the data tasks request {cost.asked:g} CPUs from Ray"
+        if cost.asked
+        else "the workers prepare the data themselves"
     )
+    say(f"data: keeps {cost.cores:.3f} CPU cores busy; {where}")
 
 
-def trained(usd: float, found: Sequence[budget.Trained]) -> None:
+def pretraining(usd: float, found: Sequence[budget.Trained]) -> None:
+    """Prints what a budget can pretrain, and the compute-optimal sizes."""
     rows = []
-    for t in found:
-        low = t.speed.range
-        rows.append([
-            f"{t.size.parameters / 1e6:,.0f}M", f"{t.config['hidden_size']} x {t.config['num_hidden_layers']}",
-            f"{t.fleet.gpus} x {t.fleet.gpu.name}, {t.fleet.name}", f"{low[0]:,.0f} - {low[1]:,.0f}", f"{t.speed.mfu:.0%}",
-            f"{t.hours:,.1f}", f"{t.tokens / 1e9:,.2f}e9", f"{t.ratio:,.1f}", f"{t.loss:.3f}",
-        ])  # fmt: skip
-    columns = ("model", "width x blocks", "GPUs", "tokens/s", "MFU", "hours", "tokens", "a parameter", "loss by the law")
+    for result in found:
+        low, high = result.speed.range
+        rows.append(
+            [
+                f"{result.size.parameters / 1e6:,.0f}M",
+                f"{result.config['hidden_size']} x {result.config['num_hidden_layers']}",
+                f"{result.fleet.gpus} x {result.fleet.gpu.name}, {result.fleet.name}",
+                f"{low:,.0f} - {high:,.0f}",
+                f"{result.speed.mfu:.0%}",
+                f"{result.hours:,.1f}",
+                f"{result.tokens / 1e9:,.2f}e9",
+                f"{result.ratio:,.1f}",
+                f"{result.loss:.3f}",
+            ]
+        )
+    columns = (
+        "model",
+        "width x blocks",
+        "GPUs",
+        "tokens/s",
+        "MFU",
+        "hours",
+        "tokens",
+        "tokens/param",
+        "predicted loss",
+    )
+    title = (
+        f"{usd:,.0f} USD: decoders to pretrain, with sequences of {budget.SEQUENCE_LENGTH} tokens "
+        f"and {budget.TOKENS_PER_STEP:,} tokens per step"
+    )
+    table(title, columns, rows, left=("GPUs",))
+    by_ratio, by_loss = budget.optimum(found)
+    smallest, largest = found[0].size.parameters, found[-1].size.parameters
+
+    def text(point: tuple[float, float]) -> str:
+        parameters, tokens = point
+        inside = smallest * 1.01 < parameters < largest * 0.99
+        note = "" if inside else " (at the end of the sizes considered)"
+        return f"{parameters / 1e6:,.0f}M parameters, {tokens / 1e9:,.2f}e9 tokens{note}"
+
+    say(
+        f"compute-optimal with {budget.TOKENS_PER_PARAMETER} tokens per parameter "
+        f"(arXiv 2203.15556, approach 1): {text(by_ratio)}"
+    )
+    say(f"lowest predicted loss (arXiv 2404.10102, refit of approach 3): {text(by_loss)}")
+    for priced in dict.fromkeys(result.fleet.priced for result in found):
+        say(f"price: {priced}")
+
+
+def fine_tuning(fleet: Fleet) -> None:
+    """Prints how many GPUs of a fleet are needed to fine-tune pretrained models."""
+    rows = [
+        [
+            result.name,
+            f"{result.parameters / 1e9:,.2f}e9",
+            "-" if result.whole is None else f"{result.whole}",
+            "-" if result.adapter is None else f"{result.adapter}",
+        ]
+        for result in budget.tune(fleet)
+    ]
     table(
-        f"{usd:,.0f} USD: new decoders of {budget.LENGTH} tokens a row, {budget.BATCH:,} a step", columns, rows, left=("GPUs",)
+        f"{fleet.name}: GPUs needed to fine-tune, of {fleet.gpus} {fleet.gpu.name}; "
+        f"one sequence of {budget.TUNED_LENGTH} tokens per GPU",
+        ("pretrained model", "parameters", "all parameters", "LoRA"),
+        rows,
     )
-    twenty, least = budget.optimum(found)
-    sizes = [t.size.parameters for t in found]
-
-    def told(point: tuple[float, float]) -> str:
-        at_end = "" if sizes[0] * 1.01 < point[0] < sizes[-1] * 0.99 else " (an end of the sizes looked at)"
-        return f"{point[0] / 1e6:,.0f}M parameters, {point[1] / 1e9:,.2f}e9 tokens{at_end}"
-
     say(
-        f"the largest that is compute-optimal: {told(twenty)}: {budget.RATIO} tokens a parameter (arXiv 2203.15556, approach 1)"
-    )
-    say(f"least loss by the refit of approach 3 (arXiv 2404.10102): {told(least)}")
-    for line in dict.fromkeys(t.fleet.priced for t in found):
-        say(f"price: {line}")
-
-
-def tuned(fleet: Fleet) -> None:
-    def count(gpus: int | None) -> str:
-        return "-" if gpus is None else f"{gpus}"
-
-    rows = [[t.name, f"{t.parameters / 1e9:,.2f}e9", count(t.whole), count(t.adapter)] for t in budget.tune(fleet)]
-    what = (
-        f"{fleet.name}: fewest of {fleet.gpus} {fleet.gpu.name} that fine-tune it, a row of {budget.TUNED_LENGTH} tokens each"
-    )
-    table(what, ("pretrained", "parameters", "whole", "LoRA"), rows)
-    say(
-        "by a closed form, full checkpointing, float32 shards, AdamW (the plan of a recipe with model.path traces it); "
-        "-: does not fit"
+        "estimated with full checkpointing, float32 shards and AdamW, without tracing the model "
+        "(the plan of a recipe with model.path traces it); -: does not fit"
     )

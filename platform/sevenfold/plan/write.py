@@ -1,102 +1,93 @@
-"""Settings put into a recipe's text, whose comments and order stay."""
+"""Writes settings into a recipe's file and keeps its comments and order."""
 
 from __future__ import annotations
 
-import json
-import re
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from ruamel.yaml import YAML
+from ruamel.yaml.comments import CommentedMap, CommentedSeq
+from ruamel.yaml.tokens import CommentToken
 
 from sevenfold import storage
 from sevenfold.errors import InputError
 from sevenfold.recipe import loads
 
-LINE = re.compile(r"^(?P<indent> *)(?P<key>[A-Za-z_][\w]*):(?P<value>.*?)(?P<comment>\s+#.*)?$")
 
+def write_settings(path: str, changes: Mapping[str, Any]) -> None:
+    """Writes settings into a recipe's file.
 
-def write(path: str, changes: Mapping[str, Any]) -> None:
-    """Puts `{"section.key": value}` into the file, and nothing where that is not the recipe that was meant.
+    The file is only changed if the result is exactly the recipe with these settings.
 
-    Raises InputError where the file's form does not let it be done, or the recipe would not be valid.
+    Args:
+        path: The recipe's file.
+        changes: Values by `section.key`.
+
+    Raises:
+        InputError: The changed recipe would not be valid, or the file cannot be changed
+            automatically.
     """
     text = Path(path).read_text(encoding="utf-8")
     try:
-        meant = loads(text, path, dict(changes))
+        expected = loads(text, path, dict(changes))
     except InputError as e:
         raise InputError(f"{e}; nothing was written") from None
-    made = put(text, changes)
-    try:
-        same = loads(made, path) == meant
-    except InputError:
-        same = False
-    if not same:
-        told = " ".join(f"{k}={_said(v)}" for k, v in changes.items())
-        raise InputError(f"{path}: its form is not one that can be changed here; nothing was written: put in {told}")
-    storage.write(str(Path(path).resolve()), made)
+    changed = with_settings(text, changes)
+    if loads(changed, path) != expected:
+        settings = " ".join(f"{key}={value}" for key, value in changes.items())
+        raise InputError(
+            f"{path}: cannot be changed automatically; nothing was written: set {settings} by hand"
+        )
+    storage.write(str(Path(path).resolve()), changed)
 
 
-def put(text: str, changes: Mapping[str, Any]) -> str:
-    """Of two levels: sections, and keys in them."""
-    lines = text.splitlines()
+def with_settings(text: str, changes: Mapping[str, Any]) -> str:
+    """Returns the text of a recipe with changed settings.
+
+    Args:
+        text: The recipe's YAML.
+        changes: Values by `section.key`.
+    """
+    yaml = YAML()
+    yaml.preserve_quotes = True
+    yaml.width = 10_000  # do not wrap lines
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    tree = yaml.load(text)
     for path, value in changes.items():
         section, key = path.split(".")
-        _put(lines, section, key, value)
-    return "\n".join(lines) + "\n"
+        if section not in tree:
+            tree[section] = CommentedMap()
+        is_new = key not in tree[section]
+        following = _take_comment_after(tree[section]) if is_new and tree[section] else None
+        tree[section][key] = value
+        if following is not None:
+            tree[section].ca.items[key] = [None, None, following, None]
+    stream = io.StringIO()
+    yaml.dump(tree, stream)
+    return stream.getvalue()
 
 
-def _put(lines: list[str], section: str, key: str, value: Any) -> None:
-    begin = next((i for i, line in enumerate(lines) if _is(line, section, 0)), None)
-    if begin is None:
-        lines += [f"{section}:", f"  {key}: {_said(value)}"]
-        return
-    _block(lines, begin, section)
-    end = begin + 1
-    while end < len(lines) and (not lines[end].strip() or lines[end][0] in " #"):
-        end += 1
-    while not lines[end - 1].strip() or lines[end - 1].startswith("#"):  # what comes before the next section is its own
-        end -= 1
-    inner = [LINE.match(line) for line in lines[begin + 1 : end]]
-    indent = next((len(m["indent"]) for m in inner if m and m["indent"]), 2)
-    for i in range(begin + 1, end):
-        if _is(lines[i], key, indent):
-            found = LINE.match(lines[i])
-            assert found is not None
-            after = i + 1
-            while after < end and lines[after].startswith(" " * (indent + 1)) and lines[after].strip()[0] != "#":
-                after += 1  # a value over several lines
-            lines[i:after] = [f"{' ' * indent}{key}: {_said(value)}{found['comment'] or ''}"]
-            return
-    lines.insert(end, f"{' ' * indent}{key}: {_said(value)}")
+def _take_comment_after(section: CommentedMap) -> CommentToken | None:
+    """Removes and returns the blank lines and comments between a section and the next one.
 
-
-def _is(line: str, key: str, indent: int) -> bool:
-    found = LINE.match(line)
-    return found is not None and found["key"] == key and len(found["indent"]) == indent
-
-
-def _block(lines: list[str], at: int, section: str) -> None:
-    """A section that is written in braces on one line becomes one of lines."""
-    found = LINE.match(lines[at])
-    assert found is not None
-    if not found["value"].strip():
-        return
-    try:
-        inner = yaml.safe_load(found["value"])
-    except yaml.YAMLError:  # braces over several lines
-        return
-    if not isinstance(inner, dict):
-        return
-    body = [f"  {k}: {_said(v)}" for k, v in inner.items()]
-    lines[at : at + 1] = [f"{section}:{found['comment'] or ''}", *body]
-
-
-def _said(value: Any) -> str:
-    """On one line, as YAML."""
-    if isinstance(value, dict | list | tuple):
-        return yaml.safe_dump(value, default_flow_style=True, width=10_000).strip()
-    if isinstance(value, str):
-        return yaml.safe_dump(value, width=10_000).strip().removesuffix("\n...").strip()
-    return json.dumps(value)
+    ruamel.yaml attaches them to the last value of the section, and would put a new key after them.
+    """
+    node: Any = section
+    while True:
+        last = list(node)[-1] if isinstance(node, CommentedMap) else len(node) - 1
+        value = node[last]
+        if not isinstance(value, CommentedMap | CommentedSeq) or not value or value.fa.flow_style():
+            break
+        node = value
+    slot = 2 if isinstance(node, CommentedMap) else 0
+    tokens = node.ca.items.get(last)
+    if not tokens or tokens[slot] is None:
+        return None
+    same_line, newline, following = tokens[slot].value.partition("\n")
+    if not following:
+        return None
+    mark = tokens[slot].start_mark
+    tokens[slot] = CommentToken(same_line + newline, mark, None) if same_line.strip() else None
+    return CommentToken(newline + following, mark, None)

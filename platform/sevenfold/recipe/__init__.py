@@ -1,10 +1,13 @@
-"""The recipe: every setting of a run, typed. What a field means and its unit stand beside it.
+"""The recipe: all settings of a run, in typed sections.
 
-A recipe is YAML, changed on the command line by `key.path=value`; an unknown key names the nearest known one.
+Each field's description says what it means. A recipe is a YAML file; `key.path=value` on the
+command line changes single values. An unknown key is an error, which suggests the nearest known
+key.
 """
 
 from sevenfold.recipe.data import Data, Filter, Source, Stage, Tokenizer
-from sevenfold.recipe.search import Search, Space
+from sevenfold.recipe.recipe import PRETRAINING, Recipe, loads, parse
+from sevenfold.recipe.sweep import Space, Sweep
 from sevenfold.recipe.training import (
     Adapter,
     Checkpoint,
@@ -20,7 +23,6 @@ from sevenfold.recipe.training import (
     Train,
     Validation,
 )
-from sevenfold.recipe.whole import PRETRAINING, Recipe, loads, parse
 
 __all__ = [
     "PRETRAINING",
@@ -38,10 +40,10 @@ __all__ = [
     "Preference",
     "Recipe",
     "Schedule",
-    "Search",
     "Source",
     "Space",
     "Stage",
+    "Sweep",
     "Tokenizer",
     "Train",
     "Validation",

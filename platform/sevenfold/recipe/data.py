@@ -1,4 +1,4 @@
-"""What is read, and by which tokenizer."""
+"""The sections `data` and `tokenizer`: which documents are read, and how they become tokens."""
 
 from __future__ import annotations
 
@@ -10,147 +10,283 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 
 class Section(BaseModel):
+    """A section of a recipe. It cannot be changed once it is built, and refuses unknown keys."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
 
 class Filter(Section):
-    """Keeps a document where its column passes every bound given; a value that is missing passes none."""
+    """Keeps the documents whose value in `column` meets all the conditions that are given here.
 
-    column: str
-    min: float | None = Field(None, description="Least value")
-    max: float | None = Field(None, description="Greatest value")
-    one_of: list[str | int | float | bool] | None = Field(None, min_length=1)
-    min_chars: int | None = Field(None, ge=0, description="Fewest characters of a string")
-    max_chars: int | None = Field(None, ge=0)
+    A document without a value in the column meets none of them.
+    """
+
+    column: str = Field(description="Name of the column (Parquet) or key (JSON lines)")
+    min: float | None = Field(None, description="Smallest value that is kept")
+    max: float | None = Field(None, description="Largest value that is kept")
+    one_of: list[str | int | float | bool] | None = Field(
+        None, min_length=1, description="Values that are kept"
+    )
+    min_chars: int | None = Field(None, ge=0, description="Minimum length of a string, characters")
+    max_chars: int | None = Field(None, ge=0, description="Maximum length of a string, characters")
 
     @model_validator(mode="after")
-    def _any(self) -> Filter:
+    def _has_condition(self) -> Filter:
         if all(getattr(self, k) is None for k in type(self).model_fields if k != "column"):
             raise ValueError("give at least one of min, max, one_of, min_chars, max_chars")
         return self
 
 
 class Source(Section):
-    """Documents in shards: a file, a folder of shards or a glob, local or a URL (s3, gs, http and what fsspec knows)."""
+    """Documents in one file, in the files (shards) of a folder, or in those that match a glob.
 
-    path: str = Field(description="File, folder or glob; relative paths: see storage.locate")
-    name: str = Field("", description="What curriculum and ledger call it; default: the last part of path")
-    format: Literal["parquet", "jsonl", "txt"] | None = Field(None, description="Default: by suffix; .gz and .zst are seen")
-    text: str = Field("text", description="Column or key that holds a document (pretraining)")
-    shape: str | None = Field(None, description="Fine-tuning: form of its rows (data/formats.py); default: by its columns")
-    columns: dict[str, str] = Field(
-        {}, description="Fine-tuning: role -> column, for columns of other names: {source: en, target: de}"
+    Local, or behind a URL that fsspec can open (s3, gs, http, ...).
+    """
+
+    path: str = Field(
+        description="File, folder or glob. A relative path starts at the current folder; in a "
+        "submitted Ray job, see storage.locate"
     )
-    separator: str = Field("\n", description="txt: what parts documents; '' makes each file one document")
-    weight: float | None = Field(None, gt=0, description="Share of the tokens; give all sources one, or none: by size")
-    filters: list[Filter] = []
+    name: str = Field(
+        "",
+        description="Name in data.curriculum and in the ledger. Default: the last part of path",
+    )
+    format: Literal["parquet", "jsonl", "txt"] | None = Field(
+        None,
+        description="File format. Default: by the file name's suffix, also before .gz and .zst",
+    )
+    text: str = Field("text", description="Pretraining: the column or key that holds the document")
+    shape: str | None = Field(
+        None,
+        description="Fine-tuning: the form of the rows, one of those in data/sources/formats.py. "
+        "Default: recognised by the names of the columns",
+    )
+    columns: dict[str, str] = Field(
+        {},
+        description="Fine-tuning: role -> column, for columns with other names than the usual: "
+        "{source: en, target: de}",
+    )
+    separator: str = Field(
+        "\n",
+        description="txt: the string between two documents. Empty: each file is one document",
+    )
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Relative share of this source in the tokens of training. Give every source a "
+        "weight, or none: then the sources are mixed in proportion to their sizes",
+    )
+    filters: list[Filter] = Field(
+        [], description="A document is read if it passes all of these filters"
+    )
 
     @model_validator(mode="before")
     @classmethod
-    def _named(cls, tree: Any) -> Any:
+    def _add_name(cls, tree: Any) -> Any:
         if isinstance(tree, dict) and not tree.get("name") and isinstance(tree.get("path"), str):
             tree = tree | {"name": tree["path"].rstrip("/").rsplit("/", 1)[-1]}
         return tree
 
 
 class Stage(Section):
-    """A mixture that holds from a given token of the training on."""
+    """A change of the mixture of sources (data.curriculum), in force until the next stage."""
 
-    at_tokens: int = Field(gt=0, description="Begins here, to within half a round of windows (--dry-run says where)")
-    weights: dict[str, float] = Field(min_length=1, description="Source name -> share; a source that is left out rests")
+    at_tokens: int = Field(
+        gt=0,
+        description="Training tokens after which the stage begins. The change happens between two "
+        "rounds of chunks, so up to half a round earlier or later; --dry-run prints where",
+    )
+    weights: dict[str, float] = Field(
+        min_length=1,
+        description="Source name -> relative share. A source that is not named is not read",
+    )
 
 
-LISTS = ("sources", "validation", "test")  # of documents
+_SOURCE_LISTS = ("sources", "validation", "test")  # fields of Data that are lists of sources
 
 
-def _label(given: Any) -> Any:
-    """As labels of a source are read: a number or a truth value by its JSON."""
-    return json.dumps(given) if isinstance(given, bool | int | float) else given
+def _label_text(value: Any) -> Any:
+    """Returns a label as it is read from a data file: numbers and booleans as their JSON text."""
+    return json.dumps(value) if isinstance(value, bool | int | float) else value
 
 
 class Data(Section):
-    path: str | None = Field(None, description="Folder, file or URL that the paths of sources, validation and test are under")
-    corpus: Literal["python"] | None = Field(None, description="Corpus to make first where it is not there yet")
-    sources: list[Source] = Field(min_length=1)
-    curriculum: list[Stage] = Field([], description="Changes of the sources' weights, in the order of their tokens")
-    validation: list[Source] = Field([], description="Held-out documents, never trained on")
-    test: list[Source] = Field([], description="What `evaluate` measures on; default: the documents of validation or held_out")
-    classes: list[Annotated[str, BeforeValidator(_label)]] = Field(
-        [], description="classify: the labels; default: those of the sources, sorted"
+    """What is trained on, validated on and tested on, and in which order it is read."""
+
+    path: str | None = Field(
+        None,
+        description="Folder, file or URL that the paths of sources, validation and test are "
+        "relative to",
     )
-    held_out: float = Field(0, ge=0, le=0.5, description="Or: this part of the sources' documents, chosen by their hash")
-    epochs: int | None = Field(None, gt=0, description="No document is read more often; the data then ends. Default: endless")
-    sequence_length: int = Field(gt=1, description="Tokens a row, and the model's context in training")
+    corpus: Literal["python"] | None = Field(
+        None,
+        description="Built-in corpus that is written before the run if it does not exist yet. "
+        "python: the source code of this Python installation",
+    )
+    sources: list[Source] = Field(min_length=1, description="The training documents")
+    curriculum: list[Stage] = Field(
+        [], description="Later mixtures of the sources, in ascending order of at_tokens"
+    )
+    validation: list[Source] = Field(
+        [], description="Documents to validate on during training; never trained on"
+    )
+    test: list[Source] = Field(
+        [],
+        description="Documents that `sevenfold evaluate` measures on. Default: the documents of "
+        "validation or held_out",
+    )
+    classes: list[Annotated[str, BeforeValidator(_label_text)]] = Field(
+        [],
+        description="classify: the labels, in the order of the classes. Default: all labels in "
+        "the sources, sorted",
+    )
+    held_out: float = Field(
+        0,
+        ge=0,
+        le=0.5,
+        description="Instead of validation: the fraction of the sources' documents to hold out "
+        "from training. Chosen by a hash of the text, so that copies fall on the same side",
+    )
+    epochs: int | None = Field(
+        None,
+        gt=0,
+        description="Maximum number of times that a document is read; then the data ends. "
+        "Default: endless",
+    )
+    sequence_length: int = Field(
+        gt=1, description="Tokens per sequence, which is the model's context length in training"
+    )
     packing: Literal["best_fit", "concatenate"] = Field(
-        "best_fit", description="best_fit cuts no document that fits into a row (arXiv 2404.10830); concatenate pads nothing"
+        "best_fit",
+        description="How documents are put into sequences. best_fit: no document is cut that fits "
+        "into one sequence (arXiv 2404.10830); concatenate: end to end, without padding",
     )
     lanes: int | None = Field(
-        None, gt=0, description="Streams that the data order is dealt into; default min(64, global_batch)"
+        None,
+        gt=0,
+        description="Number of lanes: the parallel streams into which the data order is divided. "
+        "A step takes the same number of sequences from each, and each worker reads some of "
+        "them; so the order does not depend on the number of workers. "
+        "Default: min(64, train.global_batch)",
     )
-    skip: list[tuple[int, int]] = Field([], description="Ranges [first, last] of data steps to pass over (1 is the first)")
-    on_bad_document: Literal["error", "skip"] = Field("error", description="skip: leave it out, count and report it")
-    max_document_mb: float = Field(64, gt=0, le=1024, description="A longer document is a bad one")
-    cache: str | None = Field(None, description="Folder of tokens made by jobs/tokenize.py: read instead of the text")
+    skip: list[tuple[int, int]] = Field(
+        [],
+        description="Ranges [first, last] of data steps that are not trained on; the first data "
+        "step is 1",
+    )
+    on_bad_document: Literal["error", "skip"] = Field(
+        "error",
+        description="What to do about a document or file that cannot be read. error: stop; "
+        "skip: leave it out, count it and report it",
+    )
+    max_document_mb: float = Field(
+        64, gt=0, le=1024, description="A document longer than this number of MB is a bad document"
+    )
+    cache: str | None = Field(
+        None,
+        description="Folder of a token cache, written by jobs/tokenize.py: tokens are read from "
+        "it instead of encoding the text",
+    )
     executor: Literal["ray", "inline"] = Field(
-        "ray", description="Who makes the rows: Ray Data tasks beside the workers, or each worker itself"
+        "ray",
+        description="Where text is tokenized and packed. ray: in Ray Data tasks beside the "
+        "training workers; inline: in each training worker",
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _under(cls, tree: Any) -> Any:
-        """Once put together, the paths say it all."""
+    def _join_paths(cls, tree: Any) -> Any:
+        """Joins `path` with the paths of all sources, and then removes it."""
         if not isinstance(tree, dict):
             return tree
         if not isinstance(tree.get("path"), str):
-            named = [s for k in LISTS for s in tree.get(k) or () if isinstance(s, dict)]
-            if any("path" not in s for s in named):
-                raise ValueError("a recipe that leaves open what it reads: give data.path=FILE_OR_FOLDER")
+            sources = [s for k in _SOURCE_LISTS for s in tree.get(k) or () if isinstance(s, dict)]
+            if any("path" not in s for s in sources):
+                raise ValueError(
+                    "this recipe does not say where its data is: give data.path=FILE_OR_FOLDER"
+                )
             return tree
         root = tree["path"].rstrip("/")
 
-        def under(source: Any) -> Any:
-            return (
-                source | {"path": "/".join(p for p in (root, source.get("path")) if p)} if isinstance(source, dict) else source
-            )
+        def join(source: Any) -> Any:
+            if not isinstance(source, dict):
+                return source
+            parts = (root, source.get("path"))
+            return source | {"path": "/".join(p for p in parts if p)}
 
-        lists = {k: [under(s) for s in tree[k]] for k in LISTS if isinstance(tree.get(k), list)}
-        return tree | lists | {"path": None}
+        joined = {
+            key: [join(source) for source in tree[key]]
+            for key in _SOURCE_LISTS
+            if isinstance(tree.get(key), list)
+        }
+        return tree | joined | {"path": None}
 
     @model_validator(mode="after")
-    def _mixes(self) -> Data:
+    def _check(self) -> Data:
         if self.validation and self.held_out:
-            raise ValueError("give either validation (sources of their own) or held_out (a part of the sources)")
-        weighted = [s for s in self.sources if s.weight is not None]
-        if weighted and len(weighted) < len(self.sources):
-            missing = next(s.name for s in self.sources if s.weight is None)
-            raise ValueError(f"sources: give every source a weight or none: {missing!r} has none")
+            raise ValueError(
+                "give either validation (separate sources) or held_out (a fraction of the sources)"
+            )
+        self._check_weights()
+        self._check_curriculum()
+        if any(not 1 <= first <= last for first, last in self.skip):
+            raise ValueError("skip: expected ranges [first, last] with 1 <= first <= last")
+        return self
+
+    def _check_weights(self) -> None:
+        unweighted = [s.name for s in self.sources if s.weight is None]
+        if 0 < len(unweighted) < len(self.sources):
+            raise ValueError(
+                f"sources: give every source a weight or none: {unweighted[0]!r} has none"
+            )
         names = [s.name for s in self.sources]
-        if weighted and len(set(names)) < len(names):
-            twice = next(n for n in names if names.count(n) > 1)
-            raise ValueError(f"sources: two are called {twice!r}: give each a name of its own (name)")
-        if self.curriculum and not weighted:
-            raise ValueError("curriculum: the sources need weights to begin with")
-        begins = [stage.at_tokens for stage in self.curriculum]
-        if begins != sorted(set(begins)):
-            raise ValueError("curriculum: at_tokens must rise from stage to stage")
+        if not unweighted and len(set(names)) < len(names):
+            duplicate = next(n for n in names if names.count(n) > 1)
+            raise ValueError(
+                f"sources: two sources have the name {duplicate!r}: set `name` of each source"
+            )
+
+    def _check_curriculum(self) -> None:
+        if self.curriculum and self.sources[0].weight is None:
+            raise ValueError(
+                "curriculum: every source needs a weight, which holds before the first stage"
+            )
+        starts = [stage.at_tokens for stage in self.curriculum]
+        if starts != sorted(set(starts)):
+            raise ValueError("curriculum: at_tokens must increase from stage to stage")
+        names = [s.name for s in self.sources]
         for stage in self.curriculum:
             for name, weight in stage.weights.items():
                 if name not in names:
-                    near = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                    raise ValueError(f"curriculum: no source is called {name!r}; did you mean {near!r}?")
+                    nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+                    raise ValueError(
+                        f"curriculum: no source has the name {name!r}; did you mean {nearest!r}?"
+                    )
                 if not 0 <= weight < float("inf"):
-                    raise ValueError(f"curriculum: the weight of {name!r} must be 0 or more, found {weight}")
+                    raise ValueError(
+                        f"curriculum: the weight of {name!r} must be 0 or more, found {weight}"
+                    )
             if not sum(stage.weights.values()):
-                raise ValueError("curriculum: a stage needs a source with a weight above 0")
-        if any(not 1 <= first <= last for first, last in self.skip):
-            raise ValueError("skip: give ranges [first, last] with 1 <= first <= last")
-        return self
+                raise ValueError("curriculum: each stage needs a source with a weight above 0")
 
 
 class Tokenizer(Section):
-    path: str | None = Field(None, description="Folder of a Hugging Face tokenizer; default: the one beside model.path")
-    vocab_size: int | None = Field(None, ge=300, description="Train a byte-level BPE of this size on the sources")
-    chat_template: str | None = Field(
-        None, description="For conversations: a file (Jinja), or plain, which is taken where there is none"
+    """Where the tokenizer comes from: a folder, the model's folder, or training on the sources."""
+
+    path: str | None = Field(
+        None,
+        description="Folder of a Hugging Face tokenizer. Default: the tokenizer in model.path",
     )
-    train_mb: float = Field(16, gt=0, description="Text that it is trained on, MB")
+    vocab_size: int | None = Field(
+        None,
+        ge=300,
+        description="Train a byte-level BPE tokenizer of this size on a sample of the sources",
+    )
+    chat_template: str | None = Field(
+        None,
+        description="Chat template for conversations: a file with a Jinja template; or plain, "
+        "which gives a simple one to a tokenizer that has none",
+    )
+    train_mb: float = Field(
+        16, gt=0, description="Text that a new tokenizer is trained on, in MB, from all sources"
+    )

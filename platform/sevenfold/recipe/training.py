@@ -1,4 +1,4 @@
-"""What is trained, and how."""
+"""The sections of a recipe about the model, its training and the cluster that it runs on."""
 
 from __future__ import annotations
 
@@ -10,202 +10,375 @@ from sevenfold.recipe.data import Section
 
 
 class Model(Section):
-    config: dict[str, Any] | None = Field(None, description="transformers config of a new model: model_type and its fields")
-    path: str | None = Field(None, description="Folder of a model to start from: a run of ours or any Hugging Face directory")
-    trust_remote_code: bool = Field(False, description="Run Python code that lies in the model's folder")
+    """The model: a new one from a transformers config, or an existing one to start from."""
+
+    config: dict[str, Any] | None = Field(
+        None, description="transformers config of a new model: model_type and its fields"
+    )
+    path: str | None = Field(
+        None,
+        description="Folder of a model to start from: a run, or any Hugging Face directory",
+    )
+    trust_remote_code: bool = Field(
+        False, description="Execute Python code that the model's folder contains"
+    )
     attention: Literal["auto", "sdpa", "flex_attention", "eager"] = Field(
         "auto",
-        description="Kernel; auto: flex_attention for decoders on CUDA without attention dropout (packed documents as a block "
-        "mask), else sdpa",
+        description="Attention implementation. auto: flex_attention (packed documents as a block "
+        "mask) for decoders on CUDA without attention dropout, else sdpa",
     )
 
     @model_validator(mode="after")
-    def _one(self) -> Model:
+    def _check(self) -> Model:
         if (self.config is None) == (self.path is None):
-            raise ValueError("give either config (a new model) or path (one to start from)")
+            raise ValueError("give either config (a new model) or path (a model to start from)")
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("config needs model_type, for example llama")
         return self
 
 
 class Adapter(Section):
-    """LoRA (arXiv 2106.09685), by peft: the base is frozen; a classifier's head is trained whole."""
+    """LoRA (arXiv 2106.09685), by peft. The base model is frozen; a classifier's head is not."""
 
-    rank: int = Field(8, gt=0)
-    alpha: int = Field(16, gt=0, description="Scale: the update counts alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Its masks are drawn a worker: they change with num_workers")
+    rank: int = Field(8, gt=0, description="Rank of the two matrices whose product is the update")
+    alpha: int = Field(16, gt=0, description="The update is multiplied by alpha / rank")
+    dropout: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout on the adapter's input. Each worker draws its own masks, so they "
+        "change with cluster.num_workers",
+    )
     target_modules: str | list[str] = Field("all-linear", description="As in peft's LoraConfig")
-    dora: bool = Field(False, description="Magnitudes apart from directions (arXiv 2402.09353)")
+    dora: bool = Field(
+        False, description="DoRA: magnitude and direction are trained apart (arXiv 2402.09353)"
+    )
 
 
 class Corruption(Section):
-    """What the objectives masked (arXiv 1810.04805) and denoise (arXiv 1910.10683) take out of the text."""
+    """Which tokens are removed from the text by masked and denoise.
 
-    rate: float = Field(0.15, gt=0, lt=1, description="Part of the tokens")
-    mean_span: float = Field(3.0, ge=1, description="denoise: mean length of a span, tokens")
+    masked: arXiv 1810.04805 (BERT). denoise: arXiv 1910.10683 (T5).
+    """
+
+    rate: float = Field(0.15, gt=0, lt=1, description="Fraction of the tokens")
+    mean_span: float = Field(
+        3.0, ge=1, description="denoise: mean length of a removed span, in tokens"
+    )
 
 
 class Preference(Section):
-    """dpo (arXiv 2305.18290)."""
+    """Settings of objective dpo (arXiv 2305.18290)."""
 
-    beta: float = Field(0.1, gt=0, description="How dear it is to leave the model that was begun from; the paper's default")
+    beta: float = Field(
+        0.1,
+        gt=0,
+        description="Strength of the penalty for drifting from the reference model, which is the "
+        "model at the start of training. Default: the paper's",
+    )
 
 
 class Contrastive(Section):
-    """embed."""
+    """Settings of objective embed."""
 
-    temperature: float = Field(0.05, gt=0, description="That cosines are divided by (arXiv 2104.08821)")
+    temperature: float = Field(
+        0.05, gt=0, description="Cosine similarities are divided by it (arXiv 2104.08821)"
+    )
 
 
 class Train(Section):
-    global_batch: int = Field(gt=0, description="Rows an optimizer step, over all workers")
-    micro_batch: int = Field(gt=0, description="Rows a worker's forward pass holds at once")
-    steps: int | None = Field(None, gt=0, description="Default: as many as data.epochs last")
-    tokens: int | None = Field(None, gt=0, description="Instead of steps: rounded up to whole steps")
-    max_grad_norm: float = Field(1.0, gt=0)
+    """How long training takes, in which batches, and how the loss is computed."""
+
+    global_batch: int = Field(gt=0, description="Sequences per optimizer step, over all workers")
+    micro_batch: int = Field(
+        gt=0, description="Sequences per forward pass of a worker; gradients are accumulated"
+    )
+    steps: int | None = Field(
+        None, gt=0, description="Optimizer steps. Default: as many as data.epochs gives"
+    )
+    tokens: int | None = Field(
+        None, gt=0, description="Instead of steps: training tokens, rounded up to whole steps"
+    )
+    max_grad_norm: float = Field(
+        1.0, gt=0, description="Gradients are clipped to this global L2 norm"
+    )
     z_loss: float = Field(
         0.0,
         ge=0,
-        description="Weight of log(Z)^2 of each token's logits, against their drift; not in the loss shown (PaLM: 1e-4)",
+        description="Weight of log(Z)^2 of each token's logits, which keeps them from drifting; "
+        "not part of the loss that is shown (PaLM: 1e-4)",
     )
     dropout: float | None = Field(
         None,
         ge=0,
         lt=1,
-        description="Of all the dropouts that the model's family has; default: as its config says. Masks are drawn a worker",
+        description="Sets all dropout probabilities of the model's config. Default: as the config "
+        "says. Each worker draws its own masks, so they change with cluster.num_workers",
     )
     label_smoothing: float = Field(
-        0.0, ge=0, lt=1, description="Part of each target spread over all tokens (arXiv 1512.00567); not in the loss shown"
+        0.0,
+        ge=0,
+        lt=1,
+        description="Fraction of each label's probability that is spread over all tokens "
+        "(arXiv 1512.00567); not part of the loss that is shown",
     )
     dtype: Literal["float32", "bfloat16"] = Field(
-        "float32", description="Of parameters in forward and backward; shards and sums stay float32"
+        "float32",
+        description="Data type of the parameters in the forward and backward pass. The sharded "
+        "parameters and reductions stay in float32",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
-        "none", description="What backward makes again instead of keeping: nothing, all but matrix products, whole blocks"
+        "none",
+        description="What is recomputed in the backward pass instead of being kept in memory. "
+        "none: nothing; selective: everything but matrix products; full: whole blocks",
     )
-    compile: bool = Field(False, description="torch.compile, block by block: a minute or more at the start")
-    loss_chunk: int | None = Field(None, gt=0, description="Tokens whose logits stand in memory at once; default: all")
-    log_every: int = Field(10, gt=0, description="Steps between log lines")
+    compile: bool = Field(
+        False,
+        description="torch.compile each block, which takes a minute or more when a run starts",
+    )
+    loss_chunk: int | None = Field(
+        None,
+        gt=0,
+        description="Number of tokens whose logits are in memory at once. Default: all",
+    )
+    log_every: int = Field(10, gt=0, description="Steps between two log lines")
 
     @model_validator(mode="after")
-    def _one(self) -> Train:
+    def _check(self) -> Train:
         if self.steps is not None and self.tokens is not None:
             raise ValueError("give either steps or tokens")
         return self
 
 
 class Optimizer(Section):
-    """Defaults: Llama 3 (arXiv 2407.21783) and OLMo 2 (arXiv 2501.00656)."""
+    """The optimizer. Defaults: Llama 3 (arXiv 2407.21783) and OLMo 2 (arXiv 2501.00656)."""
 
-    name: Literal["adamw", "muon"] = Field("adamw", description="muon: for matrices; all else by AdamW")
-    learning_rate: float = Field(3e-4, gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(1e-8, gt=0)
-    weight_decay: float = Field(0.1, ge=0, description="L2, decoupled (arXiv 1711.05101); not on norms, biases and embeddings")
-    l1: float = Field(0.0, ge=0, description="L1, decoupled, on the same: each step draws them to 0 by learning_rate * l1")
-    momentum: float = Field(0.95, ge=0, lt=1, description="muon")
+    name: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for matrices, AdamW for all other parameters"
+    )
+    learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's betas")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(
+        0.1,
+        ge=0,
+        description="Decoupled weight decay (arXiv 1711.05101), on matrices: not on norms, biases "
+        "and embeddings",
+    )
+    l1: float = Field(
+        0.0,
+        ge=0,
+        description="Decoupled L1 regularization of the same parameters: each step moves them "
+        "towards 0 by learning_rate * l1",
+    )
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum")
 
 
 class Schedule(Section):
-    name: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
-    warmup_steps: int = Field(0, ge=0)
-    decay_fraction: float = Field(0.1, ge=0, le=1, description="wsd: the last part of training, decayed linearly")
-    min_ratio: float = Field(0.0, ge=0, le=1, description="Learning rate at the end, as a part of the peak")
+    """The learning rate over the steps: linear warmup, then the schedule."""
+
+    name: Literal["wsd", "cosine", "linear", "constant"] = Field(
+        "wsd", description="wsd: warmup, stable, decay (arXiv 2404.06395)"
+    )
+    warmup_steps: int = Field(
+        0, ge=0, description="Steps in which the learning rate rises linearly to its peak"
+    )
+    decay_fraction: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="wsd: fraction of the steps, at the end, in which the learning rate decays "
+        "linearly",
+    )
+    min_ratio: float = Field(
+        0.0, ge=0, le=1, description="Learning rate at the end, as a fraction of its peak"
+    )
 
 
 class Guard(Section):
-    """What happens where loss or gradient norm are not finite, or jump: the step is left out and no weight changed."""
+    """The guard against bad steps: those whose loss or gradient norm is not finite, or spikes.
+
+    A bad step is skipped: it changes no weight.
+    """
 
     spike_factor: float | None = Field(
-        None, gt=1, description="A gradient norm above so many times its running mean is a spike; default: never"
+        None,
+        gt=1,
+        description="A gradient norm above this multiple of its running mean is a spike. "
+        "Default: only values that are not finite count",
     )
-    max_skipped: int = Field(5, gt=0, description="So many left out in a row: back to the last checkpoint, past their data")
-    max_rollbacks: int = Field(2, ge=0, description="One more, and the run stops")
+    max_skipped: int = Field(
+        5,
+        gt=0,
+        description="After this number of skipped steps in a row, the run goes back to its last "
+        "checkpoint and leaves out the data of these steps",
+    )
+    max_rollbacks: int = Field(
+        2, ge=0, description="Maximum number of returns to a checkpoint; then the run fails"
+    )
 
 
 class Validation(Section):
-    every: int | None = Field(None, gt=0, description="Steps; default: only at the end")
-    rows: int = Field(64, gt=0, description="Held-out rows a validation reads")
-    generate: int = Field(0, ge=0, description="sft, seq2seq: held-out prompts completed and scored (ROUGE, BLEU, chrF)")
-    max_new_tokens: int = Field(24, gt=0)
-    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = Field("13a", description="As sacrebleu's; zh for Chinese")
-    metric: str = Field("validation/loss", description="By which validations are compared")
+    """When the model is validated, on what, and what follows from the result."""
+
+    every: int | None = Field(
+        None, gt=0, description="Steps between two validations. Default: only at the end"
+    )
+    rows: int = Field(64, gt=0, description="Number of held-out sequences per validation")
+    generate: int = Field(
+        0,
+        ge=0,
+        description="sft, seq2seq: number of held-out prompts that are also answered, and the "
+        "answers scored by ROUGE, BLEU and chrF",
+    )
+    max_new_tokens: int = Field(
+        24, gt=0, description="Maximum number of new tokens of a generated answer"
+    )
+    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = Field(
+        "13a", description="sacrebleu's tokenizer for BLEU; zh for Chinese"
+    )
+    metric: str = Field(
+        "validation/loss", description="The metric that validations are compared by"
+    )
     mode: Literal["min", "max"] | None = Field(
-        None, description="Whether less of the metric is better; default: where its name has loss, perplexity or bits"
+        None,
+        description="Whether the lowest or the highest value of the metric is the best. Default: "
+        "min if its name contains loss, perplexity or bits, else max",
     )
     keep_best: bool = Field(
         False,
-        description="Keep the best validation's checkpoint, whatever checkpoint.keep says: it is the run's model in the end",
+        description="Keep the checkpoint of the best validation, whatever checkpoint.keep says; "
+        "it is saved as the final model",
     )
     patience: int | None = Field(
-        None, gt=0, description="End the run after so many validations in a row without a better one; implies keep_best"
+        None,
+        gt=0,
+        description="End the run after this number of validations in a row without a new best "
+        "one; implies keep_best",
     )
 
     @property
     def keeps_best(self) -> bool:
+        """Whether the checkpoint of the best validation is kept."""
         return self.keep_best or self.patience is not None
 
     @property
     def least(self) -> bool:
-        """Whether the least of the metric is the best."""
+        """Whether the lowest value of the metric is the best."""
         return self.mode == "min" if self.mode else least(self.metric)
 
 
 def least(metric: str) -> bool:
-    """Whether the least of it is the best, by its name."""
+    """Returns whether the lowest value of a metric is the best, judging by the metric's name."""
     return any(part in metric for part in ("loss", "perplexity", "bits"))
 
 
 class Checkpoint(Section):
+    """When checkpoints are saved, and how long they are kept."""
+
     every: int | Literal["auto"] | None = Field(
-        None, description="Steps; auto: by what saves are found to cost and mtbf_hours; default: only at the end"
+        None,
+        description="Steps between two checkpoints. auto: computed from the measured cost of a "
+        "save and mtbf_hours. Default: only at the end",
     )
     mtbf_hours: float = Field(
         50_700,
         gt=0,
-        description="auto: a worker's mean hours between failures. Default: Llama 3's (arXiv 2407.21783, section 3.3.4), "
-        "419 unexpected interruptions of 16,384 GPUs in 54 days",
+        description="auto: mean time between failures of one worker, in hours. Default: Llama 3's "
+        "419 unexpected interruptions of 16,384 GPUs in 54 days (arXiv 2407.21783, section 3.3.4)",
     )
-    keep: int = Field(2, gt=0, description="Newest checkpoints kept")
-    keep_every: int | None = Field(None, gt=0, description="Those of multiples of so many steps are kept for good")
+    keep: int = Field(2, gt=0, description="Number of newest checkpoints to keep")
+    keep_every: int | None = Field(
+        None, gt=0, description="Never delete the checkpoints of multiples of this number of steps"
+    )
 
     @field_validator("every", mode="before")
     @classmethod
-    def _steps(cls, given: Any) -> Any:
-        if given not in (None, "auto") and (type(given) is not int or given < 1):
-            raise ValueError(f"expected a number of steps above 0, or auto, found {given!r}")
-        return given
+    def _check_every(cls, value: Any) -> Any:
+        if value not in (None, "auto") and (type(value) is not int or value < 1):
+            raise ValueError(f"expected a number of steps above 0, or auto, found {value!r}")
+        return value
 
 
 class Parallel(Section):
-    """How workers divide a model: each group of `tensor` workers splits its matrices, `replicate` groups hold whole copies,
-    and FSDP shards over the rest. Rounding apart it changes no number."""
+    """How the workers divide a model among them. This changes no number beyond rounding.
 
-    replicate: int = Field(1, gt=0, description="HSDP: copies of the model; shards are gathered within one")
-    tensor: int = Field(1, gt=0, description="Tensor parallelism: workers that split each matrix; they read the same rows")
+    Each group of `tensor` workers splits the model's matrices, there are `replicate` whole copies
+    of the model, and FSDP shards each copy over num_workers / (tensor * replicate) groups.
+    """
+
+    replicate: int = Field(
+        1,
+        gt=0,
+        description="HSDP: number of copies of the model; shards are gathered within one copy",
+    )
+    tensor: int = Field(
+        1,
+        gt=0,
+        description="Tensor parallelism: number of workers that split each matrix. They read the "
+        "same sequences",
+    )
 
 
 class Cluster(Section):
+    """The workers of a run and the resources that they need."""
+
     num_workers: int | tuple[int, int] = Field(
-        1, description="Or [fewest, most]: grows and shrinks with the cluster; the global batch and the data order stay"
+        1,
+        description="Number of workers, or [fewest, most]: the run grows and shrinks with the "
+        "cluster, while the global batch and the data order stay the same",
     )
-    cpus_per_worker: float = Field(1, gt=0, description="Below 1, workers share cores; a worker computes with as many threads")
-    gpus_per_worker: int = Field(0, ge=0, le=1, description="1: CUDA and nccl; 0: CPU and gloo")
-    worker_labels: dict[str, str] = Field({}, description="Ray labels of the nodes that workers run on, as {pool: train}")
+    cpus_per_worker: float = Field(
+        1,
+        gt=0,
+        description="CPUs per worker, and threads that it computes with. Below 1, workers share "
+        "cores",
+    )
+    gpus_per_worker: int = Field(
+        0, ge=0, le=1, description="1: one GPU per worker, with nccl; 0: CPUs, with gloo"
+    )
+    worker_labels: dict[str, str] = Field(
+        {},
+        description="Ray labels of the nodes that workers run on, such as {pool: train}. "
+        "Default: any node",
+    )
     data_labels: dict[str, str] = Field(
-        {}, description="Those of data tasks' nodes, as {pool: data}; default of both: wherever there is room"
+        {},
+        description="Ray labels of the nodes that Ray Data tasks run on, such as {pool: data}. "
+        "Default: any node",
     )
-    max_failures: int = Field(3, ge=0, description="Worker failures survived before the run counts as failed")
-    resize_seconds: float = Field(60, gt=0, description="Between looks for room for more workers, of a range")
-    wait_seconds: float = Field(300, ge=0, description="How long to wait for resources that the cluster has but others hold")
+    max_failures: int = Field(
+        3,
+        ge=0,
+        description="Maximum number of worker failures from which the run recovers, by a restart "
+        "from its last checkpoint; at the next one it fails",
+    )
+    resize_seconds: float = Field(
+        60,
+        gt=0,
+        description="If num_workers is a range: seconds between two checks for room for more "
+        "workers",
+    )
+    wait_seconds: float = Field(
+        300,
+        ge=0,
+        description="How long to wait for resources that the cluster has but that others hold",
+    )
     peak_tflops: float | None = Field(
-        None, gt=0, description="Peak that MFU is stated against, a worker; default: table (GPU) or measured (CPU)"
+        None,
+        gt=0,
+        description="Peak TFLOP/s of a worker, which MFU is relative to. Default: of a GPU, from "
+        "a table; of a CPU, measured",
     )
 
     @field_validator("num_workers", mode="before")
     @classmethod
-    def _count(cls, given: Any) -> Any:
-        both = given if isinstance(given, list | tuple) else (given, given)
-        if len(both) != 2 or not all(type(n) is int and n > 0 for n in both) or both[0] > both[1]:
-            raise ValueError(f"expected a number above 0, or [fewest, most], found {given!r}")
-        return tuple(both) if both is given else given
+    def _check_num_workers(cls, value: Any) -> Any:
+        bounds = value if isinstance(value, list | tuple) else (value, value)
+        if (
+            len(bounds) != 2
+            or not all(type(n) is int and n > 0 for n in bounds)
+            or bounds[0] > bounds[1]
+        ):
+            raise ValueError(f"expected a number above 0, or [fewest, most], found {value!r}")
+        return tuple(bounds) if bounds is value else value

@@ -1,0 +1,1 @@
+"""What runs and sweeps report: terminal output, logs, rankings and an HTML page."""

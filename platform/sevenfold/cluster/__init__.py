@@ -1,0 +1,1 @@
+"""Connecting to Ray, and what a Ray cluster and its hardware can hold."""

@@ -1,0 +1,96 @@
+"""A lease on a folder: only one driver at a time works on a run or sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from typing import Any
+
+import psutil
+
+from sevenfold import storage
+from sevenfold.errors import InputError
+from sevenfold.report.console import say
+from sevenfold.run_folder import RunFolder
+
+RENEW_SECONDS = 5.0  # seconds between two renewals by the holder
+
+# Seconds without a renewal after which the lease is free. They are measured by the clock of the
+# process that waits, so that the machines' clocks need not agree.
+EXPIRE_SECONDS = 20.0
+
+
+class Lease:
+    """The right to work on a folder, kept in its driver.json and renewed by a thread.
+
+    Attributes:
+        lost: Whether another driver has taken the lease because this one seemed to be dead.
+    """
+
+    def __init__(self, folder: RunFolder):
+        """Takes the lease; waits for it to expire if its holder may be dead.
+
+        Raises:
+            InputError: Another driver holds the lease and renews it.
+        """
+        self.lost = False
+        self._path = storage.join(folder.root, "driver.json")
+        self._token = secrets.token_hex(8)
+        self._wait_until_free(folder)
+        self._number = 0
+        self._stop = threading.Event()
+        self._write()
+        self._thread = threading.Thread(target=self._renew, daemon=True)
+        self._thread.start()
+
+    def _wait_until_free(self, folder: RunFolder) -> None:
+        held = self._read()
+        start, reported = time.monotonic(), False
+        while held and not _has_ended(held) and time.monotonic() - start < EXPIRE_SECONDS:
+            holder = f"process {held['pid']} on {held['host']}"
+            if (current := self._read()) != held and current:
+                raise InputError(
+                    f"{folder.root}: another driver works on it ({holder}): wait until it has "
+                    "finished, stop it, or give this run another name (name=...)"
+                )
+            if not reported:
+                say(f"{folder.root}: checking whether its last driver, {holder}, is still alive")
+                reported = True
+            time.sleep(RENEW_SECONDS / 10)
+
+    def close(self) -> None:
+        """Gives the lease back."""
+        self._stop.set()
+        self._thread.join()
+        if not self.lost:
+            storage.remove(self._path)
+
+    def _renew(self) -> None:
+        while not self._stop.wait(RENEW_SECONDS):
+            held = self._read()
+            if held and held["token"] != self._token:
+                self.lost = True
+                return
+            self._write()
+
+    def _read(self) -> dict[str, Any] | None:
+        return storage.read_json(self._path) if storage.exists(self._path) else None
+
+    def _write(self) -> None:
+        self._number += 1  # a renewal must change the file
+        held = {
+            "token": self._token,
+            "number": self._number,
+            "pid": os.getpid(),
+            "host": socket.gethostname(),
+        }
+        storage.write(self._path, json.dumps(held))
+
+
+def _has_ended(held: dict[str, Any]) -> bool:
+    """Returns whether the holder was a process of this machine that has ended."""
+    return held["host"] == socket.gethostname() and not psutil.pid_exists(held["pid"])

@@ -1,0 +1,55 @@
+"""Arguments and options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+OptionalRecipe = Annotated[
+    str | None,
+    typer.Argument(metavar="[RECIPE]", help="A recipe, a YAML file.", show_default=False),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[KEY.PATH=VALUE]...",
+        help="Changes to the recipe, such as train.steps=100.",
+        show_default=False,
+    ),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run.")]
+Model = Annotated[
+    str, typer.Argument(metavar="RUN", help="The folder of a run, or a Hugging Face directory.")
+]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's logs.")]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="Print the full recipe and what follows from it, then exit without a run."
+    ),
+]
+MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Maximum number of new tokens.")]
+Temperature = Annotated[
+    float | None,
+    typer.Option(
+        metavar="T",
+        help="Sampling temperature; 0 = greedy.  [default: 0.8; 0 with beam search]",
+    ),
+]
+TopP = Annotated[
+    float,
+    typer.Option(
+        metavar="P", help="Sample from the most probable tokens whose probabilities sum to P."
+    ),
+]
+TopK = Annotated[
+    int, typer.Option(metavar="K", help="Sample from the K most probable tokens; 0 = all.")
+]
+Beams = Annotated[
+    int, typer.Option(metavar="B", help="Number of beams of beam search; 1 = no beam search.")
+]
+Seed = Annotated[
+    int, typer.Option(metavar="S", help="Seed of the sampling: the same seed gives the same text.")
+]

@@ -1,0 +1,182 @@
+"""Commands that start runs, and that work on finished ones."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from sevenfold.commands.options import DryRun, Overrides, Recipe, Run, Verbose
+
+
+def corpus(
+    which: Annotated[
+        Literal["python"],
+        typer.Argument(help="python: the source code of this Python installation."),
+    ],
+    out: Annotated[
+        str, typer.Option(metavar="FOLDER", help="A new folder for the corpus.")
+    ] = "corpus/python",
+    max_mb: Annotated[
+        float, typer.Option(metavar="MB", help="Maximum size of the text, in MB.")
+    ] = 48,
+) -> None:
+    """Write a built-in corpus, which needs no download."""
+    from sevenfold import storage
+    from sevenfold.data.sources.python_corpus import build_python
+
+    built = build_python(storage.locate(out), max_mb)
+    print(
+        f"{built.root}: {built.documents:,} documents ({built.text_mb:.1f} MB of text), "
+        f"{built.heldout_documents:,} of them held out; {built.summaries:,} docstring summaries"
+    )
+
+
+def pretrain(
+    recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, verbose: Verbose = False
+) -> None:
+    """Pretrain a model on text."""
+    from sevenfold.train import launch
+
+    _run_recipe(launch.pretrain, recipe, overrides, dry_run, verbose)
+
+
+def finetune(
+    recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, verbose: Verbose = False
+) -> None:
+    """Fine-tune a model."""
+    from sevenfold.train import launch
+
+    _run_recipe(launch.finetune, recipe, overrides, dry_run, verbose)
+
+
+def sweep(
+    recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, verbose: Verbose = False
+) -> None:
+    """Tune hyperparameters, as the recipe's section `sweep` says."""
+    from sevenfold.sweep.sweep import run
+
+    _run_recipe(run, recipe, overrides, dry_run, verbose)
+
+
+def tokenize(
+    recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, verbose: Verbose = False
+) -> None:
+    """Fill the token cache of a recipe (data.cache)."""
+    from sevenfold.train.tokenize import run
+
+    _run_recipe(run, recipe, overrides, dry_run, verbose)
+
+
+def _run_recipe(
+    run: Any, recipe: str, overrides: list[str] | None, dry_run: bool, verbose: bool
+) -> None:
+    """Reads a recipe and runs it, or describes it if this is a dry run.
+
+    Args:
+        run: Runs a recipe; called with the recipe and `verbose`.
+        recipe: The recipe's file.
+        overrides: Changes to the recipe.
+        dry_run: Whether to describe the recipe instead.
+        verbose: Whether to show Ray's logs.
+    """
+    from sevenfold.recipe import parse
+
+    parsed = parse(recipe, overrides or [])
+    if dry_run:
+        from sevenfold.prepare.dry_run import describe
+
+        print(describe(parsed))
+    else:
+        run(parsed, verbose)
+
+
+def drill(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    faults: Annotated[
+        str,
+        typer.Option(
+            metavar="A,B", help="The faults to inject.  [default: all that are possible here]"
+        ),
+    ] = "",
+    steps: Annotated[int, typer.Option(metavar="N", help="Training steps of each run.")] = 60,
+) -> None:
+    """Inject faults and check that the results are identical."""
+    from sevenfold.faults.drill import run
+    from sevenfold.recipe import parse
+
+    run(parse(recipe, overrides or []), [fault for fault in faults.split(",") if fault], steps)
+
+
+def evaluate(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Folders of finished runs.")],
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=1024,
+            metavar="N",
+            help="Number of processes, each with a copy of the model.  [default: as in training]",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Maximum number of new tokens.  [default: the recipe's]"),
+    ] = None,
+    harness: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TASK.yaml",
+            help="Also evaluate on this task of lm-eval (pip install 'sevenfold[harness]').",
+        ),
+    ] = None,
+    verbose: Verbose = False,
+) -> None:
+    """Evaluate finished runs against baselines and each other."""
+    from sevenfold.evaluate.run import run
+
+    run(runs, verbose, workers, harness, max_new_tokens)
+
+
+def export(
+    run: Run,
+    step: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="The checkpoint's step.  [default: the latest valid one]"),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FOLDER", help="A new or empty folder.  [default: the run's model/]"),
+    ] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="With --out: merge the adapter into its base model.")
+    ] = False,
+) -> None:
+    """Export a checkpoint of a run as a Hugging Face directory."""
+    from sevenfold.export import command
+
+    command.run(run, step, out, merge)
+
+
+def ledger(
+    run: Run,
+    what: Annotated[
+        Literal["which", "replay"],
+        typer.Argument(help="which: list the documents; replay: rebuild the input tensors."),
+    ],
+    step: Annotated[
+        int, typer.Option(metavar="N", help="The training step, as in the log; the first is 1.")
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="which: save all documents (.parquet); replay: save the tensors (.safetensors).",
+        ),
+    ] = None,
+) -> None:
+    """Show which data a training step of a run read."""
+    from sevenfold.inspect import ledger
+
+    (ledger.which if what == "which" else ledger.replay)(run, step, out)

@@ -1,0 +1,143 @@
+"""JSON lines: the columns of documents, and what is wrong with lines that cannot be read."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.json
+
+from sevenfold.data.sources.shards import BadDocument, RawDocuments, Shard
+from sevenfold.data.sources.text_blocks import count_lines_before
+from sevenfold.errors import first_line
+from sevenfold.recipe import Source
+
+
+def parse_json_lines(
+    data: bytes,
+    start: int,
+    shard: Shard,
+    source: Source,
+    text_columns: Sequence[str],
+    filter_columns: Sequence[str],
+    bad: list[BadDocument],
+) -> RawDocuments:
+    """Parses JSON lines: with pyarrow if all are good, else line by line to find the bad ones.
+
+    Args:
+        data: The lines.
+        start: Their offset in the shard, in uncompressed bytes.
+        shard: The shard, whose lines are counted when a location has to be named.
+        source: Its source.
+        text_columns: The keys that documents are made from.
+        filter_columns: Other keys, which only the source's filters need.
+        bad: Documents known to be bad already; those found here are appended.
+    """
+
+    @functools.cache
+    def lines_before() -> int:  # reads the shard up to `start`: only if needed, and once
+        return count_lines_before(shard, start)
+
+    def locate_line(index: int) -> str:
+        return f"line {lines_before() + index + 1}"
+
+    table = _parse_with_pyarrow(data, text_columns, filter_columns) if data.strip() else None
+    if table is not None:
+        columns = {c: table[c] for c in (*text_columns, *filter_columns)}
+        return RawDocuments(columns, locate_line, bad)
+    rows: list[dict[str, Any]] = []
+    line_indices: list[int] = []
+    for index, line in enumerate(data.split(b"\n")):
+        if not line.strip():
+            continue
+        try:
+            rows.append(_parse_line(line, text_columns, filter_columns, source.shape is not None))
+            line_indices.append(index)
+        except UnicodeError:
+            bad.append(BadDocument(locate_line(index), "not UTF-8"))
+        except (ValueError, RecursionError) as e:
+            bad.append(BadDocument(locate_line(index), first_line(e)))
+    columns = {}
+    for column in (*text_columns, *filter_columns):
+        column_type = pa.large_string() if column in text_columns else None
+        values = pa.array([row[column] for row in rows], column_type)
+        columns[column] = pa.chunked_array([values])
+    return RawDocuments(columns, lambda i: locate_line(line_indices[i]), bad)
+
+
+def _parse_with_pyarrow(
+    data: bytes, text_columns: Sequence[str], filter_columns: Sequence[str]
+) -> pa.Table | None:
+    """Returns the table of some JSON lines, or None if anything about them needs a closer look."""
+    try:
+        table = pyarrow.json.read_json(
+            pa.BufferReader(data),
+            pyarrow.json.ReadOptions(use_threads=False, block_size=len(data) + 1),
+            pyarrow.json.ParseOptions(
+                explicit_schema=pa.schema([(c, pa.large_string()) for c in text_columns]),
+                unexpected_field_behavior="infer" if filter_columns else "ignore",
+            ),
+        )
+        table.validate(full=True)
+    except pa.ArrowException:
+        return None
+    # pyarrow accepts two objects on one line, and skips blank lines: then the line numbers would be
+    # wrong.
+    lines = data.count(b"\n") + (not data.endswith(b"\n"))
+    if len(table) != lines:
+        return None
+    if any(column not in table.column_names for column in filter_columns):
+        return None
+    if any(table[column].null_count for column in text_columns):
+        return None
+    return table
+
+
+def _parse_line(
+    line: bytes, text_columns: Sequence[str], filter_columns: Sequence[str], any_type: bool
+) -> dict[str, Any]:
+    """Returns the columns of one line.
+
+    Args:
+        line: The line.
+        text_columns: The keys of text.
+        filter_columns: Other keys to return; None where a line does not have them.
+        any_type: Whether text may be missing (None), and other values than strings are converted to
+            strings, as JSON.
+
+    Raises:
+        ValueError: The line is no JSON object, or a key of text is missing or holds no string;
+            UnicodeError, which is a ValueError too, if the line is not UTF-8.
+    """
+    row = parse_object(line)
+    for key in text_columns:
+        if any_type and not isinstance(row.get(key), str):
+            row[key] = None if row.get(key) is None else json.dumps(row[key], ensure_ascii=False)
+        if key not in row:
+            raise ValueError(
+                f"expected a key {key!r}, found {', '.join(map(str, row)) or 'none'}: correct the "
+                "source's `text` or `columns`"
+            )
+        if not isinstance(row[key], str | None):
+            raise ValueError(f"key {key!r}: expected a string, found {type(row[key]).__name__}")
+        # JSON escapes can hold one half of a surrogate pair, which raises UnicodeEncodeError here.
+        (row[key] or "").encode("utf-8")
+    return {column: row.get(column) for column in (*text_columns, *filter_columns)}
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """Returns the JSON object in a line. Raises ValueError if it holds none."""
+    if line.lstrip().startswith(b"["):
+        raise ValueError(
+            "expected one JSON object per line, found an array: convert it with: jq -c '.[]' FILE"
+        )
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as e:
+        raise ValueError(f"expected a JSON object, found invalid JSON: {e.msg}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    return row

@@ -1,0 +1,144 @@
+"""Reads the rows of data files one by one, to inspect data instead of training on it."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sevenfold import storage
+from sevenfold.data.sources.shards import Format, Shard, describe, file_suffixes
+from sevenfold.data.sources.text_blocks import decompressing
+from sevenfold.errors import InputError, first_line
+from sevenfold.recipe import Source
+
+TEXT_COLUMNS = ("text", "document", "content")  # usual names of the column with a document's text
+_BATCH_ROWS = 256  # read from a parquet file at once
+
+
+@dataclass(frozen=True)
+class Record:
+    """A row of a file.
+
+    Attributes:
+        file: The path or URL of the file.
+        row: The number of the row, or of the line; the first is 1.
+        columns: Column name -> value. A line of plain text has the single column `text`.
+        error: Why the row cannot be read; "" if it can.
+    """
+
+    file: str
+    row: int
+    columns: dict[str, Any]
+    error: str = ""
+
+    @property
+    def place(self) -> str:
+        """The file and the number of the row, for messages."""
+        return f"{self.file}: row {self.row}"
+
+    def text(self, column: str | None = None, whole: bool = True) -> str:
+        """Returns the text of the row.
+
+        Args:
+            column: The column to take it from. Default: the first of TEXT_COLUMNS that the row has.
+            whole: Whether to return all strings of the row, also nested ones, one per line, if the
+                row has none of these columns.
+
+        Raises:
+            ValueError: The row cannot be read, has no such column, or has no text.
+        """
+        name = column or next((c for c in TEXT_COLUMNS if c in self.columns), None)
+        if self.error:
+            raise ValueError(self.error)
+        if name is None and not whole:
+            raise ValueError(
+                f"expected one of the columns {', '.join(TEXT_COLUMNS)}, "
+                f"found {', '.join(self.columns) or 'none'}"
+            )
+        if name is not None and name not in self.columns:
+            raise ValueError(
+                f"expected a column {name!r}, found {', '.join(self.columns) or 'none'}"
+            )
+        text = "\n".join(_strings(self.columns if name is None else self.columns[name]))
+        if not text.strip():
+            raise ValueError("no text")
+        return text
+
+
+def records(path: str) -> Iterator[Record]:
+    """Yields the rows of a file, or of all files of a folder or glob, local or at a URL.
+
+    The files may be parquet, JSON lines, or text with one row per line (blank lines are left out);
+    JSON lines and text may be compressed. Only a few rows are in memory at a time.
+
+    Raises:
+        InputError: There are no files, or a file is damaged or not what its name says.
+        RunError: The storage keeps failing.
+    """
+    source = Source(path=path)
+    for file in storage.files(storage.locate(path), file_suffixes(source)):
+        shard = describe(file, 0, source)
+        try:
+            yield from _parquet_rows(file) if shard.format == "parquet" else _lines(shard)
+        except (pa.ArrowException, OSError, EOFError) as e:
+            raise InputError(
+                f"{file}: expected {shard.format} (by its name), found other or damaged content: "
+                f"{first_line(e)}"
+            ) from None
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yields all strings in a value, also nested ones."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _strings(item)
+    elif isinstance(value, Sequence) and not isinstance(value, bytes):
+        for item in value:
+            yield from _strings(item)
+
+
+def _parquet_rows(path: str) -> Iterator[Record]:
+    row = 0
+    with storage.open_read(path) as file:
+        for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, use_threads=False):
+            for i in range(len(batch)):
+                row += 1
+                try:
+                    yield Record(path, row, batch.slice(i, 1).to_pylist()[0])
+                except UnicodeDecodeError:
+                    yield Record(path, row, {}, "not UTF-8")
+
+
+def _lines(shard: Shard) -> Iterator[Record]:
+    with storage.open_read(shard.path) as file:
+        stream = decompressing(file, shard.compression)
+        for row, line in enumerate(io.BufferedReader(stream), 1):
+            if line.strip():
+                columns, error = _parse_line(line, shard.format)
+                yield Record(shard.path, row, columns, error)
+
+
+def _parse_line(line: bytes, file_format: Format) -> tuple[dict[str, Any], str]:
+    """Returns the columns of a line, and why it cannot be read ("" if it can)."""
+    try:
+        text = line.decode("utf-8").rstrip("\r\n")
+        value = {"text": text} if file_format == "txt" else json.loads(text)
+    except UnicodeDecodeError:
+        return {}, "not UTF-8"
+    except (ValueError, RecursionError) as e:
+        return {}, f"expected a JSON object, found invalid JSON: {first_line(e)}"
+    if not isinstance(value, dict):
+        return {}, f"expected a JSON object, found {type(value).__name__}"
+    try:
+        "".join(_strings(value)).encode()
+    except UnicodeEncodeError:  # JSON escapes can hold one half of a surrogate pair
+        return {}, "not text: one half of a surrogate pair"
+    return value, ""

@@ -1,0 +1,175 @@
+"""Splits shards into row groups."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sevenfold import storage
+from sevenfold.data.sources.shards import (
+    MAX_COMPRESSION_RATIO,
+    MAX_GROUP_BYTES,
+    MAX_SHARD_BYTES,
+    RowGroup,
+    Shard,
+    decompression_bomb,
+    wrong_content,
+)
+from sevenfold.data.sources.text_blocks import blocks
+from sevenfold.errors import InputError
+from sevenfold.recipe import Source
+
+# The maximum number of parts of a compressed file or a parquet row group: reading a part decodes
+# everything before it too.
+MAX_PARTS = 8
+# Fine-tuning data is small and often sorted. Parquet row groups of up to SMALL_BYTES of it are
+# split into up to SMALL_PARTS parts, so that rows from many places of the file can be mixed.
+SMALL_BYTES = 8 * 2**20
+SMALL_PARTS = 512
+
+
+def split_shard(
+    shard_index: int,
+    shard: Shard,
+    source: Source,
+    text_columns: Sequence[str],
+    filter_columns: Sequence[str],
+    target_bytes: int,
+) -> list[RowGroup]:
+    """Splits a shard into row groups of about `target_bytes` of text each.
+
+    Of a parquet file only the footer is read. A compressed file is decompressed once, to learn its
+    size. Of other text files nothing is read.
+
+    Args:
+        shard_index: The index of the shard in the manifest.
+        shard: The shard.
+        source: The source that it belongs to.
+        text_columns: The columns that documents are made from.
+        filter_columns: Other columns, which only the source's filters need.
+        target_bytes: The size to aim for, uncompressed.
+
+    Raises:
+        InputError: The file is not what its name says, or it is truncated, empty or a decompression
+            bomb; or a column is missing or has another type.
+    """
+    if shard.format == "txt" and (filter_columns or list(text_columns) != [source.text]):
+        columns = ", ".join([*text_columns, *filter_columns])
+        raise InputError(
+            f"{shard.path}: expected columns ({columns}), found plain text, whose only column is "
+            f"{source.text!r}: filter on that one, or convert the file to JSON lines or parquet"
+        )
+    try:
+        if shard.format == "parquet":
+            groups = _split_parquet(
+                shard_index, shard, source, text_columns, filter_columns, target_bytes
+            )
+        else:
+            groups = _split_text(shard_index, shard, source, target_bytes)
+    except (pa.ArrowException, OSError, EOFError) as e:
+        raise wrong_content(shard, e) from None
+    if not groups:
+        raise InputError(f"{shard.path}: expected documents, found an empty file")
+    return groups
+
+
+def _split_parquet(
+    shard_index: int,
+    shard: Shard,
+    source: Source,
+    text_columns: Sequence[str],
+    filter_columns: Sequence[str],
+    target_bytes: int,
+) -> list[RowGroup]:
+    with storage.open_read(shard.path) as file:
+        metadata = pq.ParquetFile(file).metadata
+    _check_columns(shard, source, metadata.schema.to_arrow_schema(), text_columns, filter_columns)
+    # Parquet stores each leaf of a nested column by itself, under a dotted path.
+    leaves = [
+        leaf
+        for leaf in range(metadata.num_columns)
+        if metadata.schema.column(leaf).path.partition(".")[0] in text_columns
+    ]
+    groups = []
+    for index in range(metadata.num_row_groups):
+        row_group = metadata.row_group(index)
+        rows = row_group.num_rows
+        chunks = [row_group.column(leaf) for leaf in leaves]
+        size = sum(c.total_uncompressed_size for c in chunks)
+        compressed_size = sum(c.total_compressed_size for c in chunks)
+        if size > MAX_GROUP_BYTES and size > MAX_COMPRESSION_RATIO * compressed_size:
+            raise decompression_bomb(shard, f"row group {index}", size)
+        is_small = source.shape is not None and size <= SMALL_BYTES
+        parts = _part_count(size, target_bytes, SMALL_PARTS if is_small else MAX_PARTS)
+        part_rows = -(-rows // max(1, parts))
+        for start in range(0, rows, max(1, part_rows)):
+            end = min(start + part_rows, rows)
+            part_bytes = max(1, size * (end - start) // rows)
+            groups.append(RowGroup(shard_index, index, start, end, end - start, part_bytes))
+    return groups
+
+
+def _check_columns(
+    shard: Shard,
+    source: Source,
+    schema: pa.Schema,
+    text_columns: Sequence[str],
+    filter_columns: Sequence[str],
+) -> None:
+    """Raises InputError if a column is missing, or pretraining text does not hold strings."""
+    for column in (*text_columns, *filter_columns):
+        if column not in schema.names:
+            raise InputError(
+                f"{shard.path}: expected a column {column!r}, found {', '.join(schema.names)}: "
+                "correct the source's `text`, `columns` or `filters`"
+            )
+        column_type = schema.field(column).type
+        is_string = pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
+        if column in text_columns and source.shape is None and not is_string:
+            raise InputError(
+                f"{shard.path}: column {column!r}: expected strings, found {column_type}"
+            )
+
+
+def _part_count(size: int, target_bytes: int, max_parts: int = MAX_PARTS) -> int:
+    """Returns into how many parts to split data that is decoded from its beginning.
+
+    Reading a part also decodes everything before it, so parts are few: more than `max_parts` only
+    if a part would otherwise be larger than MAX_GROUP_BYTES, which is too much for memory.
+    """
+    return max(1, min(max_parts, round(size / (2 * target_bytes))), -(-size // MAX_GROUP_BYTES))
+
+
+def _split_text(
+    shard_index: int, shard: Shard, source: Source, target_bytes: int
+) -> list[RowGroup]:
+    documents = 0  # unknown
+    if shard.compression:
+        size, documents = _decompressed_size(shard)
+        parts = _part_count(size, target_bytes)
+    else:
+        size = shard.file_bytes
+        parts = -(-size // target_bytes)
+    if shard.format == "txt" and not source.separator:  # the whole file is one document
+        parts, documents = min(1, size), 1
+    part_bytes = -(-size // max(1, parts))
+    groups = []
+    for index, start in enumerate(range(0, size, max(1, part_bytes))):
+        end = min(start + part_bytes, size)
+        groups.append(RowGroup(shard_index, index, start, end, documents // parts, end - start))
+    return groups
+
+
+def _decompressed_size(shard: Shard) -> tuple[int, int]:
+    """Decompresses a file without keeping its content, and returns its (bytes, lines)."""
+    size = lines = 0
+    with storage.open_read(shard.path) as file:
+        for block in blocks(file, shard.compression):
+            size += len(block)
+            lines += block.count(b"\n")
+            implausible = size > MAX_COMPRESSION_RATIO * shard.file_bytes
+            if size > MAX_SHARD_BYTES or (size > MAX_GROUP_BYTES and implausible):
+                raise decompression_bomb(shard, f"byte {size}", size)
+    return size, lines

@@ -1,0 +1,200 @@
+"""Shards (input files) and row groups: the data classes, and what all file formats share.
+
+A shard is one input file. It is split into row groups, the units in which documents are read. A row
+group is a range of rows of one parquet row group, or the documents that begin within a byte range
+of a text file (offsets always count uncompressed bytes). So any row group can be read on its own;
+in a compressed file, everything before it has to be decompressed as well.
+
+`row_groups` splits shards into row groups; `reading` reads the documents of a row group.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+
+from sevenfold import storage
+from sevenfold.errors import InputError, first_line
+from sevenfold.recipe import Source
+
+Format = Literal["parquet", "jsonl", "txt"]
+SUFFIXES: dict[Format, tuple[str, ...]] = {
+    "parquet": (".parquet", ".pq"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "txt": (".txt",),
+}
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+
+MAX_GROUP_BYTES = 64 * 2**20  # of uncompressed text in a row group
+# Beyond these limits a compressed shard is refused as a decompression bomb. Text usually shrinks
+# 3 to 10 times.
+MAX_COMPRESSION_RATIO = 200
+MAX_SHARD_BYTES = 64 * 2**30  # uncompressed
+CHANGED_HINT = "restore it, or start a run with another name"  # ends errors about changed files
+
+_FINGERPRINT_BYTES = 64 * 2**10  # hashed at the end of a file
+
+
+class UnreadableError(InputError):
+    """The bytes of a row group are damaged."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One input file.
+
+    Attributes:
+        path: An absolute path or URL.
+        source: The index of the source that it belongs to.
+        format: The file format.
+        compression: "gzip", "zstd" or None.
+        fingerprint: The file's size and a hash of its last 64 KiB; it changes when the file does.
+    """
+
+    path: str
+    source: int
+    format: Format
+    compression: str | None
+    fingerprint: str
+
+    @property
+    def file_bytes(self) -> int:
+        """The size of the file, as stored."""
+        return int(self.fingerprint.partition("-")[0])
+
+
+@dataclass(frozen=True)
+class RowGroup:
+    """A part of a shard that is read as one unit.
+
+    Attributes:
+        shard: The index of its shard in the manifest.
+        index: For parquet, the index of the file's own row group; for text files, the number of
+            this row group.
+        start: The first row within the file's row group (parquet), or the first byte of the range
+            in which its documents begin (text).
+        end: One past the last row or byte.
+        documents: The number of documents; 0 if unknown, because text files are not read to count
+            them.
+        bytes: The size of its text, uncompressed.
+    """
+
+    shard: int
+    index: int
+    start: int
+    end: int
+    documents: int
+    bytes: int
+
+
+class BadDocument(NamedTuple):
+    """A document that cannot be used, for error messages."""
+
+    location: str  # within its shard
+    reason: str
+
+
+@dataclass
+class RawDocuments:
+    """The documents of a row group as they are stored in the shard.
+
+    Attributes:
+        columns: Column name -> strings or other values, one per readable document.
+        locate: Describes the location of a document (by its index in the columns) for error
+            messages.
+        bad: The documents that could not be read, and so are missing from the columns.
+    """
+
+    columns: dict[str, pa.ChunkedArray]
+    locate: Callable[[int], str]
+    bad: list[BadDocument] = field(default_factory=list)
+
+
+def file_suffixes(source: Source) -> tuple[str, ...]:
+    """Returns the suffixes of the files that are read when a source is a folder."""
+    if source.format:
+        plain = SUFFIXES[source.format]
+    else:
+        plain = tuple(s for suffixes in SUFFIXES.values() for s in suffixes)
+    text = [s for s in plain if s not in SUFFIXES["parquet"]]
+    return plain + tuple(s + compression for s in text for compression in COMPRESSIONS)
+
+
+def describe(path: str, source_index: int, source: Source) -> Shard:
+    """Returns the shard at a path, with its format, compression and fingerprint.
+
+    Raises:
+        InputError: The format cannot be told from the file's name, or there is no such file.
+    """
+    name = path.partition("?")[0] if storage.is_url(path) else path
+    compression = next((c for suffix, c in COMPRESSIONS.items() if name.endswith(suffix)), None)
+    if compression:
+        name = name.rsplit(".", 1)[0]
+    by_name = (f for f, suffixes in SUFFIXES.items() if name.endswith(suffixes))
+    file_format = source.format or next(by_name, None)
+    if file_format is None or (file_format == "parquet" and compression):
+        supported = ", ".join(s for suffixes in SUFFIXES.values() for s in suffixes)
+        raise InputError(
+            f"{path}: unsupported file type; supported: {supported}, text also with .gz or .zst: "
+            "rename the file, or set the source's `format`"
+        )
+    return Shard(path, source_index, file_format, compression, fingerprint(path))
+
+
+def fingerprint(path: str) -> str:
+    """Returns a file's size in bytes and a hash of its end, as "SIZE-HASH"."""
+    with storage.open_read(path) as file:
+        return _fingerprint(file)
+
+
+def check_unchanged(shard: Shard, file: Any) -> None:
+    """Checks that an opened file is still the one of its shard, and seeks to its beginning.
+
+    Raises:
+        InputError: The file has changed since the shard was described.
+    """
+    if _fingerprint(file) != shard.fingerprint:
+        raise InputError(f"{shard.path}: has changed since this run began: {CHANGED_HINT}")
+    file.seek(0)
+
+
+def _fingerprint(file: Any) -> str:
+    size = file.seek(0, 2)
+    file.seek(max(0, size - _FINGERPRINT_BYTES))
+    return f"{size}-{hashlib.sha256(file.read(_FINGERPRINT_BYTES)).hexdigest()[:16]}"
+
+
+def describe_location(shard: Shard, group: RowGroup) -> str:
+    """Returns where a row group is within its shard, for messages and the ledger."""
+    if shard.format == "parquet":
+        return f"row group {group.index}, rows {group.start}-{group.end - 1}"
+    return f"bytes {group.start}-{group.end - 1}"
+
+
+def wrong_content(shard: Shard, error: Exception) -> InputError:
+    """Returns the error to raise for a file whose content is not what its name promises."""
+    plain = "a parquet file" if shard.format == "parquet" else "text"
+    expected = shard.compression or plain
+    return InputError(
+        f"{shard.path}: expected {expected} (by its name), found other or damaged content: "
+        f"{first_line(error)}"
+    )
+
+
+def decompression_bomb(shard: Shard, location: str, size: int) -> InputError:
+    """Returns the error to raise where data decompresses to an implausible size.
+
+    Args:
+        shard: The shard that is being read.
+        location: Where in the shard.
+        size: The number of bytes decompressed so far.
+    """
+    return InputError(
+        f"{shard.path}: {location}: expected text that decompresses to at most "
+        f"{MAX_COMPRESSION_RATIO} times its size, found {size:,} bytes or more: possible "
+        "decompression bomb; if the text is right, write the file again without compression"
+    )

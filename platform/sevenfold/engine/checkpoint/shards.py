@@ -1,0 +1,159 @@
+"""The shards of a checkpoint, written and read by torch.distributed.checkpoint (DCP)."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from sevenfold import storage
+from sevenfold.engine.checkpoint.manifest import Checkpoint
+from sevenfold.errors import RunError, first_line
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
+) -> None:
+    """Loads a verified checkpoint into a model and its optimizers.
+
+    The number of ranks may differ from that of the save. The hyperparameters of the optimizers'
+    parameter groups are not loaded: they stay those of the recipe.
+    """
+    hyperparameters = [
+        [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
+        for optimizer in optimizers
+    ]
+    options = state_dict_options()
+    model_state, optimizer_state = get_state_dict(model, optimizers, options=options)
+    dcp.load(
+        {"model": model_state, "optimizer": optimizer_state},
+        storage_reader=shard_reader(checkpoint.path),
+    )
+    set_state_dict(
+        model,
+        optimizers,
+        model_state_dict=model_state,
+        optim_state_dict=optimizer_state,
+        options=options,
+    )
+    for optimizer, groups in zip(optimizers, hyperparameters, strict=True):
+        for group, settings in zip(optimizer.param_groups, groups, strict=True):
+            group.update(settings)
+
+
+class CheckpointWeights:
+    """The model's weights in a verified checkpoint, as full tensors on the CPU.
+
+    Each tensor is read when it is accessed.
+
+    Args:
+        checkpoint: The checkpoint.
+        like: For each name, a tensor of the expected shape and dtype; it may be on the meta device.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, like: Mapping[str, torch.Tensor]):
+        self._path, self._like = checkpoint.path, like
+        self._reader = shard_reader(checkpoint.path)
+        # without the cache, the metadata would be read again for each tensor
+        self._reader.read_metadata = functools.cache(self._reader.read_metadata)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """Reads a tensor.
+
+        Raises:
+            RunError: The tensor cannot be read, or its shape is not the expected one.
+        """
+        tensor = torch.empty_like(self._like[name], device="cpu")
+        try:
+            with warnings.catch_warnings():
+                # DCP warns that it loads in a single process, which is intended here
+                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+                dcp.load({"model": {name: tensor}}, storage_reader=self._reader, no_dist=True)
+        except (Exception, dcp.CheckpointException) as e:  # the latter derives from BaseException
+            raise RunError(
+                f"{self._path}: {name} cannot be read ({type(e).__name__}: {first_line(e)})"
+            ) from None
+        return tensor
+
+
+def state_dict_options() -> StateDictOptions:
+    """Returns the options for state dicts: frozen parameters are left out of checkpoints."""
+    return StateDictOptions(ignore_frozen_params=True)
+
+
+def shard_writer(path: str) -> tuple[Any, dict[str, dict[str, Any]]]:
+    """Creates a DCP storage writer that computes the checksums of the files that this rank writes.
+
+    The checksums are those of the data passed to the stream. Comparing them with the files read
+    back finds errors of the storage.
+
+    Args:
+        path: The checkpoint's directory.
+
+    Returns:
+        The writer, and a dict that is filled while it writes: for each file name, its size
+        ("bytes") and SHA-256 ("sha256").
+    """
+    if storage.is_url(path):
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
+
+        writer: Any = FsspecWriter(path, single_file_per_rank=True)
+    else:
+        writer = dcp.FileSystemWriter(path, single_file_per_rank=True, overwrite=False)
+    checksums: dict[str, dict[str, Any]] = {}
+    create_stream = writer.fs.create_stream
+
+    @contextlib.contextmanager
+    def create_hashing_stream(path: Any, mode: str) -> Iterator[Any]:
+        with create_stream(path, mode) as stream:
+            if mode != "wb":
+                yield stream
+                return
+            hashing = _HashingStream(stream)
+            yield hashing
+        # DCP writes .metadata.tmp, and renames it to .metadata
+        name = str(path).replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".tmp")
+        checksums[name] = {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()}
+
+    writer.fs.create_stream = create_hashing_stream
+    return writer, checksums
+
+
+class _HashingStream:
+    """Wraps a binary stream, and counts and hashes the bytes that are written to it."""
+
+    def __init__(self, stream: Any):
+        self._stream, self.digest, self.size = stream, hashlib.sha256(), 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        self.digest.update(view)
+        self.size += len(view)
+        self._stream.write(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self.size
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def shard_reader(path: str) -> Any:
+    """Creates a DCP storage reader of a checkpoint's directory, local or a URL."""
+    if storage.is_url(path):
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+
+        return FsspecReader(path)
+    return dcp.FileSystemReader(path)

@@ -1,0 +1,58 @@
+"""Masked language modeling, as in BERT."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from sevenfold.data.rows import Rows
+from sevenfold.engine.batch import IGNORE, Batch, to_batch
+from sevenfold.engine.objectives import masking
+from sevenfold.engine.objectives.base import Objective
+from sevenfold.engine.objectives.layout import same_document
+
+
+class Masked(Objective):
+    """Masked language modeling: predicts masked tokens from both sides.
+
+    Packed documents are kept apart: each token attends to its own document only.
+    """
+
+    def collate(self, rows: Rows, step: int) -> Batch:
+        """Builds a batch in which random tokens are masked; these are its labels."""
+        batch = to_batch(rows)
+        assert self.words.mask is not None
+        input_ids = batch.input_ids.numpy()
+        labels = np.full(batch.labels.shape, IGNORE, np.int64)
+        for i, tokens in enumerate(rows.tokens):
+            maskable = ~np.isin(tokens, self.words.special)
+            maskable[int(rows.used[i]) :] = False
+            ids = input_ids[i]
+            masked_ids, selected = masking.masked(
+                self._generator(tokens, step),
+                ids,
+                maskable,
+                self.rate,
+                self.words.mask,
+                self.words.vocab_size,
+            )
+            labels[i, selected] = ids[selected]
+            input_ids[i] = masked_ids  # shares its memory with batch.input_ids
+        return Batch(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            labels=torch.from_numpy(labels),
+            cu_seqlens=batch.cu_seqlens,
+        )
+
+    def logits(self, model: Any, batch: Batch) -> torch.Tensor:
+        """Runs the model on a batch and returns its logits."""
+        output = model.forward(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=same_document(batch.documents, batch.documents),
+        )
+        logits: torch.Tensor = output.logits
+        return logits

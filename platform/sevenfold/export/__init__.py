@@ -1,0 +1,1 @@
+"""Exports of checkpoints as Hugging Face directories, with model cards."""

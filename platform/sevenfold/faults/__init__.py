@@ -1,0 +1,1 @@
+"""`sevenfold drill`: injects faults into real runs and compares the results with a baseline run."""

@@ -1,0 +1,1 @@
+"""Use of finished models: text generation, chat, embeddings and retrieval."""

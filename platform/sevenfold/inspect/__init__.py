@@ -1,0 +1,1 @@
+"""Inspection of data and of what models predict: losses, attributions, statistics, the ledger."""

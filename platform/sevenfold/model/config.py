@@ -1,0 +1,155 @@
+"""The transformers config of a recipe's model."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Literal
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+from sevenfold import storage
+from sevenfold.errors import InputError, first_line
+from sevenfold.recipe import Recipe
+from sevenfold.run_folder import RunFolder
+
+Family = Literal["decoder", "encoder", "encoder-decoder"]
+
+
+def model_path(path: str) -> str:
+    """Returns the Hugging Face directory of a model.
+
+    Args:
+        path: Such a directory, or the folder of a sevenfold run, which has it in its folder
+            `model`.
+
+    Raises:
+        InputError: The path is neither.
+    """
+    folder = storage.locate(path)
+    run_model = RunFolder(folder).model
+    if storage.exists(storage.join(run_model, "config.json")):
+        return run_model
+    if storage.exists(storage.join(folder, "config.json")):
+        return folder
+    raise InputError(
+        f"{folder}: expected a run or a Hugging Face directory (config.json), found neither"
+    )
+
+
+def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrainedConfig:
+    """Returns the transformers config of the recipe's model.
+
+    Args:
+        recipe: The recipe.
+        vocab_size: The size of the tokenizer's vocabulary.
+        tokenizer: If given, the config of a new model gets its special tokens.
+
+    Raises:
+        InputError: The model type or a field is unknown, or the model's vocabulary or context is
+            too small for the data.
+    """
+    try:
+        if recipe.model.path is not None:
+            folder = storage.local(model_path(recipe.model.path))
+            config = AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
+            )
+        else:
+            config = _new_config(recipe, vocab_size, tokenizer)
+        if recipe.objective == "classify":
+            _set_classes(config, recipe.data.classes, tokenizer)
+    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as e:
+        if "trust_remote_code" in str(e):
+            raise InputError(
+                f"{recipe.model.path}: the model needs Python code of its own: review that code, "
+                "then set model.trust_remote_code=true"
+            ) from None
+        raise InputError(f"{recipe.model.path or 'model.config'}: {first_line(e)}") from None
+    if recipe.train.dropout is not None:
+        _set_dropout(config, recipe.train.dropout)
+    _check_sizes(config, vocab_size, recipe.data.sequence_length)
+    return config
+
+
+def _new_config(recipe: Recipe, vocab_size: int, tokenizer: Any) -> PreTrainedConfig:
+    """Builds the config of a new model from the recipe's fields; sizes default to the data's."""
+    fields = recipe.model.config or {}
+    length = recipe.data.sequence_length
+    known = AutoConfig.for_model(fields["model_type"]).to_dict().keys()
+    unknown = sorted(fields.keys() - known)
+    if unknown:
+        raise InputError(f"model.config: {fields['model_type']} has no field {unknown[0]!r}")
+    sizes = {"vocab_size": vocab_size, "max_position_embeddings": length, "n_positions": length}
+    defaults = {name: size for name, size in sizes.items() if name in known}
+    config = AutoConfig.for_model(**(defaults | fields))
+    if tokenizer is not None:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            setattr(config, name, getattr(tokenizer, name))
+        if config.is_encoder_decoder:
+            config.decoder_start_token_id = config.pad_token_id
+    return config
+
+
+def _set_classes(config: PreTrainedConfig, classes: list[str], tokenizer: Any) -> None:
+    """Sets the fields of a config that a classifier needs."""
+    config.num_labels = len(classes)
+    config.id2label = dict(enumerate(classes))
+    config.label2id = {name: i for i, name in enumerate(classes)}
+    # a decoder uses the padding token to find the last token of a text
+    if config.pad_token_id is None:
+        # any token will do for `sevenfold plan`, which has no tokenizer
+        candidates = (getattr(tokenizer, "pad_token_id", 0), getattr(tokenizer, "eos_token_id", 0))
+        config.pad_token_id = next((i for i in candidates if i is not None), None)
+
+
+def _set_dropout(config: PreTrainedConfig, probability: float) -> None:
+    """Sets all dropout probabilities of a config."""
+    names = dropouts(config)
+    if not names:
+        raise InputError(
+            f"train.dropout: {config.model_type} has no dropout: remove the setting, or choose "
+            "another model"
+        )
+    for name in names:
+        setattr(config, name, probability)
+
+
+def _check_sizes(config: PreTrainedConfig, vocab_size: int, length: int) -> None:
+    """Raises InputError if the vocabulary or the context is too small for the data."""
+    if config.vocab_size < vocab_size:
+        raise InputError(
+            f"model: vocab_size {config.vocab_size} is below the tokenizer's {vocab_size}"
+        )
+    positions = getattr(config, "max_position_embeddings", length)
+    if positions < length:
+        raise InputError(
+            f"data.sequence_length {length} is above the model's {positions} positions "
+            "(max_position_embeddings)"
+        )
+
+
+def family(config: PreTrainedConfig) -> Family:
+    """Returns the architecture of a model: decoder, encoder or encoder-decoder.
+
+    Some model types, such as BERT, can be an encoder or a decoder; the config's `is_decoder` and
+    the class that was saved decide.
+    """
+    if config.is_encoder_decoder:
+        return "encoder-decoder"
+    is_decoder = getattr(config, "is_decoder", False) or re.search(
+        "CausalLM|LMHead", " ".join(config.architectures or [])
+    )
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not is_decoder:
+        return "encoder"
+    return "decoder"
+
+
+def dropouts(config: PreTrainedConfig) -> list[str]:
+    """Returns the names of a config's fields that are dropout probabilities.
+
+    A value of None is included: it means the value of another such field. LayerDrop is not.
+    """
+    fields = {k: v for k, v in config.to_dict().items() if re.search("dropout|pdrop", k)}
+    return [k for k, v in fields.items() if v is None or (type(v) in (int, float) and 0 <= v < 1)]

@@ -1,0 +1,1 @@
+"""Preparation of a run: checks the recipe, its data and its model, and sets up the tokenizer."""

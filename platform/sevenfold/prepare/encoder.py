@@ -1,0 +1,38 @@
+"""The encoder that belongs to a prepared tokenizer."""
+
+from __future__ import annotations
+
+from sevenfold import storage
+from sevenfold.data.encode import TextEncoder
+from sevenfold.data.examples import ENCODERS
+from sevenfold.data.tokenizer import load_tokenizer
+from sevenfold.recipe import Recipe
+
+
+def load_encoder(recipe: Recipe, tokenizer: str) -> TextEncoder:
+    """Loads the encoder of a tokenizer's folder that `prepare_tokenizer` has prepared.
+
+    Args:
+        recipe: The recipe.
+        tokenizer: The tokenizer's folder.
+    """
+    backend = storage.read_json(encoder_file(tokenizer))["backend"]
+    return build_encoder(recipe, tokenizer, backend)
+
+
+def build_encoder(recipe: Recipe, tokenizer: str, backend: str) -> TextEncoder:
+    """Returns the encoder of the recipe's objective.
+
+    Args:
+        recipe: The recipe.
+        tokenizer: The tokenizer's folder.
+        backend: The tokenizer backend, see `sevenfold.data.encode`.
+    """
+    data = recipe.data
+    encoder_class = ENCODERS[recipe.objective]
+    return encoder_class(load_tokenizer(tokenizer), data.sequence_length, backend, data.classes)
+
+
+def encoder_file(tokenizer: str) -> str:
+    """Returns the file in a tokenizer's folder that describes the encoder."""
+    return storage.join(tokenizer, "encoder.json")

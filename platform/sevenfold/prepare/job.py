@@ -1,0 +1,237 @@
+"""From a recipe to a prepared run: checks everything first, and writes files only then."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from sevenfold import storage
+from sevenfold.cluster import capacity, connect
+from sevenfold.data import token_cache
+from sevenfold.data.examples import ENCODERS
+from sevenfold.data.sources.documents import Selection
+from sevenfold.data.stream import TASK_CPUS, Stream
+from sevenfold.errors import InputError
+from sevenfold.prepare.data import (
+    Inputs,
+    build_missing_corpus,
+    find_inputs,
+    load_unchanged_inputs,
+    missing_corpus,
+    with_classes,
+)
+from sevenfold.prepare.encoder import encoder_file
+from sevenfold.prepare.model import check_model
+from sevenfold.prepare.streams import build_streams
+from sevenfold.prepare.tokenizer import prepare_tokenizer
+from sevenfold.recipe import Recipe, loads
+from sevenfold.report.console import say
+from sevenfold.run_folder import RunFolder
+
+
+@dataclass
+class Job:
+    """A prepared run, as it is sent to the workers.
+
+    Attributes:
+        recipe: The recipe, with absolute paths.
+        identity: The hash of the recipe that the run's folder holds.
+        folder: The run's folder.
+        tokenizer: The folder of the run's tokenizer.
+        train: The training stream.
+        validation: The held-out stream, None if nothing is held out.
+        queue: A ray.util.queue.Queue for the driver, which shows the sentences and the
+            (step, metrics) that it receives. None: nothing is shown.
+        reporter: worker_pool.Reporter of a trial: it sends the reports to the sweep, once their
+            checkpoints are committed. None if the run is not a trial.
+        stop_signal: The handle of a train.signals.StopSignal, None if the run cannot be asked to
+            stop.
+        verbose: Shows Ray's logs.
+        parent_identity: The identity of the run from whose checkpoint this one continues with
+            other settings; "" if there is none.
+    """
+
+    recipe: Recipe
+    identity: str
+    folder: str
+    tokenizer: str
+    train: Stream
+    validation: Stream | None
+    queue: Any = None
+    reporter: Any = None
+    stop_signal: Any = None
+    verbose: bool = False
+    parent_identity: str = ""
+
+
+def prepare_job(
+    recipe: Recipe, folder: RunFolder, need: dict[str, float], what: str, verbose: bool
+) -> Job | None:
+    """Connects to a cluster, checks all that a run needs, and prepares the run's folder.
+
+    Args:
+        recipe: The recipe.
+        folder: The run's folder.
+        need: The needed resources by Ray's names, such as CPU and GPU.
+        what: What needs them, for messages.
+        verbose: Shows Ray's logs.
+
+    Returns:
+        The prepared run, or None if it is finished already.
+
+    Raises:
+        InputError: The recipe, its data or its model cannot be used. Nothing was written.
+        RunError: Other jobs hold the cluster's resources.
+    """
+    if storage.exists(folder.recipe):
+        claim_folder(folder, recipe)
+    elif taken := folder.taken():
+        raise InputError(
+            f"{folder.root}: expected a new folder for this run, found {', '.join(taken)} in it "
+            "without a recipe.yaml: move these files elsewhere, or choose another name (name=...)"
+        )
+    identity = recipe.hash()
+    inputs = (
+        None if missing_corpus(recipe) else load_unchanged_inputs(folder) or find_inputs(recipe)
+    )
+    if folder.finished():
+        say(f"{folder.root}: already finished; nothing to do")
+        return None
+    resolved = _connect_and_check_model(recipe, inputs, verbose)
+    _check_cluster(recipe, need, what)
+    build_missing_corpus(recipe)
+    inputs = inputs or find_inputs(recipe)
+    if recipe.data.cache:
+        selection = Selection.of(recipe.data, ENCODERS[recipe.objective].fields)
+        token_cache.check(storage.locate(recipe.data.cache), inputs.train, selection)
+    inputs = _write_folder(folder, recipe, resolved, inputs)
+    train, validation = build_streams(resolved, inputs, folder.tokenizer)
+    if not resolved.steps:
+        steps = train.order.estimated_steps(resolved.tokens_per_step)
+        resolved = resolved.override({"train.steps": steps})
+        say(f"{recipe.data.epochs} epochs: about {resolved.steps:,} steps")
+    return Job(
+        resolved, identity, folder.root, folder.tokenizer, train, validation, verbose=verbose
+    )
+
+
+def _connect_and_check_model(recipe: Recipe, inputs: Inputs | None, verbose: bool) -> Recipe:
+    """Connects to the cluster and checks the model. Returns the recipe with absolute paths."""
+    # torch and transformers take as long to import as Ray to start: both are done at a time
+    threading.Thread(
+        target=importlib.import_module, args=("sevenfold.model.build",), daemon=True
+    ).start()
+    connect.connect(verbose, dashboard=recipe.sweep is not None)
+    try:
+        resolved, _ = check_model(recipe if inputs is None else with_classes(recipe, inputs.train))
+    except InputError:
+        ray.shutdown()
+        raise
+    return resolved
+
+
+def _check_cluster(recipe: Recipe, need: dict[str, float], what: str) -> None:
+    """Checks that the cluster has what the recipe needs; see `prepare_job`."""
+    capacity.require_resources(need, what, recipe.cluster.wait_seconds)
+    for key in ("worker_labels", "data_labels"):
+        capacity.require_labels(f"{recipe.name}: cluster.{key}", getattr(recipe.cluster, key))
+    if recipe.train.dtype == "bfloat16" and recipe.cluster.gpus_per_worker:
+        capacity.require_bfloat16(recipe.name)
+
+
+def _write_folder(folder: RunFolder, recipe: Recipe, resolved: Recipe, inputs: Inputs) -> Inputs:
+    """Writes the recipe, the tokenizer and the manifest into the run's folder, if it is new.
+
+    Args:
+        folder: The run's folder.
+        recipe: The recipe as it is stored in the folder.
+        resolved: The recipe with absolute paths.
+        inputs: The input files.
+
+    Returns:
+        The inputs, with the measured tokens per byte.
+    """
+    is_new = not storage.exists(folder.recipe)
+    claim_folder(folder, recipe)
+    try:
+        inputs = prepare_tokenizer(resolved, inputs, folder.tokenizer)
+    except InputError:
+        if is_new:  # removes what was written above; other files in the folder are not ours
+            storage.remove(folder.tokenizer)
+            storage.remove(folder.recipe)
+            storage.remove_empty(folder.root)
+        raise
+    if not storage.exists(folder.manifest):
+        manifests = {split: manifest.to_json() for split, manifest in inputs.all.items()}
+        storage.write(folder.manifest, json.dumps(manifests))
+    return inputs
+
+
+def read_recipe(folder: RunFolder) -> Recipe:
+    """Returns the recipe of a run that has started, with the classes that its data has."""
+    recipe = loads(storage.read_text(folder.recipe), folder.recipe)
+    if recipe.objective != "classify" or recipe.data.classes:
+        return recipe
+    return recipe.override(
+        {"data.classes": storage.read_json(encoder_file(folder.tokenizer))["classes"]}
+    )
+
+
+def required_resources(recipe: Recipe) -> dict[str, float]:
+    """Returns the resources of a run's workers and of its Ray Data tasks, by Ray's names.
+
+    A run with an elastic number of workers needs those of the minimum number.
+    """
+    cluster = recipe.cluster
+    data_cpus = TASK_CPUS if recipe.data.executor == "ray" else 0
+    workers = recipe.workers[0]
+    return {
+        "CPU": workers * (cluster.cpus_per_worker + data_cpus),
+        "GPU": workers * cluster.gpus_per_worker,
+    }
+
+
+def claim_folder(folder: RunFolder, recipe: Recipe) -> None:
+    """Writes the recipe into a run's folder.
+
+    If the folder has a recipe, the new one replaces it, provided that both describe the same run.
+
+    Raises:
+        InputError: The folder belongs to a run of another recipe.
+    """
+    if storage.exists(folder.recipe):
+        stored = loads(storage.read_text(folder.recipe), folder.recipe)
+        if stored.hash() != recipe.hash():
+            raise InputError(
+                f"{folder.root}: a run of this name exists with another recipe "
+                f"({_differences(stored, recipe)}): "
+                "use its recipe to resume it, or choose another name (name=...)"
+            )
+        if stored == recipe:
+            return
+    storage.write(folder.recipe, recipe.to_yaml())
+
+
+def _differences(stored: Recipe, recipe: Recipe) -> str:
+    """Describes the settings in which the recipes of two runs differ."""
+    before, now = _flatten(stored.identity()), _flatten(recipe.identity())
+    return ", ".join(
+        f"{key}: {before.get(key)} in that run, {now.get(key)} in this recipe"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    )
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """Returns the leaves of nested dicts by their dotted keys."""
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    leaves: dict[str, Any] = {}
+    for key, subtree in tree.items():
+        leaves |= _flatten(subtree, f"{prefix}.{key}" if prefix else key)
+    return leaves

@@ -1,0 +1,376 @@
+"""The recipe: all sections together, the checks across sections, and reading from YAML."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from sevenfold.errors import InputError
+from sevenfold.recipe.data import Data, Section, Tokenizer
+from sevenfold.recipe.sweep import BUDGETS, Sweep
+from sevenfold.recipe.training import (
+    Adapter,
+    Checkpoint,
+    Cluster,
+    Contrastive,
+    Corruption,
+    Guard,
+    Model,
+    Optimizer,
+    Parallel,
+    Preference,
+    Schedule,
+    Train,
+    Validation,
+)
+
+# Old names of sections, in recipes that runs have stored: old name -> name today.
+_RENAMED = {"search": "sweep"}
+# Objectives that train on plain text; the others are fine-tuning, on rows of examples.
+PRETRAINING = ("causal", "masked", "denoise")
+
+
+class Recipe(Section):
+    """All settings of a run. `parse` reads one from a file."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the run, and of its folder in storage",
+    )
+    storage: str = Field(
+        "runs", description="Folder or URL that holds the folders of runs (run_folder.py)"
+    )
+    seed: int = Field(
+        0,
+        ge=0,
+        lt=2**32,
+        description="Seed of everything random: initial weights, data order, masks, sampling",
+    )
+    objective: Literal[
+        "causal", "masked", "denoise", "sft", "dpo", "classify", "seq2seq", "embed"
+    ] = Field(
+        "causal",
+        description="What is learned. Pretraining: causal, the next token (decoder); masked, "
+        "hidden tokens (encoder); denoise, removed spans (encoder-decoder). Fine-tuning: sft, "
+        "replies (decoder); dpo, preferred replies (decoder); classify, classes (any); seq2seq, "
+        "source to target (encoder-decoder); embed, retrieval (encoder)",
+    )
+    data: Data
+    tokenizer: Tokenizer = Tokenizer()
+    model: Model
+    adapter: Adapter | None = None
+    corruption: Corruption = Corruption()
+    preference: Preference = Preference()
+    contrastive: Contrastive = Contrastive()
+    train: Train
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    guard: Guard = Guard()
+    parallel: Parallel = Parallel()
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+    cluster: Cluster = Cluster()
+    sweep: Sweep | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> Recipe:
+        """Checks what concerns more than one section."""
+        self._check_workers()
+        self._check_length_and_validation()
+        self._check_model_and_tokenizer()
+        return self
+
+    def _check_workers(self) -> None:
+        fewest, most = self.workers
+        if fewest < most and self.parallel != Parallel():
+            raise ValueError(
+                "parallel.replicate and parallel.tensor need one number in cluster.num_workers, "
+                "not a range"
+            )
+        count, name = most, "cluster.num_workers"
+        for key, size in (
+            ("parallel.replicate", self.parallel.replicate),
+            ("parallel.tensor", self.parallel.tensor),
+        ):
+            if count % size:
+                raise ValueError(f"{key} ({size}) must divide {name} ({count})")
+            count, name = count // size, f"{name} / {key}"
+        batch, lanes = self.train.global_batch, self.lanes
+        if batch % lanes:
+            raise ValueError(
+                f"train.global_batch ({batch}) must be a multiple of data.lanes ({lanes})"
+            )
+        if lanes < self.readers:
+            raise ValueError(
+                f"data.lanes ({lanes}) must be at least cluster.num_workers / parallel.tensor "
+                f"({self.readers}); its default is min(64, train.global_batch)"
+            )
+
+    def _check_length_and_validation(self) -> None:
+        if (self.train.steps or self.train.tokens or self.data.epochs) is None:
+            raise ValueError(
+                "train: give either steps or tokens; or data.epochs, to train as long as the data "
+                "lasts"
+            )
+        if self.validation.max_new_tokens >= self.data.sequence_length:
+            raise ValueError(
+                f"validation.max_new_tokens ({self.validation.max_new_tokens}) must be below "
+                f"data.sequence_length ({self.data.sequence_length}): there is no room for a prompt"
+            )
+        held_out = self.data.validation or self.data.held_out
+        if self.validation.keeps_best and not (self.validation.every and held_out):
+            raise ValueError(
+                "validation: keep_best and patience need validation.every, and held-out documents: "
+                "data.validation or data.held_out"
+            )
+
+    def _check_model_and_tokenizer(self) -> None:
+        tokenizer = self.tokenizer
+        if self.adapter is not None and self.model.path is None:
+            raise ValueError(
+                "adapter needs model.path: the base model is frozen, so a new one would never "
+                "learn anything"
+            )
+        if tokenizer.path and tokenizer.vocab_size:
+            raise ValueError("tokenizer: give either path or vocab_size")
+        if not (tokenizer.path or tokenizer.vocab_size or self.model.path):
+            raise ValueError("tokenizer: give path (an existing one) or vocab_size (to train one)")
+        if self.objective not in PRETRAINING and self.data.packing != "best_fit":
+            raise ValueError(
+                f"data.packing: objective {self.objective} needs best_fit, which never cuts an "
+                "example in two"
+            )
+        if self.data.classes and self.objective != "classify":
+            raise ValueError(
+                f"data.classes is for objective classify, found {self.objective}: remove it"
+            )
+        if self.objective == "dpo" and self.model.path is None:
+            raise ValueError(
+                "objective dpo needs model.path: the model at the start is the reference model"
+            )
+        if self.objective == "denoise" and tokenizer.vocab_size and tokenizer.vocab_size < 512:
+            raise ValueError(
+                "tokenizer.vocab_size: denoise needs at least 512, 100 of which are sentinel tokens"
+            )
+        if tokenizer.vocab_size and self.model.path:
+            raise ValueError(
+                "tokenizer.vocab_size trains a new tokenizer, but the weights in model.path were "
+                "trained with another one: remove one of the two keys"
+            )
+
+    @property
+    def lanes(self) -> int:
+        """The number of lanes of the data order."""
+        return self.data.lanes or min(64, self.train.global_batch)
+
+    @property
+    def readers(self) -> int:
+        """The largest number of workers that read different sequences.
+
+        The workers of one tensor parallel group read the same ones.
+        """
+        return self.workers[1] // self.parallel.tensor
+
+    @property
+    def workers(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        count = self.cluster.num_workers
+        return count if isinstance(count, tuple) else (count, count)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens per optimizer step, over all workers; padding counts."""
+        return self.train.global_batch * self.data.sequence_length
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps; 0 if data.epochs decides, until prepare.job.prepare_job has counted."""
+        return self.train.steps or -(-(self.train.tokens or 0) // self.tokens_per_step)
+
+    def identity(self) -> dict[str, Any]:
+        """Returns the settings that decide a run's numbers: they must be the same to resume it.
+
+        Left out are settings about where a run computes and where it is stored, how often it logs,
+        and those that may be decided while it runs (data to skip, a sweep's budget).
+        """
+        tree = self.model_dump(
+            mode="json", exclude={"name", "storage", "cluster", "checkpoint", "parallel"}
+        )
+        for key in ("executor", "cache", "skip", "on_bad_document"):
+            del tree["data"][key]
+        for key in ("log_every", "activation_checkpointing", "compile", "loss_chunk"):
+            del tree["train"][key]
+        del tree["model"]["attention"], tree["model"]["trust_remote_code"]
+        for key in BUDGETS if tree["sweep"] else ():
+            del tree["sweep"][key]
+        # a new name changes no number: the hash stays that of the old name, which runs have stored
+        for old, new in _RENAMED.items():
+            tree[old] = tree.pop(new)
+        return tree
+
+    def hash(self) -> str:
+        """Returns the SHA-256 of the identity, by which a run's folder and checkpoints know it."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """Returns the recipe as YAML, defaults included."""
+        return yaml.safe_dump(
+            self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True
+        )
+
+    def override(self, changes: dict[str, Any]) -> Recipe:
+        """Returns a recipe with other values.
+
+        Args:
+            changes: The values, as {"key.path": value}.
+
+        Raises:
+            InputError: As `parse`.
+        """
+        tree = _apply_changes(self.model_dump(mode="json"), changes, where="override")
+        return _validate(tree, where="override")
+
+
+class _Loader(yaml.SafeLoader):
+    """A safe loader that reads floats as YAML 1.2 does: PyYAML reads 1e-3 as a string."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
+    list("-+0123456789"),
+)
+
+
+def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Reads a recipe from a file.
+
+    Args:
+        path: The file.
+        overrides: Changes to it, each as key.path=value.
+
+    Raises:
+        InputError: The file cannot be read or is no YAML; or the recipe has an unknown key, a value
+            of a wrong type, or settings that contradict each other.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise InputError(f"{path}: expected a recipe (a YAML file): {reason}") from None
+    changes = {}
+    for item in overrides:
+        key, equals_sign, value = item.partition("=")
+        if not equals_sign or not key:
+            raise InputError(f"{item!r}: expected key.path=value, for example train.steps=100")
+        changes[key] = _load_yaml(value, item)
+        _refuse_old_name(key.partition(".")[0], item)
+    tree = _load_tree(text, path)
+    for key in tree:
+        _refuse_old_name(key, path)
+    return _validate(_apply_changes(tree, changes, path), path)
+
+
+def _refuse_old_name(key: str, where: str) -> None:
+    if key in _RENAMED:
+        raise InputError(f"{where}: unknown key {key!r}: it was renamed to {_RENAMED[key]!r}")
+
+
+def loads(text: str, where: str, changes: dict[str, Any] | None = None) -> Recipe:
+    """Reads a recipe that a run has stored. Unlike in `parse`, sections may have their old names.
+
+    Args:
+        text: The recipe, in YAML.
+        where: The place that errors name, such as the file's path.
+        changes: Values to replace, as {"key.path": value}.
+
+    Raises:
+        InputError: As `parse`.
+    """
+    tree = {_RENAMED.get(key, key): value for key, value in _load_tree(text, where).items()}
+    return _validate(_apply_changes(tree, changes or {}, where), where)
+
+
+def _load_tree(text: str, where: str) -> dict[str, Any]:
+    tree = _load_yaml(text, where)
+    if not isinstance(tree, dict):
+        raise InputError(
+            f"{where}: expected a recipe (keys and values), found {type(tree).__name__}"
+        )
+    return tree
+
+
+def _load_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise InputError(
+            f"{where}{line}: expected YAML, found {getattr(e, 'problem', e)}"
+        ) from None
+
+
+def _apply_changes(tree: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
+    """Returns a copy of the tree with the changes; a number in a key path is an index of a list."""
+    tree = json.loads(json.dumps(tree, default=str))
+    for path, value in changes.items():
+        node: Any = tree
+        *parents, last = path.split(".")
+        try:
+            for part in parents:
+                node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+                if not isinstance(node, dict | list):
+                    raise KeyError(part)
+            node[int(last) if isinstance(node, list) else last] = value
+        except (KeyError, IndexError, ValueError, TypeError):
+            raise InputError(f"{where}: unknown key {path!r}") from None
+    return tree
+
+
+def _validate(tree: dict[str, Any], where: str) -> Recipe:
+    """Builds the recipe; the first of pydantic's errors becomes one line."""
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as e:
+        errors = e.errors(include_url=False)
+        first = errors[0]
+        path = ".".join(str(part) for part in first["loc"])
+        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        if first["type"] == "extra_forbidden":
+            *parents, key = first["loc"]
+            nearest = difflib.get_close_matches(str(key), _known_keys(parents), n=1, cutoff=0.0)[0]
+            raise InputError(
+                f"{where}: unknown key {path!r}; did you mean {nearest!r}?{more}"
+            ) from None
+        if first["type"] == "missing":
+            raise InputError(f"{where}: required key {path!r} is missing{more}") from None
+        message = first["msg"].removeprefix("Value error, ")
+        message = message[0].lower() + message[1:]
+        found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+        raise InputError(f"{where}: {path + ': ' if path else ''}{message}{found}{more}") from None
+
+
+def _known_keys(location: Sequence[int | str]) -> list[str]:
+    """Returns the keys that a recipe can have at a place, such as ("data", "sources", 0)."""
+    section: type[BaseModel] = Recipe
+    for part in location:
+        if isinstance(part, str) and part in section.model_fields:
+            section = _section_of(section.model_fields[part].annotation) or section
+    return list(section.model_fields)
+
+
+def _section_of(annotation: Any) -> type[BaseModel] | None:
+    """Returns the section in a field's type, such as Source in list[Source]; None without one."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    sections = (_section_of(inner) for inner in get_args(annotation))
+    return next((section for section in sections if section is not None), None)

@@ -1,0 +1,256 @@
+"""The section `sweep`: which hyperparameters are tuned, how, and when the sweep ends."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from sevenfold.recipe.data import Section
+from sevenfold.recipe.training import least
+
+# Settings that may differ when a sweep is resumed: they are not part of a recipe's identity.
+BUDGETS = (
+    "max_concurrent",
+    "max_failures",
+    "max_hours",
+    "max_worker_hours",
+    "max_cost",
+    "worker_hour_cost",
+)
+_INTEGER_SAMPLES = 64  # an integer space is sampled at this number of points, plus one, at most
+_KINDS = ("uniform", "loguniform", "integer", "choice")
+Scalar = bool | int | float | str | None
+# Settings that may change while a model trains, so that PBT can continue from another trial's
+# weights. A key that ends with a dot stands for its whole section.
+_PBT_KEYS = (
+    "optimizer.learning_rate",
+    "optimizer.weight_decay",
+    "optimizer.l1",
+    "optimizer.momentum",
+    "optimizer.betas",
+    "optimizer.eps",
+    "schedule.",
+    "train.dropout",
+    "train.label_smoothing",
+    "train.z_loss",
+    "train.max_grad_norm",
+    "adapter.dropout",
+    "preference.beta",
+    "contrastive.temperature",
+)
+
+
+class Space(Section):
+    """The values that one hyperparameter can take.
+
+    Exactly one of uniform, loguniform, integer and choice is given.
+    """
+
+    uniform: tuple[float, float] | None = Field(None, description="[lowest, highest]")
+    loguniform: tuple[float, float] | None = Field(
+        None, description="[lowest, highest], uniform in the logarithm; above 0"
+    )
+    integer: tuple[int, int] | None = Field(None, description="[lowest, highest], both included")
+    choice: list[Scalar] | None = Field(None, min_length=1, description="The possible values")
+    when: dict[str, Scalar | list[Scalar]] = Field(
+        {},
+        description="Conditional space: tuned only in trials in which another key of the space has "
+        "this value, or one of these: {optimizer.name: muon}",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Space:
+        kinds = [kind for kind in _KINDS if getattr(self, kind) is not None]
+        if len(kinds) != 1:
+            raise ValueError(f"give exactly one of {', '.join(_KINDS)}")
+        bounds = self.uniform or self.loguniform or self.integer
+        if bounds is not None:
+            low, high = bounds
+            if self.integer and low > high:
+                raise ValueError(f"the space is empty: {low} is above {high}")
+            if not self.integer and low >= high:
+                raise ValueError(f"the space is empty: {low} is not below {high}")
+        if self.loguniform and self.loguniform[0] <= 0:
+            raise ValueError("loguniform: the lowest value must be above 0")
+        return self
+
+    def holds(self, point: Mapping[str, Any]) -> bool:
+        """Returns whether this key is tuned (`when`), given the values chosen for other keys."""
+        for key, value in self.when.items():
+            allowed = value if isinstance(value, list) else [value]
+            if key not in point or point[key] not in allowed:
+                return False
+        return True
+
+    @property
+    def ends(self) -> list[Any]:
+        """The lowest and the highest value; all values of a choice."""
+        return list(self.choice or self.uniform or self.loguniform or self.integer or ())
+
+    @property
+    def samples(self) -> list[Any]:
+        """Representative values, by which a sweep checks that the space gives valid recipes."""
+        if self.choice:
+            return self.ends
+        low, high = self.ends
+        if self.integer:
+            steps = _INTEGER_SAMPLES
+            return sorted({low + (high - low) * i // steps for i in range(steps + 1)})
+        # the point in between is no round number, so a setting that must be an integer refuses it
+        return [low, low + (high - low) * 0.381966, high]
+
+
+class Sweep(Section):
+    """A sweep: which hyperparameters are tuned, by which algorithm, within which budget.
+
+    Defaults of grace and eta: in 1,194 published learning curves of language models (PyPI package
+    scan-bench), the best of nine trials is among the best three after 20% of its training with
+    probability 0.996; after 10% with 0.914 (benchmarks/sweep.py).
+    """
+
+    space: dict[str, Space] = Field(
+        min_length=1, description="Search space: key.path of the recipe -> its space"
+    )
+    algorithm: Literal["random", "grid", "tpe"] = Field(
+        "random",
+        description="How points are chosen. grid: all combinations; tpe: Optuna's multivariate "
+        "TPE (arXiv 1907.10902)",
+    )
+    trials: int | None = Field(
+        None, gt=0, description="Number of trials. Default: all points, which only a grid has"
+    )
+    metric: str = Field("validation/loss", description="The metric that trials are compared by")
+    mode: Literal["min", "max"] | None = Field(
+        None,
+        description="Whether the lowest or the highest value of the metric is the best. Default: "
+        "min if its name contains loss, perplexity or bits, else max",
+    )
+    scheduler: Literal["asha", "hyperband", "bohb", "median", "pbt", "none"] = Field(
+        "asha",
+        description="What stops bad trials early. bohb: hyperband with algorithm tpe; pbt: bad "
+        "trials continue from the weights of better ones, with changed settings",
+    )
+    grace: float = Field(
+        0.2,
+        gt=0,
+        le=1,
+        description="Fraction of the steps that a trial trains before it may be stopped; pbt: "
+        "between two changes of its settings",
+    )
+    eta: float = Field(
+        3, ge=2, description="asha, hyperband, bohb: at each rung the best 1/eta continue"
+    )
+    quantile: float = Field(
+        0.25,
+        gt=0,
+        le=0.5,
+        description="pbt: fraction of the trials, the worst, that continue from the same number "
+        "of the best",
+    )
+    max_concurrent: int | None = Field(
+        None,
+        gt=0,
+        description="Maximum number of trials at a time. Default: as many as the cluster holds",
+    )
+    max_failures: int = Field(1, ge=0, description="How many times a failed trial is retried")
+    max_hours: float | None = Field(
+        None,
+        gt=0,
+        description="Budget, in hours; when it is used up, the sweep ends with its results so far",
+    )
+    max_worker_hours: float | None = Field(
+        None, gt=0, description="Budget, in hours times workers, of all trials together"
+    )
+    max_cost: float | None = Field(
+        None, gt=0, description="Budget, in the currency of worker_hour_cost"
+    )
+    worker_hour_cost: float | None = Field(None, gt=0, description="Cost of one worker per hour")
+
+    @property
+    def best(self) -> Literal["min", "max"]:
+        """Whether the lowest or the highest value of the metric is the best."""
+        return self.mode or ("min" if least(self.metric) else "max")
+
+    @model_validator(mode="after")
+    def _check(self) -> Sweep:
+        if self.trials is None and self.algorithm != "grid":
+            raise ValueError(
+                "trials: required key is missing (only algorithm grid has a number of its own)"
+            )
+        if (self.max_cost is None) != (self.worker_hour_cost is None):
+            raise ValueError("give both max_cost and worker_hour_cost, or neither")
+        if self.scheduler == "bohb" and self.algorithm != "tpe":
+            raise ValueError(
+                "scheduler bohb is hyperband with algorithm tpe: set sweep.algorithm=tpe, or "
+                "sweep.scheduler=hyperband"
+            )
+        if self.scheduler == "pbt":
+            self._check_pbt()
+        for key in self.order:
+            if self.algorithm == "grid" and not (self.space[key].choice or self.space[key].integer):
+                raise ValueError(
+                    f"algorithm grid: {key} has infinitely many values: use choice or integer"
+                )
+        return self
+
+    def _check_pbt(self) -> None:
+        if self.algorithm == "tpe":
+            raise ValueError(
+                "scheduler pbt chooses points itself: set sweep.algorithm to random or grid"
+            )
+        if fixed := [key for key in self.space if not key.startswith(_PBT_KEYS)]:
+            raise ValueError(
+                f"scheduler pbt: {fixed[0]} cannot change while a trial trains; expected one of "
+                f"{', '.join(_PBT_KEYS)}"
+            )
+        if any(space.when for space in self.space.values()):
+            raise ValueError("scheduler pbt changes every key of the space: remove `when`")
+
+    @property
+    def order(self) -> list[str]:
+        """The keys of the space, each after the keys that its `when` names.
+
+        Raises:
+            ValueError: There is no such order.
+        """
+        ordered: list[str] = []
+        while len(ordered) < len(self.space):
+            ready = [
+                key
+                for key, space in self.space.items()
+                if key not in ordered and set(space.when) <= set(ordered)
+            ]
+            if not ready:
+                key = next(k for k in self.space if k not in ordered)
+                raise ValueError(
+                    f"space: {key}: when: expected other keys of the space, found "
+                    f"{', '.join(self.space[key].when)} (not in the space, or a cycle)"
+                )
+            ordered += ready
+        return ordered
+
+    def grid(self) -> list[dict[str, Any]]:
+        """Returns all points of the space as {key: value}, at most `trials`.
+
+        The last key changes first. A point lacks the keys whose `when` it does not meet.
+        """
+        values = {
+            key: space.choice or list(range(space.ends[0], space.ends[-1] + 1))
+            for key, space in self.space.items()
+        }
+        points: dict[str, dict[str, Any]] = {}  # by their text: conditional keys make duplicates
+        for combination in itertools.product(*(values[key] for key in self.order)):
+            point: dict[str, Any] = {}
+            for key, value in zip(self.order, combination, strict=True):
+                if self.space[key].holds(point):
+                    point[key] = value
+            points.setdefault(repr(point), point)
+        return list(points.values())[: self.trials]
+
+    @property
+    def number(self) -> int:
+        """The number of trials."""
+        return len(self.grid()) if self.algorithm == "grid" else self.trials or 0

@@ -1,0 +1,138 @@
+"""A sweep's trials: live in the terminal, as a table, in JSON and CSV, and in TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.live
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from sevenfold import storage
+from sevenfold.recipe import Sweep
+from sevenfold.report.console import console, format_cell, say, table
+from sevenfold.run_folder import RunFolder
+
+# metrics in the printed table, where the trials have them
+SHOWN = (
+    "validation/loss",
+    "validation/rougeL",
+    "validation/f1_macro",
+    "validation/accuracy",
+    "train/loss",
+)
+LIVE_ROWS = 20
+
+
+class Live:
+    """The live table of a running sweep, best trials first; nothing where there is no terminal."""
+
+    def __init__(self, sweep: Sweep):
+        """Shows an empty table."""
+        self._sweep = sweep
+        self._live: rich.live.Live | None = None
+        if console.is_terminal:
+            self._live = rich.live.Live(console=console, refresh_per_second=1, transient=True)
+            self._live.start()
+
+    def show(self, trials: Sequence[Any]) -> None:
+        """Updates the table.
+
+        Args:
+            trials: Ray Tune's trials.
+        """
+        if self._live is None:
+            return
+        sign = 1 if self._sweep.best == "min" else -1
+        metric = self._sweep.metric
+
+        def rank(trial: Any) -> tuple[bool, float]:
+            score = trial.last_result.get(metric) if trial.last_result else None
+            return score is None, sign * (score or 0.0)
+
+        grid = Table(title=f"{len(trials)} of {self._sweep.number} trials", title_justify="left")
+        for name in ("trial", *self._sweep.space, "step", metric, "status"):
+            grid.add_column(name)
+        for trial in sorted(trials, key=rank)[:LIVE_ROWS]:
+            result = trial.last_result or {}
+            cells = [trial.config.get(key) for key in self._sweep.space]
+            cells += [result.get("step"), result.get(metric)]
+            grid.add_row(trial.trial_id, *map(format_cell, cells), trial.status.lower())
+        self._live.update(grid)
+
+    def close(self) -> None:
+        """Removes the table."""
+        if self._live:
+            self._live.stop()
+
+
+def write(folder: RunFolder, trials: Sequence[Mapping[str, Any]]) -> None:
+    """Writes trials.json, trials.csv, and each trial's hyperparameters and metrics for TensorBoard.
+
+    TensorBoard's files (its HPARAMS page) are not written if the folder is at a URL.
+
+    Args:
+        folder: The sweep's folder.
+        trials: The trials, best first.
+    """
+    storage.write(folder.trials, json.dumps(trials, indent=1))
+    _write_csv(storage.join(folder.root, "trials.csv"), trials)
+    if storage.is_url(folder.root):
+        return
+    for trial in trials:
+        metrics = {key: v for key, v in trial["metrics"].items() if isinstance(v, float)}
+        log_dir = storage.join(folder.root, "trials", trial["trial"], "tensorboard")
+        with SummaryWriter(log_dir) as writer:
+            writer.add_hparams(
+                {key: v if v is not None else "none" for key, v in trial["config"].items()},
+                metrics,
+                run_name=".",
+            )
+
+
+def _write_csv(path: str, trials: Sequence[Mapping[str, Any]]) -> None:
+    hyperparameters = sorted({key for trial in trials for key in trial["config"]})
+    metrics = sorted({key for trial in trials for key in trial["metrics"]} - {"step"})
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(["trial", "status", *hyperparameters, "step", *metrics, "error"])
+    for trial in trials:
+        cells = [
+            *(trial["config"].get(key) for key in hyperparameters),
+            trial["step"],
+            *(trial["metrics"].get(key) for key in metrics),
+        ]
+        writer.writerow([trial["trial"], trial["status"], *cells, trial["error"]])
+    storage.write(path, text.getvalue())
+
+
+def show(folder: RunFolder) -> None:
+    """Prints the trials of a sweep, best first, and the errors of those that failed."""
+    trials = storage.read_json(folder.trials)
+    metrics = [key for key in SHOWN if key in trials[0]["metrics"]]
+    hyperparameters = sorted({key for trial in trials for key in trial["config"]})
+    rows = [
+        [
+            trial["trial"],
+            *(trial["config"].get(key) for key in hyperparameters),
+            trial["step"],
+            *(trial["metrics"].get(key) for key in metrics),
+            trial["status"],
+        ]
+        for trial in trials
+    ]
+    columns = [
+        "trial",
+        *(key.split(".", 1)[-1] for key in hyperparameters),
+        "step",
+        *(metric.removeprefix("validation/") for metric in metrics),
+        "status",
+    ]
+    table(f"{folder.name}: trials, best first", columns, rows)
+    for trial in trials:
+        if trial["error"]:
+            say(f"trial {trial['trial']} failed: {trial['error']}")

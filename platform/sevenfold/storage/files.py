@@ -1,0 +1,197 @@
+"""Operations on files and folders, local or at a URL: list, read, write, copy, remove."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import shutil
+from typing import Any
+
+import fsspec
+
+from sevenfold.errors import InputError
+from sevenfold.storage.filesystem import filesystem, is_http, is_listing, stat
+from sevenfold.storage.paths import is_url
+from sevenfold.storage.reader import Reader
+from sevenfold.storage.retry import with_retries
+
+
+def files(path: str, suffixes: tuple[str, ...]) -> list[str]:
+    """Returns the files that a path or URL of a file, folder or glob stands for, sorted.
+
+    Args:
+        path: The path or URL.
+        suffixes: The suffixes of the files to return from a folder. It is searched at any depth;
+            files and folders whose names begin with "." or "_" are left out.
+
+    Raises:
+        InputError: There is nothing at the path, the folder contains no such file, or the URL is a
+            folder or glob over HTTP.
+        RunError: The storage keeps failing.
+    """
+    fs, root = filesystem(path)
+    info = stat(path)
+    if is_http(path) and is_listing(path, info, suffixes):
+        raise InputError(
+            f"{path}: expected the URL of one file, found a folder or glob, which cannot be listed "
+            "over HTTP"
+        )
+    if info.get("type") == "file":
+        paths, expected = [root], "a file"
+    elif info.get("type") == "directory":
+        names = with_retries(path, "listed", lambda: fs.find(root, on_error="raise"))
+        paths = [
+            p for p in names if p.endswith(suffixes) and not re.search(r"/[._]", p[len(root) :])
+        ]
+        expected = f"files ({', '.join('*' + s for s in suffixes)}) in this folder"
+    elif any(c in root for c in "*?["):
+        paths, expected = _glob(fs, path, root), "a file that matches"
+    else:
+        paths, expected = [], "a file or folder"
+    if not paths:
+        raise InputError(f"{path}: expected {expected}, found none")
+    return [fs.unstrip_protocol(p) if is_url(path) else p for p in sorted(paths)]
+
+
+def _glob(fs: fsspec.AbstractFileSystem, path: str, root: str) -> list[str]:
+    """Returns the files that match a glob.
+
+    Args:
+        fs: The filesystem.
+        path: The glob, as the user gave it.
+        root: The glob within the filesystem.
+    """
+    matches = with_retries(path, "listed", lambda: fs.glob(root, detail=True, on_error="raise"))
+    return [
+        name
+        for name, info in matches.items()
+        if info["type"] == "file" or (info["type"] == "other" and fs.isfile(name))
+    ]
+
+
+def exists(path: str) -> bool:
+    """Returns whether there is a file or folder."""
+    return bool(stat(path))
+
+
+def size(path: str) -> int:
+    """Returns the size of a file in bytes. Raises InputError if there is none."""
+    info = stat(path)
+    if info and info["size"] is not None:
+        return int(info["size"])
+    with open_read(path) as f:
+        return f.size
+
+
+def listdir(path: str) -> list[str]:
+    """Returns the names in a folder, sorted; [] if there is no folder."""
+    fs, root = filesystem(path)
+    if stat(path).get("type") != "directory":
+        return []
+    paths = with_retries(path, "listed", lambda: fs.ls(root, detail=False))
+    return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in paths)
+
+
+def find(path: str) -> list[str]:
+    """Returns the files in a folder at any depth, relative to it; [] if there is no folder."""
+    fs, root = filesystem(path)
+    paths = with_retries(path, "listed", lambda: fs.find(root)) if exists(path) else []
+    return sorted(p[len(root) :].lstrip("/") for p in paths)
+
+
+def open_read(path: str) -> Reader:
+    """Opens a file for reading bytes.
+
+    Raises:
+        InputError: There is no file at the path, or access is refused.
+        RunError: The storage keeps failing. All reads raise it too.
+    """
+    return Reader(path)
+
+
+def makedirs(path: str) -> None:
+    """Creates a folder and its parents, if they do not exist."""
+    fs, root = filesystem(path)
+    with_retries(path, "created", lambda: fs.makedirs(root, exist_ok=True))
+
+
+def remove(path: str) -> None:
+    """Removes a file, or a folder with everything in it, if it exists."""
+    fs, root = filesystem(path)
+    if stat(path):
+        with_retries(path, "removed", lambda: fs.rm(root, recursive=True))
+
+
+def remove_empty(path: str) -> None:
+    """Removes a local folder if it is empty.
+
+    At a URL it does nothing: object stores have no empty folders, because their folders are only
+    prefixes of names.
+    """
+    if not is_url(path):
+        with contextlib.suppress(OSError):  # not empty, or already removed
+            os.rmdir(path)
+
+
+def write(path: str, data: bytes | str) -> None:
+    """Writes a file atomically.
+
+    On a local disk a temporary file is renamed; on an object store a single put is atomic.
+    """
+    content = data.encode() if isinstance(data, str) else data
+    makedirs(path.rsplit("/", 1)[0])
+    fs, root = filesystem(path)
+
+    def write_once() -> None:
+        if is_url(path):
+            fs.pipe_file(root, content)
+        else:
+            _replace(path, content)
+
+    with_retries(path, "written", write_once)
+
+
+def _replace(path: str, content: bytes) -> None:
+    """Writes a local file by renaming a temporary file to it."""
+    # random, because threads of one process may write the same file
+    temporary = f"{path}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+    try:
+        with open(temporary, "wb") as f:
+            f.write(content)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def copy(path: str, to: str) -> None:
+    """Copies a file that will not be changed any more.
+
+    On one local disk the copy is a hard link, so both names share the same content.
+    """
+    makedirs(to.rsplit("/", 1)[0])
+    if is_url(path):
+        fs, root = filesystem(path)
+        with_retries(path, "copied", lambda: fs.cp_file(root, filesystem(to)[1]))
+        return
+    try:
+        os.link(path, to)
+    except OSError:  # on another disk, or on a filesystem without hard links
+        shutil.copyfile(path, to)
+
+
+def read_text(path: str) -> str:
+    """Returns the content of a text file in UTF-8."""
+    with open_read(path) as f:
+        return f.read().decode()
+
+
+def read_json(path: str) -> Any:
+    """Returns the content of a JSON file."""
+    return json.loads(read_text(path))

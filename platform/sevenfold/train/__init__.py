@@ -1,0 +1,1 @@
+"""Trains models with Ray Train, and computes token caches."""

@@ -1,0 +1,154 @@
+"""Validation during training: held-out loss, accuracy, and scores of generated text."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import distributed as dist
+
+from sevenfold.data.examples import ConversationEncoder, PairEncoder, first_pairs
+from sevenfold.data.rows import Rows
+from sevenfold.data.tokenizer import token_bytes
+from sevenfold.engine.batch import Batch, micro_batches
+from sevenfold.engine.decode import Sampling, generate, generation_config
+from sevenfold.engine.objectives import Objective
+from sevenfold.engine.step import evaluate
+from sevenfold.evaluate.metrics import bits_per_byte, bleu, classification, rouge
+from sevenfold.model.parallel import Place
+from sevenfold.prepare.job import Job
+
+SAMPLES = 5  # number of generated answers shown in TensorBoard
+
+
+class Validator:
+    """Validates a model on a run's held-out rows.
+
+    Every rank has one, and calls it at the same steps.
+
+    Args:
+        job: The run; its `validation` stream holds the held-out documents.
+        model: The sharded model.
+        objective: The run's objective.
+        tokenizer: The run's tokenizer.
+        place: The rank's place among the ranks that read data.
+        device: The device of the batches.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        model: Any,
+        objective: Objective,
+        tokenizer: Any,
+        place: Place,
+        device: torch.device,
+    ):
+        self._recipe, self._stream = job.recipe, job.validation
+        self._model, self._objective, self._tokenizer = model, objective, tokenizer
+        self._token_bytes = torch.from_numpy(token_bytes(tokenizer))
+        self._batches = self._held_out_batches(place, device)
+
+    def __call__(self, show: Callable[[str, str], None]) -> dict[str, float]:
+        """Validates the model.
+
+        Args:
+            show: Receives samples of generated text: a name, and a text in Markdown.
+
+        Returns:
+            The metrics of all ranks together, the same on each; empty if nothing is held out.
+        """
+        recipe = self._recipe
+        metrics: dict[str, float] = {}
+        if self._batches:
+            pairs: list[tuple[int, int]] | None = [] if self._objective.has_predictions else None
+            nats, targets, size = evaluate(self._model, self._batches, self._token_bytes, pairs)
+            metrics["validation/loss"] = nats / max(1, targets)
+            if recipe.objective in ("causal", "sft"):
+                metrics["validation/bits_per_byte"] = bits_per_byte(nats, max(1, size))
+            if pairs is not None:
+                metrics |= self._accuracy(pairs)
+        generates = recipe.objective in ("sft", "seq2seq") and recipe.validation.generate
+        if self._stream and generates:
+            metrics |= self._generated(show)
+        return metrics
+
+    def _held_out_batches(self, place: Place, device: torch.device) -> list[Batch]:
+        """Returns this rank's part of the held-out rows.
+
+        The number of micro-batches is the same on every rank.
+        """
+        if self._stream is None:
+            return []
+        rows = self._stream.epoch(self._recipe.validation.rows)
+        rows_per_rank = -(-len(rows) // place.world_size)
+        micro_batch = self._recipe.train.micro_batch
+        parts = [rows.part(i, i + 1) for i in range(place.rank, len(rows), place.world_size)]
+        own_rows = (
+            Rows.concatenate(parts)
+            if parts
+            else Rows.empty(0, rows.tokens.shape[1], rows.tokens.dtype)
+        )
+        # random masks are a function of the step: with a fixed one they are always the same
+        collate = functools.partial(self._objective.collate, step=0)
+        count = -(-rows_per_rank // micro_batch)
+        return micro_batches(own_rows, micro_batch, count, collate, device)
+
+    def _accuracy(self, pairs: list[tuple[int, int]]) -> dict[str, float]:
+        """Returns the accuracy of all ranks together and, for classification, the macro F1 score.
+
+        Args:
+            pairs: The label and the prediction of each target on this rank.
+        """
+        gathered: list[list[tuple[int, int]]] = [[]] * dist.get_world_size()
+        dist.all_gather_object(gathered, pairs)
+        # the ranks of one tensor-parallel group have read the same rows
+        parts = gathered[:: self._recipe.parallel.tensor]
+        all_pairs = [pair for part in parts for pair in part]
+        correct = sum(label == prediction for label, prediction in all_pairs)
+        metrics = {"validation/accuracy": correct / max(1, len(all_pairs))}
+        if self._recipe.objective == "classify" and all_pairs:
+            names = self._recipe.data.classes
+            labels = [names[label] for label, _ in all_pairs]
+            predictions = [names[prediction] for _, prediction in all_pairs]
+            metrics["validation/f1_macro"] = classification(predictions, labels, names)["f1_macro"]
+        return metrics
+
+    def _generated(self, show: Callable[[str, str], None]) -> dict[str, float]:
+        """Returns ROUGE, BLEU and chrF of greedy answers to the first held-out prompts.
+
+        Each rank generates its share of the answers.
+        """
+        assert self._stream is not None
+        settings, encoder = self._recipe.validation, self._stream.encoder
+        assert isinstance(encoder, ConversationEncoder | PairEncoder)
+        rank, world = dist.get_rank(), dist.get_world_size()
+        pairs = first_pairs(self._stream, settings.generate)
+        share = -(-len(pairs) // world)
+        # padded with copies of the first one: generation needs the same number on every rank
+        own_pairs = (pairs[rank::world] + pairs[:1] * share)[:share]
+        max_prompt_tokens = self._stream.sequence_length - settings.max_new_tokens
+        torch.manual_seed(0)
+        config = generation_config(
+            self._model, self._tokenizer, Sampling(settings.max_new_tokens, 0.0), plain=True
+        )
+        prompts = [encoder.prompt(prompt, max_prompt_tokens) for prompt, _, _ in own_pairs]
+        completions = generate(self._model, self._tokenizer, prompts, config, synced_gpus=world > 1)
+        gathered: list[list[str]] = [[]] * world
+        dist.all_gather_object(gathered, [completion.text for completion in completions])
+        predictions = [gathered[i % world][i // world] for i in range(len(pairs))]
+        references = [reference for _, _, reference in pairs]
+        samples = list(zip(predictions, references, strict=True))[:SAMPLES]
+        show(
+            "validation/samples",
+            "\n\n".join(f"**{reference}**  \n{prediction}" for prediction, reference in samples),
+        )
+        bleu_scores = bleu(predictions, references, settings.bleu_tokenize)
+        scores = rouge(predictions, references) | bleu_scores
+        return {
+            f"validation/{name}": value
+            for name, value in scores.items()
+            if not isinstance(value, str)
+        }
