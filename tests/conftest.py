@@ -1,4 +1,4 @@
-"""What the tests share: real text in parquet, one Ray for those that need none of their own, groups of real processes."""
+"""Shared fixtures and helpers: text data in parquet, a shared Ray cluster, jobs, process groups."""
 
 from __future__ import annotations
 
@@ -30,24 +30,38 @@ import yaml
 
 for variable in ("RAY_ADDRESS", "SEVENFOLD_HOME"):
     os.environ.pop(variable, None)
-for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):  # several processes share the cores
-    os.environ.setdefault(threads, "1")
-os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="sf")  # every Ray that this process starts lies here
+# Several test processes share the cores, so each library gets one thread.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+# Every Ray cluster that this process starts keeps its files here.
+os.environ["RAY_TMPDIR"] = tempfile.mkdtemp(prefix="sf")
 atexit.register(shutil.rmtree, os.environ["RAY_TMPDIR"], ignore_errors=True)
 
 ROOT = Path(__file__).resolve().parents[1]
 RAY = str(Path(sys.executable).with_name("ray"))
 PACKAGES = ("json", "email", "http", "logging", "asyncio", "importlib", "unittest", "xml")
-SHARED = "SEVENFOLD_TEST_SHARED"  # variable: the folder that all processes of one test session share
-# Files whose tests take longest come first: what begins last decides when all have ended.
+# Environment variable with the folder that all processes of one test session share.
+SHARED = "SEVENFOLD_TEST_SHARED"
+# The slowest test files start first: a slow test that starts last would prolong the session.
 FIRST = (
-    "cluster/test_ray_up", "runs/test_main_path", "runs/test_submit", "runs/test_sweep", "runs/test_drill",
-    "cluster/test_pools", "cluster/test_access", "runs/test_uses", "data/test_stream", "plan/test_command", "test_storage",
-)  # fmt: skip
+    "cluster/test_ray_up",
+    "test_main_path",
+    "train/test_kills",
+    "sweep/test_sweep",
+    "faults/test_drill",
+    "cluster/test_submit",
+    "train/test_finetune_jobs",
+    "cluster/test_pools",
+    "cluster/test_access",
+    "data/test_stream",
+    "plan/test_command",
+    "test_storage",
+)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if not hasattr(config, "workerinput"):  # the process that starts the others
+    # Only pytest-xdist's workers have `workerinput`; the controller creates the shared folder.
+    if not hasattr(config, "workerinput"):
         os.environ[SHARED] = tempfile.mkdtemp(prefix="sf")
 
 
@@ -60,17 +74,20 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The same order each time."""
+    """Sorts the tests by FIRST, so that their order is the same in each session."""
     order = {name: i for i, name in enumerate(FIRST)}
-    items.sort(key=lambda item: order.get(_name(item), len(order)))
+    items.sort(key=lambda item: order.get(_test_file(item), len(order)))
 
 
-def _name(item: pytest.Item) -> str:
+def _test_file(item: pytest.Item) -> str:
     return item.path.relative_to(ROOT / "tests").with_suffix("").as_posix()
 
 
 def once(name: str, make: Callable[[Path], None]) -> Path:
-    """Returns a folder of the test session that `make` has filled: whichever process asks first does it, the others wait."""
+    """Returns a folder of the test session, after `make` has filled it.
+
+    The first process that calls this for a name runs `make`; the others wait for it.
+    """
     folder = Path(os.environ[SHARED]) / name
     with filelock.FileLock(f"{folder}.lock"):
         if not folder.with_suffix(".made").exists():
@@ -82,19 +99,32 @@ def once(name: str, make: Callable[[Path], None]) -> Path:
 
 
 def stdlib_texts() -> list[str]:
+    """Returns the source text of each module of the standard library's PACKAGES."""
     stdlib = Path(sysconfig.get_paths()["stdlib"])
-    return [p.read_text(encoding="utf-8") for package in PACKAGES for p in sorted(stdlib.joinpath(package).glob("*.py"))]
+    return [
+        p.read_text(encoding="utf-8")
+        for package in PACKAGES
+        for p in sorted(stdlib.joinpath(package).glob("*.py"))
+    ]
 
 
 def write_shards(folder: Path, rows: list[dict[str, str]], shards: int = 2, group: int = 4) -> None:
+    """Writes rows to parquet files in a new folder, round robin; `group` is rows per row group."""
     folder.mkdir(parents=True)
     for i in range(shards):
-        pq.write_table(pa.Table.from_pylist(rows[i::shards]), folder / f"shard-{i:05d}.parquet", row_group_size=group)
+        pq.write_table(
+            pa.Table.from_pylist(rows[i::shards]),
+            folder / f"shard-{i:05d}.parquet",
+            row_group_size=group,
+        )
 
 
 @pytest.fixture(scope="session")
 def texts() -> Path:
-    """Folders `train` and `heldout` of documents, `pairs` of prompts and completions: about 1.5 MB of real text."""
+    """A folder with about 1.5 MB of real text in parquet.
+
+    `train` and `heldout` contain documents, `pairs` contains prompts and completions.
+    """
     return once("texts", _write_texts)
 
 
@@ -103,7 +133,10 @@ def _write_texts(root: Path) -> None:
     write_shards(root / "train", [{"text": t} for t in documents[4:]])
     write_shards(root / "heldout", [{"text": t} for t in documents[:4]])
     pairs = [
-        {"prompt": f"{name}\n# In one line: ", "completion": t.strip().splitlines()[0][:80] or "none"}
+        {
+            "prompt": f"{name}\n# In one line: ",
+            "completion": t.strip().splitlines()[0][:80] or "none",
+        }
         for name, t in zip(range(10_000), documents, strict=False)
     ]
     write_shards(root / "pairs", pairs, group=16)
@@ -116,32 +149,42 @@ RECIPE: dict[str, Any] = {
     "tokenizer": {"vocab_size": 512, "train_mb": 0.3},
     "model": {
         "config": {
-            "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-            "num_attention_heads": 2, "num_key_value_heads": 2, "tie_word_embeddings": True,
+            "model_type": "llama",
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
         }
     },
     "train": {"global_batch": 8, "micro_batch": 4, "steps": 8, "log_every": 1},
     "optimizer": {"learning_rate": 1e-2},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
 def tree(texts: Path) -> dict[str, Any]:
-    """A recipe that trains a tiny model in seconds, as plain data."""
-    made = json.loads(json.dumps(RECIPE))
-    made["data"]["sources"] = [{"path": str(texts / "train")}]
-    made["data"]["validation"] = [{"path": str(texts / "heldout")}]
-    return made
+    """A recipe that trains a tiny model in seconds, as a dictionary."""
+    recipe = json.loads(json.dumps(RECIPE))
+    recipe["data"]["sources"] = [{"path": str(texts / "train")}]
+    recipe["data"]["validation"] = [{"path": str(texts / "heldout")}]
+    return recipe
 
 
-STEPS = 60  # of the finished run
+# The number of optimizer steps of the run `whole` of the fixture `home`.
+STEPS = 60
 
 
 @pytest.fixture(scope="session")
 def home() -> Path:
-    """A folder with the recipe `pretrain.yaml`, of two workers and two sources whose mixture changes twice in two epochs, and
-    `sft.yaml`, a sweep of adapters; and the finished run `whole` of the first, made as a person makes it. What it said lies in
-    `whole.log`. Tests add runs of their own names and leave this one as it is."""
+    """A working folder (SEVENFOLD_HOME) with two recipes and one finished run.
+
+    `pretrain.yaml` has two workers and two sources whose mixture changes twice in two epochs;
+    `sft.yaml` is a sweep over adapters. The run `whole` is a finished run of `pretrain.yaml`,
+    started by its job; the job's standard output is in `whole.log`. Tests add runs under their
+    own names and do not change this one.
+    """
     return once("home", _write_home)
 
 
@@ -151,55 +194,86 @@ def _write_home(root: Path) -> None:
         (root / name).write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
     write_shards(root / "heldout", [{"text": t} for t in texts[60:64]])
     pairs = [
-        {"prompt": f"{i}\n# In one line: ", "completion": t.strip().splitlines()[0][:80]} for i, t in enumerate(texts[:60])
+        {"prompt": f"{i}\n# In one line: ", "completion": t.strip().splitlines()[0][:80]}
+        for i, t in enumerate(texts[:60])
     ]
     write_shards(root / "pairs", pairs, group=16)
     tree = json.loads(json.dumps(RECIPE))
     tree["data"] |= {
-        "sources": [{"path": str(root / "code.jsonl"), "weight": 3}, {"path": str(root / "more.jsonl"), "weight": 1}],
+        "sources": [
+            {"path": str(root / "code.jsonl"), "weight": 3},
+            {"path": str(root / "more.jsonl"), "weight": 1},
+        ],
         "curriculum": [
             {"at_tokens": 40_000, "weights": {"code.jsonl": 1, "more.jsonl": 1}},
             {"at_tokens": 80_000, "weights": {"code.jsonl": 4, "more.jsonl": 1}},
         ],
-        "validation": [{"path": str(root / "heldout")}], "sequence_length": 128, "lanes": 4,
-    }  # fmt: skip
+        "validation": [{"path": str(root / "heldout")}],
+        "sequence_length": 128,
+        "lanes": 4,
+    }
     tree["train"] |= {"global_batch": 16, "micro_batch": 4, "steps": STEPS}
-    tree |= {"checkpoint": {"every": 5}, "validation": {"every": 30, "rows": 16}, "cluster": {"num_workers": 2}}
+    tree |= {
+        "checkpoint": {"every": 5},
+        "validation": {"every": 30, "rows": 16},
+        "cluster": {"num_workers": 2},
+    }
     (root / "pretrain.yaml").write_text(yaml.safe_dump(tree))
     sft: dict[str, Any] = {
-        "name": "sft", "seed": 1, "objective": "sft", "model": {"path": "runs/whole"}, "adapter": {"rank": 4},
+        "name": "sft",
+        "seed": 1,
+        "objective": "sft",
+        "model": {"path": "runs/whole"},
+        "adapter": {"rank": 4},
         "data": {
-            "sources": [{"path": str(root / "pairs")}], "validation": [{"path": str(root / "pairs" / "*1.parquet")}],
-            "sequence_length": 64, "lanes": 2, "executor": "inline",
+            "sources": [{"path": str(root / "pairs")}],
+            "validation": [{"path": str(root / "pairs" / "*1.parquet")}],
+            "sequence_length": 64,
+            "lanes": 2,
+            "executor": "inline",
         },
         "train": {"global_batch": 4, "micro_batch": 4, "steps": 6, "log_every": 2},
         "validation": {"every": 2, "rows": 8, "generate": 4, "max_new_tokens": 5},
-        "search": {
-            "trials": 2, "metric": "validation/loss", "max_concurrent": 1,
-            "space": {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-1]}, "adapter.rank": {"choice": [2, 4]}},
+        "sweep": {
+            "trials": 2,
+            "metric": "validation/loss",
+            "max_concurrent": 1,
+            "space": {
+                "optimizer.learning_rate": {"loguniform": [1e-4, 1e-1]},
+                "adapter.rank": {"choice": [2, 4]},
+            },
         },
-    }  # fmt: skip
+    }
     (root / "sft.yaml").write_text(yaml.safe_dump(sft))
     (root / "whole.log").write_text(run_job("pretrain", "pretrain.yaml", "name=whole", home=root))
 
 
 def start_job(*args: str, home: Path) -> subprocess.Popen[str]:
-    """A job in a process of its own, as a person starts it: `jobs/NAME.py ...`, with a local Ray."""
+    """Starts `jobs/NAME.py ...` in its own process, as a user does; the job starts a local Ray."""
     env = {**os.environ, "SEVENFOLD_HOME": str(home)}
     command = [sys.executable, str(ROOT / "jobs" / f"{args[0]}.py"), *args[1:]]
-    return subprocess.Popen(command, env=env, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=env, cwd=home, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def run_job(*args: str, home: Path, code: int = 0) -> str:
-    """Runs a job to its end, which must have this exit code. Returns its standard output, or error where it failed."""
+    """Runs a job to its end and checks its exit code.
+
+    Returns:
+        The job's standard output if `code` is 0, otherwise its standard error.
+    """
     process = start_job(*args, home=home)
-    out, err = process.communicate(timeout=400)
-    assert process.returncode == code, f"{args}: exit {process.returncode}\n{out}\n{err}"
-    return out if code == 0 else err
+    stdout, stderr = process.communicate(timeout=550)
+    assert process.returncode == code, f"{args}: exit {process.returncode}\n{stdout}\n{stderr}"
+    return stdout if code == 0 else stderr
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
-    """Runs a command in this process, which must refuse its input with one line. Returns that."""
+    """Runs a command in this process that must reject its input, and returns the error line.
+
+    The command must exit with code 2 and print one line that starts with "error: ", no traceback.
+    """
     from sevenfold.cli import main
 
     capsys.readouterr()
@@ -208,14 +282,16 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     except SystemExit as e:
         code = int(e.code or 0)
     if "ray" in sys.modules:
-        sys.modules["ray"].shutdown()  # what the end of a process does
-    said = capsys.readouterr().err
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert code == 2 and len(errors) == 1 and "Traceback" not in said, said
+        # The command relies on Ray's shutdown at the end of its process.
+        sys.modules["ray"].shutdown()
+    stderr = capsys.readouterr().err
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and "Traceback" not in stderr, stderr
     return errors[0]
 
 
 def free_port() -> int:
+    """Returns a TCP port of the loopback interface that is free at the moment."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
@@ -223,7 +299,11 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running_head(home: Path, **environment: str) -> Iterator[dict[str, str]]:
-    """Runs Ray's own `ray start --head` in a shell of this environment. Yields that, with the head's address."""
+    """Runs `ray start --head` with extra environment variables, and ends it afterwards.
+
+    Yields:
+        The environment for commands of this cluster; RAY_ADDRESS is the dashboard's URL.
+    """
     process, env, _ = start_head(home, **environment)
     try:
         yield env
@@ -232,18 +312,41 @@ def running_head(home: Path, **environment: str) -> Iterator[dict[str, str]]:
         process.wait(60)
 
 
-def start_head(home: Path, cpus: int = 2, **environment: str) -> tuple[subprocess.Popen[bytes], dict[str, str], int]:
-    """Starts a head. Returns its process, the environment of a shell beside it, and the port of its GCS."""
+def start_head(
+    home: Path, cpus: int = 2, **environment: str
+) -> tuple[subprocess.Popen[bytes], dict[str, str], int]:
+    """Starts `ray start --head --block` and waits until its job server answers.
+
+    Returns:
+        Its process, the environment for commands of this cluster, and the port of its GCS.
+    """
     gcs, dashboard = free_port(), free_port()
-    env = {**os.environ, "HOME": str(home), "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}", **environment}
+    env = {
+        **os.environ,
+        "HOME": str(home),
+        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        **environment,
+    }
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     start = [
-        RAY, "start", "--head", "--block", f"--port={gcs}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}",
-        f"--object-store-memory={200 * 2**20}", f"--ray-client-server-port={free_port()}",
-        f"--dashboard-agent-listen-port={free_port()}",  # its default is taken where another Ray runs
-    ]  # fmt: skip
-    quiet = {"stdout": subprocess.DEVNULL, "start_new_session": True}
-    process = subprocess.Popen(start, env={k: v for k, v in env.items() if k != "RAY_ADDRESS"}, **quiet)  # type: ignore[call-overload]
+        RAY,
+        "start",
+        "--head",
+        "--block",
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        f"--num-cpus={cpus}",
+        f"--object-store-memory={200 * 2**20}",
+        f"--ray-client-server-port={free_port()}",
+        # The default port is taken if another Ray runs on this machine.
+        f"--dashboard-agent-listen-port={free_port()}",
+    ]
+    process = subprocess.Popen(
+        start,
+        env={k: v for k, v in env.items() if k != "RAY_ADDRESS"},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     deadline = time.monotonic() + 120
     token = {"Authorization": f"Bearer {env['RAY_AUTH_TOKEN']}"} if "RAY_AUTH_TOKEN" in env else {}
     while True:
@@ -258,34 +361,51 @@ def start_head(home: Path, cpus: int = 2, **environment: str) -> tuple[subproces
 
 
 def end_tree(pid: int) -> None:
-    """Ends a process and all that it started, at once: asked politely, Ray takes half a minute to drain itself."""
+    """Kills a process and all its descendants; Ray's graceful shutdown would take 30 seconds."""
     with contextlib.suppress(psutil.NoSuchProcess):
         process = psutil.Process(pid)
-        for each in [*process.children(recursive=True), process]:
+        for member in [*process.children(recursive=True), process]:
             with contextlib.suppress(psutil.NoSuchProcess):
-                each.kill()
+                member.kill()
 
 
 @pytest.fixture(scope="session")
 def shared_head() -> dict[str, str]:
-    """The environment of a shell beside the one Ray of this test session, for tests that need none of their own. Its
-    dashboard's address is RAY_ADDRESS, its own GCS_ADDRESS; its HOME is not the person's."""
+    """The environment for commands of the Ray cluster that the tests of this session share.
+
+    RAY_ADDRESS is the URL of the dashboard, GCS_ADDRESS the address for `ray.init`. HOME is a
+    temporary folder.
+    """
 
     def start(folder: Path) -> None:
         (folder / "home").mkdir()
-        # as cluster.yaml has it; many CPUs, since several tests use it at once
-        settings = {"RAY_AUTH_MODE": "disabled", "RAY_JOB_STOP_WAIT_TIME_S": "60", "RAY_prestart_worker_first_driver": "0"}
+        # The settings are those of cluster.yaml. Several tests use this cluster at the same
+        # time, so it has many (logical) CPUs.
+        settings = {
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_JOB_STOP_WAIT_TIME_S": "60",
+            "RAY_prestart_worker_first_driver": "0",
+        }
         process, env, gcs = start_head(folder / "home", 64, **settings)
         env["GCS_ADDRESS"] = f"127.0.0.1:{gcs}"
         (folder / "head.json").write_text(json.dumps({"pid": process.pid, "env": env}))
 
-    found: dict[str, str] = json.loads((once("ray", start) / "head.json").read_text())["env"]
-    return found
+    env: dict[str, str] = json.loads((once("ray", start) / "head.json").read_text())["env"]
+    return env
+
+
+@pytest.fixture
+def no_ray_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Starts Ray clusters in this process without a token, as `on_shared_ray` connects.
+
+    Ray reads the mode once per process: with both modes in one process, the second one fails.
+    """
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
 
 
 @pytest.fixture
 def on_shared_ray(shared_head: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Jobs of this test, in this process or another one, connect to the Ray of the test session."""
+    """Makes jobs of this test, in any process, connect to the shared Ray cluster."""
     import ray
 
     before, handler = dict(os.environ), signal.getsignal(signal.SIGTERM)
@@ -298,32 +418,49 @@ def on_shared_ray(shared_head: dict[str, str], monkeypatch: pytest.MonkeyPatch) 
 
 
 def run_ranks(world: int, store: Path, target: Callable[..., Any], *args: Any) -> list[Any]:
-    """Runs target(*args) on `world` real processes of one gloo group; returns what each returned, by rank."""
+    """Runs target(*args) in `world` processes of one gloo group; returns their results by rank."""
     store.parent.mkdir(parents=True, exist_ok=True)
     results: Any = RANKS.Queue()
     processes = [rank_process(r, world, store, results, target, *args) for r in range(world)]
     for p in processes:
         p.start()
-    got = [results.get(timeout=300) for _ in processes]
+    outcomes = [results.get(timeout=300) for _ in processes]
     for p in processes:
         p.join(60)
-    for _, error, _ in got:
+    for _, error, _ in outcomes:
         assert error is None, error
-    return [value for _, _, value in sorted(got, key=lambda g: g[0])]
+    return [value for _, _, value in sorted(outcomes, key=lambda outcome: outcome[0])]
 
 
-# forked from one process that has imported what all of them import
+# Ranks are forked from one server process that has already imported the slow modules.
 RANKS = multiprocessing.get_context("forkserver")
-RANKS.set_forkserver_preload(["torch.distributed.checkpoint", "sevenfold.model.build", "sevenfold.model.parallel", "ray.train"])
+RANKS.set_forkserver_preload(
+    [
+        "torch.distributed.checkpoint",
+        "sevenfold.model.build",
+        "sevenfold.model.parallel",
+        "ray.train",
+    ]
+)
 
 
-def rank_process(rank: int, world: int, store: Path, results: Any, target: Callable[..., Any], *args: Any) -> Any:
-    """A process, not yet started, that puts (rank, error, what target(*args) returned) into results."""
-    return RANKS.Process(target=_rank, args=(rank, world, str(store), results, dict(os.environ), target, args))
+def rank_process(
+    rank: int, world: int, store: Path, results: Any, target: Callable[..., Any], *args: Any
+) -> Any:
+    """Returns a process, not yet started, that puts (rank, error, result of target) in results."""
+    return RANKS.Process(
+        target=_rank, args=(rank, world, str(store), results, dict(os.environ), target, args)
+    )
 
 
 def _rank(
-    rank: int, world: int, store: str, results: Any, env: dict[str, str], target: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world: int,
+    store: str,
+    results: Any,
+    env: dict[str, str],
+    target: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -342,7 +479,7 @@ def _rank(
 
 @pytest.fixture(scope="session")
 def moto() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """An S3 server in a process of its own, and its address."""
+    """An S3 server in its own process, and its URL."""
     program = shutil.which("moto_server", path=os.path.dirname(sys.executable))
     if program is None:
         pytest.skip("moto_server is not installed")
@@ -355,22 +492,30 @@ def moto() -> Iterator[tuple[subprocess.Popen[bytes], str]]:
             break
         time.sleep(0.1)
     yield process, f"http://127.0.0.1:{port}"
+    # A test may have left it stopped (SIGSTOP).
     process.send_signal(signal.SIGCONT)
     process.terminate()
     process.wait(20)
 
 
 def ask(method: str, url: str, data: bytes = b"") -> None:
-    urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "text/plain"}, method=method)).close()
+    """Sends an HTTP request and ignores the response's body."""
+    urllib.request.urlopen(
+        urllib.request.Request(url, data, {"Content-Type": "text/plain"}, method=method)
+    ).close()
 
 
 @pytest.fixture
 def bucket(moto: tuple[subprocess.Popen[bytes], str], monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty bucket, with the environment that leads to it."""
+    """The URL of an empty bucket; the environment variables for access are set."""
     address = moto[1]
     for name in [n for n in os.environ if n.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    for name, value in (("ENDPOINT_URL", address), ("ACCESS_KEY_ID", "test"), ("SECRET_ACCESS_KEY", "test")):
+    for name, value in (
+        ("ENDPOINT_URL", address),
+        ("ACCESS_KEY_ID", "test"),
+        ("SECRET_ACCESS_KEY", "test"),
+    ):
         monkeypatch.setenv(f"AWS_{name}", value)
     ask("POST", f"{address}/moto-api/reset-auth", b"1000000")
     ask("POST", f"{address}/moto-api/reset")

@@ -1,5 +1,6 @@
-"""What is wrong is said in one line, with exit code 2, before anything is started or written."""
+"""Invalid input gives a one-line error and exit code 2, before anything is started or written."""
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ from sevenfold.cli import main
 
 
 @pytest.fixture
-def folder(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_shared_ray: None) -> Path:
+def folder(
+    tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_shared_ray: None
+) -> Path:
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     (tmp_path / "empty").mkdir()
     (tmp_path / "fake").mkdir()
@@ -26,22 +29,42 @@ def folder(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["pretrain", "none.yaml"], "none.yaml: expected a recipe"),
         (["pretrain", "recipe.yaml", "train.global_bacth=8"], "did you mean 'global_batch'"),
         (["pretrain", "recipe.yaml", "train.steps=x"], "train.steps"),
-        (["pretrain", "recipe.yaml", "data.sources.0.path=none"], "expected a file or folder, found none"),
+        (
+            ["pretrain", "recipe.yaml", "data.sources.0.path=none"],
+            "expected a file or folder, found none",
+        ),
         (["pretrain", "recipe.yaml", "data.sources.0.path=empty"], "in this folder, found none"),
-        (["pretrain", "recipe.yaml", "data.sources.0.path=fake"], "shard.parquet: expected a parquet file"),
+        (
+            ["pretrain", "recipe.yaml", "data.sources.0.path=fake"],
+            "shard.parquet: expected a parquet file",
+        ),
         (["pretrain", "recipe.yaml", "data.sources.0.text=body"], "expected a column 'body'"),
-        (["pretrain", "recipe.yaml", "train.global_batch=9"], "cannot be dealt out"),
+        (
+            ["pretrain", "recipe.yaml", "train.global_batch=9"],
+            "must be a multiple of data.lanes (4)",
+        ),
         (["pretrain", "recipe.yaml", "model.config.model_type=lama"], "lama"),
         (["pretrain", "recipe.yaml", "model.config.vocab_size=12"], "below the tokenizer's 512"),
-        (["finetune", "recipe.yaml"], "run it by jobs/pretrain.py"),
-        (["sweep", "recipe.yaml"], "expected a `search` section"),
-        (["sweep", "recipe.yaml", "search={trials: 2, space: {optimizer.rate: {uniform: [0, 1]}}}"], "unknown key"),
+        (["finetune", "recipe.yaml"], "run it with jobs/pretrain.py"),
+        (["sweep", "recipe.yaml"], "has no `sweep` section"),
         (
-            ["sweep", "recipe.yaml", "search={trials: 2, metric: x, space: {seed: {choice: [1]}}}"],
+            [
+                "sweep",
+                "recipe.yaml",
+                "sweep={trials: 2, space: {optimizer.rate: {uniform: [0, 1]}}}",
+            ],
+            "unknown key",
+        ),
+        (
+            ["sweep", "recipe.yaml", "sweep={trials: 2, metric: x, space: {seed: {choice: [1]}}}"],
             "this recipe reports train/loss",
         ),
         (
-            ["sweep", "recipe.yaml", "search={trials: 2, space: {tokenizer.vocab_size: {choice: [512]}}}"],
+            [
+                "sweep",
+                "recipe.yaml",
+                "sweep={trials: 2, space: {tokenizer.vocab_size: {choice: [512]}}}",
+            ],
             "the same for all trials",
         ),
         (["pretrain", "recipe.yaml", "model.config.hidden_size=abc"], "model.config: "),
@@ -49,38 +72,51 @@ def folder(tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["pretrain", "recipe.yaml", "data.corpus=python", "model.config.model_type=lama"], "lama"),
         (["pretrain", "recipe.yaml", "seed=20261123000"], "seed"),
         (["pretrain", "recipe.yaml", "validation.max_new_tokens=64"], "no room for a prompt"),
-        (["evaluate", "empty", "--workers", "0"], "invalid choice"),
+        (["evaluate", "empty", "--workers", "0"], "greater than or equal to 1"),
         (["evaluate", "empty"], "expected a run"),
-        (["evaluate"], "required: runs"),
+        (["evaluate"], "Missing argument"),
         (["export", "empty"], "expected a run"),
-        (["export", "empty", "--step", "x"], "invalid int value"),
+        (["export", "empty", "--step", "x"], "valid integer"),
         (["pretrain", "recipe.yaml", "name"], "expected key.path=value"),
         (["corpus", "python", "--out", "empty"], "one that exists"),
     ],
 )
-def test_bad_input(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], says: str) -> None:
+def test_bad_input(
+    folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str], says: str
+) -> None:
     before = sorted(folder.rglob("*"))
     try:
         code = main(argv)
     except SystemExit as e:
         code = int(e.code or 0)
-    said = capsys.readouterr().err
-    assert code == 2 and says in said, said
-    assert said.startswith("error: ") and said.count("\n") == 1
+    stderr = capsys.readouterr().err
+    assert code == 2 and says in stderr, stderr
+    assert stderr.startswith("error: ") and stderr.count("\n") == 1
     assert sorted(folder.rglob("*")) == before
 
 
 def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = sorted(folder.rglob("*"))
     assert main(["pretrain", "recipe.yaml", "--dry-run", "train.steps=7"]) == 0
-    out = capsys.readouterr().out
-    assert yaml.safe_load(out)["train"]["steps"] == 7
-    for figure in (
+    output = capsys.readouterr().out
+    assert yaml.safe_load(output)["train"]["steps"] == 7
+    for line in (
         "parameters: 37,024",
-        "tokens a step: 512 (8 rows of 64)",
+        "tokens per step: 512 (8 sequences of 64)",
         "steps: 7, 3,584 tokens",
         "chunks: ",
         "needs: 1.25 CPU",
     ):
-        assert figure in out, out
+        assert line in output, output
     assert sorted(folder.rglob("*")) == before
+
+
+def test_an_interrupted_command_has_the_exit_code_of_ctrl_c(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: Any, **__: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("sevenfold.plan.command.run", interrupt)
+    assert main(["plan", "recipe.yaml"]) == 130
+    assert "Stopped; run the same command to resume" in capsys.readouterr().err

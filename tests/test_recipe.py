@@ -1,3 +1,5 @@
+"""Parsing and validation of recipes."""
+
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +13,34 @@ from sevenfold.recipe import Recipe, parse
 
 @pytest.fixture
 def path(tree: dict[str, Any], tmp_path: Path) -> str:
-    at = tmp_path / "recipe.yaml"
-    at.write_text(yaml.safe_dump(tree))
-    return str(at)
+    recipe_path = tmp_path / "recipe.yaml"
+    recipe_path.write_text(yaml.safe_dump(tree))
+    return str(recipe_path)
 
 
 @pytest.mark.parametrize("name", [p.name for p in sorted((ROOT / "jobs/recipes").glob("*.yaml"))])
 def test_shipped_recipes_are_valid(name: str) -> None:
     path = str(ROOT / "jobs/recipes" / name)
-    opens = "data.path=FILE" in Path(path).read_text()  # it leaves open what it reads
-    if opens:
+    # Some recipes have no data path of their own; the user gives it on the command line.
+    needs_path = "data.path=FILE" in Path(path).read_text()
+    if needs_path:
         with pytest.raises(InputError, match=r"give data\.path=FILE_OR_FOLDER"):
             parse(path)
-    recipe = parse(path, ["data.path=/data/rows.parquet"] if opens else [])
-    assert not opens or {s.path for s in [*recipe.data.sources, *recipe.data.validation]} == {"/data/rows.parquet"}
+    recipe = parse(path, ["data.path=/data/rows.parquet"] if needs_path else [])
+    paths = {s.path for s in [*recipe.data.sources, *recipe.data.validation]}
+    assert not needs_path or paths == {"/data/rows.parquet"}
     assert Recipe.model_validate(yaml.safe_load(recipe.to_yaml())) == recipe
 
 
 def test_overrides(path: str) -> None:
     recipe = parse(
-        path, ["optimizer.learning_rate=1e-3", "data.sources.0.path=elsewhere", "train.steps=11", "cluster.num_workers=2"]
+        path,
+        [
+            "optimizer.learning_rate=1e-3",
+            "data.sources.0.path=elsewhere",
+            "train.steps=11",
+            "cluster.num_workers=2",
+        ],
     )
     assert recipe.optimizer.learning_rate == 1e-3
     assert recipe.data.sources[0].path == "elsewhere"
@@ -46,29 +56,33 @@ def test_overrides(path: str) -> None:
         ("train.steps=many", "train.steps: input should be a valid integer"),
         ("train.steps=-1", "greater than 0"),
         ("train.tokens=100", "either steps or tokens"),
-        ("train.global_batch=6", "6 cannot be dealt out to data.lanes 4"),
-        ("cluster.num_workers=5", "4 lanes for 5 workers"),
-        ("data.sources.3.path=x", "no such place"),
+        ("data.classes=[a, b]", "data.classes is for objective classify, found causal"),
+        ("train.global_batch=6", "global_batch (6) must be a multiple of data.lanes (4)"),
+        ("cluster.num_workers=5", "data.lanes (4) must be at least"),
+        ("data.sources.3.path=x", "unknown key 'data.sources.3.path'"),
         ("train.steps", "expected key.path=value"),
         ("train.steps=[1", "expected YAML"),
         ("name=a/b", "name: string should match pattern"),
         ("model.path=x", "either config"),
         ("optimizer.name=adam", "optimizer.name: input should be 'adamw' or 'muon'"),
-        ("parallel.tensor=2", "parallel.tensor 2 must divide cluster.num_workers: 1"),
+        ("parallel.tensor=2", "parallel.tensor (2) must divide cluster.num_workers"),
         ("cluster.num_workers=[3, 2]", "or [fewest, most], found [3, 2]"),
-        ("cluster.num_workers=[1, 5]", "4 lanes for 5 workers"),
+        ("cluster.num_workers=[1, 5]", "data.lanes (4) must be at least"),
         ("cluster.num_workers=0", "expected a number above 0"),
-        ("checkpoint.every=0", "checkpoint.every: expected a number of steps above 0, or auto, found 0"),
+        (
+            "checkpoint.every=0",
+            "checkpoint.every: expected a number of steps above 0, or auto, found 0",
+        ),
         ("checkpoint.every=often", "above 0, or auto, found 'often'"),
         ("checkpoint.every=true", "above 0, or auto, found True"),
         ("checkpoint.mtbf_hours=0", "checkpoint.mtbf_hours: input should be greater than 0"),
         ("train.dtype=fp8", "train.dtype: input should be 'float32' or 'bfloat16'"),
-        ("search.space.x.loguniform=[1, 1e-3]", "the space has no point"),
+        ("sweep.space.x.loguniform=[1, 1e-3]", "the space is empty"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(path: str, override: str, says: str) -> None:
+def test_invalid_override_gives_a_one_line_error(path: str, override: str, says: str) -> None:
     with pytest.raises(InputError) as e:
-        parse(path, [override, *(["search.trials=2"] if "search" in override else [])])
+        parse(path, [override, *(["sweep.trials=2"] if "sweep" in override else [])])
     assert says in str(e.value) and "\n" not in str(e.value)
 
 
@@ -80,9 +94,10 @@ def test_missing_and_unreadable_files(tmp_path: Path) -> None:
         parse(str(tmp_path / "list.yaml"))
 
 
-def test_identity_is_what_decides_the_numbers(path: str) -> None:
+def test_hash_covers_only_settings_that_change_results(path: str) -> None:
     recipe = parse(path)
-    assert parse(path, ["cluster.num_workers=[1, 4]"]).workers == (1, 4) and recipe.workers == (1, 1)
+    assert parse(path, ["cluster.num_workers=[1, 4]"]).workers == (1, 4)
+    assert recipe.workers == (1, 1)
     for same in (
         "cluster.num_workers=3",
         "cluster.num_workers=[1, 4]",
@@ -93,13 +108,19 @@ def test_identity_is_what_decides_the_numbers(path: str) -> None:
         "name=other",
     ):
         assert parse(path, [same]).hash() == recipe.hash(), same
-    for other in ("seed=4", "train.steps=9", "optimizer.learning_rate=0.5", "data.sequence_length=32"):
+    for other in (
+        "seed=4",
+        "train.steps=9",
+        "optimizer.learning_rate=0.5",
+        "data.sequence_length=32",
+    ):
         assert parse(path, [other]).hash() != recipe.hash(), other
 
 
-def test_labels_may_be_numbers(tree: dict[str, Any]) -> None:
+def test_class_labels_may_be_numbers(tree: dict[str, Any]) -> None:
     tree["objective"], tree["data"]["classes"] = "classify", [0, True, "spam"]
-    assert Recipe.model_validate(tree).data.classes == ["0", "true", "spam"]  # as a label column of them is read
+    # Numbers and booleans become strings, as they do when a label column is read.
+    assert Recipe.model_validate(tree).data.classes == ["0", "true", "spam"]
 
 
 def test_tokens_are_rounded_up_to_steps(tree: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Nothing of the user's is deleted: each place in the library that removes or replaces something, and what it may take."""
+"""Nothing of the user's is deleted: a table lists what each removing function may take."""
 
 import ast
 import os
@@ -12,13 +12,13 @@ from conftest import ROOT
 
 from sevenfold import storage
 from sevenfold.errors import InputError
-from sevenfold.model.export import REPLACED
-from sevenfold.storage import RunFolder
+from sevenfold.export.hugging_face import REPLACED
+from sevenfold.run_folder import RunFolder
 
 LIBRARY = ROOT / "platform/sevenfold"
-# calls that remove or replace something: by module and name, and by name alone where the object is a path or a filesystem
+# Calls that remove or replace something, by module and name; METHODS are those of path objects.
 CALLS = {
-    "storage": {"remove", "remove_empty", "new_folder", "aside_of"},
+    "storage": {"remove", "remove_empty", "new_folder", "temporary_folder_beside"},
     "os": {"remove", "unlink", "rmdir", "removedirs", "rename", "renames", "replace", "truncate"},
     "shutil": {"rmtree", "move"},
     "tempfile": {"TemporaryDirectory", "NamedTemporaryFile", "mkdtemp", "mkstemp"},
@@ -26,32 +26,67 @@ CALLS = {
 }
 METHODS = {"unlink", "rmdir", "rmtree"}
 
+# For each function that removes or replaces something: what it may take.
 TABLE = {
-    "storage.py:remove": "what its caller names: every caller is in this table",
-    "storage.py:remove_empty": "an empty folder",
-    "storage.py:_replace": "the one file that is written, whose new contents take its place; its own temporary file",
-    "storage.py:local": "its own copy, under the temporary folder, that a killed process left unfinished",
-    "storage.py:new_folder": "at a URL: files of an earlier export, by the caller's pattern; its own temporary folder",
-    "storage.py:aside_of": "its own temporary folder beside the target, and those of killed processes of this machine",
-    "storage.py:_take_place": "the earlier folder, after all files that the caller's pattern does not name were moved over",
-    "engine/checkpoint.py:Saver._written": "the files of the save that has just failed, in the directory that it made",
-    "engine/checkpoint.py:_remove": "the files that a manifest of this run names, in a directory with a checkpoint's name",
-    "engine/checkpoint.py:_remove_unfinished": "shards and metadata of a save without a manifest, in such a directory",
-    "data/ledger.py:Ledger.cut": "ledger parts (steps-N-M.parquet) of steps after the one that the run resumes from",
-    "data/cache.py:write_shard": "its own temporary folder",
-    "data/corpus.py:build_python": "nothing: the folder must be new",
-    "data/tokens.py:save_tokenizer": "its own temporary folder",
-    "evaluate/harness.py:harness": "its own temporary folder",
-    "model/export.py:_folder": "an earlier export's weights, and files that the export writes again",
-    "report/metrics.py:RunLog._append": "half a line at the end of metrics.jsonl that a full disk cut off",
-    "runs/prepare.py:begin": "the tokenizer and recipe.yaml that this start wrote before its input was found wrong",
-    "runs/drill.py:_clear": "an earlier drill's run, where it holds nothing but what a drill writes",
-    "runs/drill.py:Drill.__init__": "its own temporary folder",
-    "runs/faults.py:damage": "a checkpoint's file of the drill's own run, as the fault says",
-    "runs/lease.py:Lease.close": "driver.json, which it wrote",
-    "runs/seats.py:Seats._run": "Ray Train's own state of a seat that has closed, in the sweep's ray/seats",
-    "runs/sweep.py:_finish": "Tune's own state, in the sweep's ray/tune, of a sweep in which no trial came to a score",
-    "runs/trial.py:run": "its own temporary folder",
+    "storage/files.py:remove": "What its caller names; each caller is in this table.",
+    "storage/files.py:remove_empty": "An empty folder.",
+    "storage/files.py:_replace": (
+        "The file that is written: its new contents replace it. Its own temporary file."
+    ),
+    "storage/folders.py:local": (
+        "Its own unfinished copy, in the temporary folder, of a process that was killed."
+    ),
+    "storage/folders.py:new_folder": "Its own temporary folder.",
+    "storage/folders.py:_upload_over": (
+        "At a URL: files of an earlier export that match the caller's pattern."
+    ),
+    "storage/folders.py:temporary_folder_beside": (
+        "Its own temporary folder beside the target, and those of killed processes."
+    ),
+    "storage/folders.py:_move_into_place": (
+        "The earlier folder, after every file outside the caller's pattern was moved out."
+    ),
+    "storage/folders.py:_restore_files": (
+        "Nothing: it moves files back, and never over an existing one."
+    ),
+    "engine/checkpoint/manager.py:CheckpointManager._write": (
+        "Files of the save that just failed, in the directory that it created."
+    ),
+    "engine/checkpoint/retention.py:_remove_committed": (
+        "Files that a manifest of this run names, in a checkpoint's directory."
+    ),
+    "engine/checkpoint/retention.py:_remove_unfinished": (
+        "Shards and metadata of a save without a manifest, in such a directory."
+    ),
+    "data/ledger.py:Ledger.cut": (
+        "Ledger parts (steps-N-M.parquet) after the step that the run resumes from."
+    ),
+    "data/token_cache.py:_encode_shard": "Its own temporary folder.",
+    "data/sources/python_corpus.py:build_python": "Nothing: the folder must be new.",
+    "data/tokenizer.py:save_tokenizer": "Its own temporary folder.",
+    "evaluate/harness.py:harness": "Its own temporary folder.",
+    "export/hugging_face.py:_folder": (
+        "An earlier export's weights, and files that the export writes again."
+    ),
+    "report/run_log.py:RunLog._append": (
+        "An incomplete last line of metrics.jsonl, left by a full disk."
+    ),
+    "prepare/job.py:_write_folder": (
+        "The tokenizer and recipe.yaml that this start wrote before its input was refused."
+    ),
+    "faults/drill.py:_clear": (
+        "An earlier drill's run, if it holds nothing but what a drill writes."
+    ),
+    "faults/drill.py:Drill.__init__": "Its own temporary folder.",
+    "faults/inject.py:damage": "A checkpoint's file of the drill's own run, as the fault says.",
+    "cluster/lease.py:Lease.close": "driver.json, which it wrote.",
+    "sweep/worker_pool.py:WorkerPool._run_group": (
+        "Ray Train's state of a finished worker group, in the sweep's ray folder."
+    ),
+    "sweep/sweep.py:_finish": (
+        "Tune's state, in the sweep's ray/tune, if no trial of the sweep has a score."
+    ),
+    "sweep/trial.py:run": "Its own temporary folder.",
 }
 
 
@@ -62,20 +97,33 @@ def removals() -> dict[str, list[str]]:
     def visit(node: ast.AST, where: str, inside: tuple[str, ...], storage_itself: bool) -> None:
         for child in ast.iter_child_nodes(node):
             names = inside
-            if isinstance(child, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and len(inside) < 2:
+            if (
+                isinstance(child, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef)
+                and len(inside) < 2
+            ):
                 names = (*inside, child.name)
             if isinstance(child, ast.Call):
                 called = child.func
-                owner = called.value.id if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name) else ""
-                name = called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+                owner = (
+                    called.value.id
+                    if isinstance(called, ast.Attribute) and isinstance(called.value, ast.Name)
+                    else ""
+                )
+                name = (
+                    called.attr if isinstance(called, ast.Attribute) else getattr(called, "id", "")
+                )
                 bare = storage_itself and isinstance(called, ast.Name) and name in CALLS["storage"]
-                if name in CALLS.get(owner, ()) or (isinstance(called, ast.Attribute) and name in METHODS) or bare:
+                if (
+                    name in CALLS.get(owner, ())
+                    or (isinstance(called, ast.Attribute) and name in METHODS)
+                    or bare
+                ):
                     found.setdefault(f"{where}:{'.'.join(names)}", []).append(f"{owner}.{name}")
             visit(child, where, names, storage_itself)
 
     for path in sorted(LIBRARY.rglob("*.py")):
         where = path.relative_to(LIBRARY).as_posix()
-        visit(ast.parse(path.read_text()), where, (), where == "storage.py")
+        visit(ast.parse(path.read_text()), where, (), where.startswith("storage/"))
     return found
 
 
@@ -87,7 +135,11 @@ def test_each_place_that_removes_something_is_in_the_table() -> None:
 
 
 def listing(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir() or p.is_symlink())
+    return sorted(
+        p.relative_to(folder).as_posix()
+        for p in folder.rglob("*")
+        if not p.is_dir() or p.is_symlink()
+    )
 
 
 @pytest.fixture
@@ -95,7 +147,12 @@ def model(tmp_path: Path) -> Path:
     """An export that somebody added to."""
     folder = tmp_path / "model"
     (folder / "quantized").mkdir(parents=True)
-    for name in ("config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "notes.txt"):
+    for name in (
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "notes.txt",
+    ):
         (folder / name).write_text("old")
     (folder / "quantized/model.safetensors").write_text("theirs")
     (folder / "link").symlink_to(tmp_path)
@@ -114,9 +171,13 @@ KEPT = ["config.json", "link", "model.safetensors", "notes.txt", "quantized/mode
 def test_an_export_replaces_its_own_files_alone(model: Path) -> None:
     export(model)
     assert listing(model) == KEPT and (model / "config.json").read_text() == "new"
-    assert (model / "quantized/model.safetensors").read_text() == "theirs" and (model / "link").is_symlink()
+    assert (model / "quantized/model.safetensors").read_text() == "theirs" and (
+        model / "link"
+    ).is_symlink()
     assert listing(model.parent) == sorted(f"model/{n}" for n in KEPT)  # nothing is left beside it
-    with pytest.raises(InputError, match="expected a new or empty folder, found one with files in it"):
+    with pytest.raises(
+        InputError, match="expected a new or empty folder, found one with files in it"
+    ):
         export(model, replaces=False)
     assert listing(model) == KEPT
 
@@ -161,10 +222,20 @@ except InputError as e:
 def test_exports_at_once_into_one_folder(model: Path, replaces: bool) -> None:
     if not replaces:
         shutil.rmtree(model)
-    script = EXPORT.format(library=str(ROOT / "platform"), folder=str(model), replaces=replaces, pattern=REPLACED.pattern)
-    processes = [subprocess.Popen([sys.executable, "-c", script, str(i)], stderr=subprocess.PIPE, text=True) for i in range(4)]
+    script = EXPORT.format(
+        library=str(ROOT / "platform"),
+        folder=str(model),
+        replaces=replaces,
+        pattern=REPLACED.pattern,
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script, str(i)], stderr=subprocess.PIPE, text=True)
+        for i in range(4)
+    ]
     errors = [p.communicate(timeout=100)[1] for p in processes]
-    assert len({(model / n).read_text() for n in ("config.json", "model.safetensors")}) == 1  # one of them, whole
+    assert (
+        len({(model / n).read_text() for n in ("config.json", "model.safetensors")}) == 1
+    )  # one of them, whole
     assert listing(model) == (KEPT if replaces else ["config.json", "model.safetensors"])
     assert [p.returncode for p in processes].count(0) == (4 if replaces else 1), errors
     assert all(not e or "expected a new or empty folder" in e for e in errors)
@@ -172,7 +243,7 @@ def test_exports_at_once_into_one_folder(model: Path, replaces: bool) -> None:
 
 
 def test_what_killed_exports_left_is_put_right(model: Path) -> None:
-    """One was killed while it wrote; one between its two renames, when nothing is at the folder's own name."""
+    """One export was killed while it wrote, another between its two renames."""
     dead = subprocess.Popen(["true"])
     dead.wait()
     host = os.uname().nodename
@@ -184,7 +255,9 @@ def test_what_killed_exports_left_is_put_right(model: Path) -> None:
     assert sorted(p.name for p in model.parent.iterdir()) == [alive.name, "model"]
 
 
-def test_a_failed_write_leaves_no_temporary_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_no_temporary_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "x.json"
     path.write_text("old")
 
@@ -204,13 +277,33 @@ def test_a_run_folder_knows_what_is_its_own(tmp_path: Path) -> None:
         "checkpoints/step-00000004.00/MANIFEST.json",
         "ledger/steps-000000001-000000004.parquet",
     ]
-    own += ["checkpoints/step-00000004.00/.metadata", "model/model.safetensors", "model/README.md", "tokenizer/encoder.json"]
-    own += ["adapter/adapter_config.json", "tensorboard/events.out.tfevents.1.host.2.3", "metrics.json.12-0123abcd.tmp"]
-    theirs = ["notes.md", "checkpoints/good-one/MANIFEST.json", "checkpoints/step-4/x", "model/model.gguf", ".snapshot"]
-    theirs += ["checkpoints/step-00000004.00/note.txt", "ledger/steps-000000001-000000004 (copy).parquet"]
+    own += [
+        "checkpoints/step-00000004.00/.metadata",
+        "model/model.safetensors",
+        "model/README.md",
+        "tokenizer/encoder.json",
+    ]
+    own += [
+        "adapter/adapter_config.json",
+        "tensorboard/events.out.tfevents.1.host.2.3",
+        "metrics.json.12-0123abcd.tmp",
+    ]
+    theirs = [
+        "notes.md",
+        "checkpoints/good-one/MANIFEST.json",
+        "checkpoints/step-4/x",
+        "model/model.gguf",
+        ".snapshot",
+    ]
+    theirs += [
+        "checkpoints/step-00000004.00/note.txt",
+        "ledger/steps-000000001-000000004 (copy).parquet",
+    ]
     for name in own + theirs:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     folder = RunFolder(str(tmp_path))
     assert folder.foreign() == sorted(theirs)
-    assert {"recipe.yaml", "checkpoints", "model"} <= set(folder.taken()) and "notes.md" not in folder.taken()
+    assert {"recipe.yaml", "checkpoints", "model"} <= set(
+        folder.taken()
+    ) and "notes.md" not in folder.taken()

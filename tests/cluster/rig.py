@@ -1,5 +1,9 @@
-"""A cloud on one Linux machine, for `ray up`: moto answers EC2 and IAM, and each of its instances is a host here, with its own
-address, processes, /tmp, /dev/shm and home, by the kernel's namespaces. Run it by `unshared`: nothing of it is left outside."""
+"""A simulated AWS cloud on one Linux machine, for `ray up`.
+
+moto serves the EC2 and IAM APIs. Each of its instances is a simulated host on this machine: Linux
+namespaces give it its own address, processes, /tmp, /dev/shm and home. Start the test program with
+`isolated_command`, so that nothing remains outside its namespaces.
+"""
 
 from __future__ import annotations
 
@@ -17,68 +21,97 @@ from typing import Any
 
 import boto3
 
-GATE, LAPTOP = "172.31.255.1", "172.31.254.1"  # within moto's default VPC
+# Addresses within moto's default VPC.
+GATEWAY, LAPTOP = "172.31.255.1", "172.31.254.1"
 BRIDGE, PORT, REGION = "bridge", 5000, "us-west-2"
 BIN = Path(sys.executable).parent
 PATH = f"{BIN}:/usr/sbin:/usr/bin:/sbin:/bin"
 PACKAGES = {"ip": "iproute2", "rsync": "rsync", "sshd": "openssh-server", "ssh": "openssh-client"}
 CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "testing", "AWS_SECRET_ACCESS_KEY": "testing", "AWS_DEFAULT_REGION": REGION,
-    "AWS_ENDPOINT_URL": f"http://{GATE}:{PORT}", "AWS_EC2_METADATA_DISABLED": "true",
-}  # fmt: skip
-# what all hosts find at its own place, though /tmp and /root are theirs
-KEPT = [p for p in {str(BIN.parent), sys.base_prefix, str(Path(__file__).parents[2])} if p.startswith(("/tmp/", "/root/"))]
-OWN = {
-    # Ray must not begin a process a core that it is told of
-    "RAY_prestart_worker_first_driver": "0", "RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_maximum_startup_concurrency": "4",
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": REGION,
+    "AWS_ENDPOINT_URL": f"http://{GATEWAY}:{PORT}",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+# Folders that every host sees at the same path, although /tmp and /root are its own.
+SHARED_FOLDERS = [
+    p
+    for p in {str(BIN.parent), sys.base_prefix, str(Path(__file__).parents[2])}
+    if p.startswith(("/tmp/", "/root/"))
+]
+RAY_ENVIRONMENT = {
+    # Ray must not start one worker process per (logical) CPU of its host.
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_maximum_startup_concurrency": "4",
     "OMP_NUM_THREADS": "1",
-}  # fmt: skip
-NEW = ["--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
+}
+NAMESPACES = ["--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child", "--mount-proc"]
+# The first process of a host: sets up its folders and name, then runs an SSH server.
 BOOT = """set -e
 hostname {name}
 mount --make-rprivate /
-for p in {kept}; do mkdir -p {disk}/$p; mount --rbind $p {disk}/$p; done
+for p in {shared}; do mkdir -p {disk}/$p; mount --rbind $p {disk}/$p; done
 mount --rbind {disk}/tmp /tmp; mount --rbind {home} /root
-for p in {kept}; do case $p in /root/*) mkdir -p $p; mount --rbind {disk}/$p $p;; esac; done
+for p in {shared}; do case $p in /root/*) mkdir -p $p; mount --rbind {disk}/$p $p;; esac; done
 mount -t tmpfs -o size=1g shm /dev/shm; mount -t tmpfs -o size=1m run /run; mkdir -p /run/sshd
 echo "127.0.0.1 localhost
 {address} {name}" >/tmp/hosts; mount --bind /tmp/hosts /etc/hosts
 ssh-keygen -q -t ed25519 -N "" -f /tmp/hostkey
-/usr/sbin/sshd -h /tmp/hostkey -o PidFile=none -o UsePAM=no -o StrictModes=no -o PermitRootLogin=yes -o MaxStartups=100
+/usr/sbin/sshd -h /tmp/hostkey -o PidFile=none -o UsePAM=no -o StrictModes=no \\
+    -o PermitRootLogin=yes -o MaxStartups=100
 touch {disk}/ready
 while :; do sleep 3600 & wait $!; done
 """
 
 
-def missing() -> str:
-    """Why it cannot be set up here; nothing where it can. Installs Debian's packages that it takes."""
+def unavailable_reason() -> str:
+    """Returns why the cloud cannot be simulated on this machine, or an empty string if it can.
+
+    Installs the Debian packages that are required.
+    """
     if os.geteuid():
-        return "it takes root"
-    wanted = [package for program, package in PACKAGES.items() if not shutil.which(program, path=PATH)]
-    if wanted:
+        return "root is required"
+    packages = [
+        package for program, package in PACKAGES.items() if not shutil.which(program, path=PATH)
+    ]
+    if packages:
         subprocess.run(["apt-get", "update", "-qq"], capture_output=True)
-        done = subprocess.run(
-            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *wanted], capture_output=True, text=True
+        install = subprocess.run(
+            ["apt-get", "install", "-y", "-qq", "--no-install-recommends", *packages],
+            capture_output=True,
+            text=True,
         )
-        if done.returncode:
-            return f"apt-get install {' '.join(wanted)}: {done.stderr[-200:]}"
-    tried = subprocess.run([*unshared(), "ip", "link", "add", "x", "type", "bridge"], capture_output=True)
-    return "" if tried.returncode == 0 else f"namespaces are not allowed: {tried.stderr.decode()[-200:]}"
+        if install.returncode:
+            return f"apt-get install {' '.join(packages)}: {install.stderr[-200:]}"
+    probe = subprocess.run(
+        [*isolated_command(), "ip", "link", "add", "x", "type", "bridge"], capture_output=True
+    )
+    if probe.returncode:
+        return f"namespaces are not allowed: {probe.stderr.decode()[-200:]}"
+    return ""
 
 
-def unshared() -> list[str]:
-    """What a command has to begin with: namespaces of its own, all ended with it, and an empty /mnt."""
-    made = 'mount --make-rprivate / && mount -t tmpfs mnt /mnt && mount -t tmpfs run /run && ip link set lo up && exec "$@"'
-    return ["unshare", "--net", *NEW, "sh", "-c", made, "sh"]
+def isolated_command() -> list[str]:
+    """Returns a prefix that runs a command in new namespaces, which end with it; /mnt is empty."""
+    script = (
+        "mount --make-rprivate / && mount -t tmpfs mnt /mnt && mount -t tmpfs run /run"
+        ' && ip link set lo up && exec "$@"'
+    )
+    return ["unshare", "--net", *NAMESPACES, "sh", "-c", script, "sh"]
 
 
 class Cloud:
-    """Within `unshared`. Instances boot where moto has them, and lose power where it has not.
+    """The simulated cloud; its process must run under `isolated_command`.
+
+    A thread starts a host for each instance that moto lists, and ends it when moto no longer does.
 
     Attributes:
         shared: a folder that all hosts see.
-        instances: id -> (address, type, spot) of those that run now.
-        seen: all that ever did.
+        instances: (address, type, whether it is a spot instance) of each running instance, by ID.
+        seen: the same for all instances that were ever started.
+        ec2: a boto3 client of the EC2 API.
     """
 
     def __init__(self) -> None:
@@ -88,12 +121,12 @@ class Cloud:
         self._pids: dict[str, int] = {}
         self._stop = threading.Event()
         self.shared.mkdir()
-        for words in (f"add {BRIDGE} type bridge", f"set {BRIDGE} up"):
-            run("ip", "link", *words.split())
-        run("ip", "addr", "add", f"{GATE}/16", "dev", BRIDGE)
+        run("ip", "link", "add", BRIDGE, "type", "bridge")
+        run("ip", "link", "set", BRIDGE, "up")
+        run("ip", "addr", "add", f"{GATEWAY}/16", "dev", BRIDGE)
         with open("/mnt/moto.log", "w") as log:
-            words = [str(BIN / "moto_server"), "-H", GATE, "-p", str(PORT)]
-            self._moto = subprocess.Popen(words, stdout=log, stderr=log)
+            command = [str(BIN / "moto_server"), "-H", GATEWAY, "-p", str(PORT)]
+            self._moto = subprocess.Popen(command, stdout=log, stderr=log)
         self.ec2 = self.client("ec2")
         for _ in range(120):
             with contextlib.suppress(Exception):
@@ -101,23 +134,29 @@ class Cloud:
                 break
             time.sleep(0.5)
         self.boot("laptop", LAPTOP, "")
-        self._boots = threading.Thread(target=self._follow, daemon=True)
-        self._boots.start()
+        self._follower = threading.Thread(target=self._follow_moto, daemon=True)
+        self._follower.start()
 
     def client(self, service: str) -> Any:
+        """Returns a boto3 client of one of moto's services."""
         return boto3.client(
-            service, region_name=REGION, endpoint_url=CREDENTIALS["AWS_ENDPOINT_URL"], aws_access_key_id="testing",
+            service,
+            region_name=REGION,
+            endpoint_url=CREDENTIALS["AWS_ENDPOINT_URL"],
+            aws_access_key_id="testing",
             aws_secret_access_key="testing",
-        )  # fmt: skip
+        )
 
     def boot(self, name: str, address: str, key: str) -> None:
-        """key: public; who has the private one gets in."""
+        """Starts a host and waits until it runs; `key` is the public SSH key that may log in."""
         disk = Path("/mnt") / name
         home = disk / "home"
         (home / ".ssh").mkdir(parents=True, mode=0o700)
         (disk / "tmp").mkdir(mode=0o1777)
         (home / ".ssh/authorized_keys").write_text(key)
-        profile = "".join(f"export {k}={v}\n" for k, v in {**CREDENTIALS, **OWN, "PATH": PATH}.items())
+        profile = "".join(
+            f"export {k}={v}\n" for k, v in {**CREDENTIALS, **RAY_ENVIRONMENT, "PATH": PATH}.items()
+        )
         for file in (".bash_profile", ".bashrc"):
             (home / file).write_text(profile)
         device = f"m{name[-8:]}"
@@ -127,12 +166,15 @@ class Cloud:
         run("ip", "-n", name, "addr", "add", f"{address}/16", "dev", "eth0")
         for link in ("eth0", "lo"):
             run("ip", "-n", name, "link", "set", link, "up")
-        run("ip", "-n", name, "route", "add", "default", "via", GATE)
-        kept = " ".join(KEPT)
-        (disk / "boot.sh").write_text(BOOT.format(name=name, address=address, home=home, disk=disk, kept=kept))
+        run("ip", "-n", name, "route", "add", "default", "via", GATEWAY)
+        shared = " ".join(SHARED_FOLDERS)
+        script = disk / "boot.sh"
+        script.write_text(
+            BOOT.format(name=name, address=address, home=home, disk=disk, shared=shared)
+        )
         with open(disk / "boot.log", "w") as log:
-            words = ["ip", "netns", "exec", name, "unshare", *NEW, "bash", str(disk / "boot.sh")]
-            process = subprocess.Popen(words, stdout=log, stderr=log, start_new_session=True)
+            command = ["ip", "netns", "exec", name, "unshare", *NAMESPACES, "bash", str(script)]
+            process = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
         deadline = time.monotonic() + 60
         while not (disk / "ready").exists():
             if time.monotonic() > deadline or process.poll() is not None:
@@ -142,37 +184,60 @@ class Cloud:
         self._pids[name] = int(child)
 
     def start(self, name: str, *words: str, **kwargs: Any) -> subprocess.Popen[str]:
-        """Runs words on a host, in a shell as a person has it."""
-        enter = ["nsenter", "-t", str(self._pids[name]), "-n", "-m", "-p", "-u", "-i", "env", "-i", "HOME=/root", "TERM=dumb"]
-        return subprocess.Popen([*enter, "bash", "-lc", 'exec "$@"', "bash", *words], text=True, **kwargs)
+        """Starts a command on a host, in a login shell with a clean environment."""
+        namespaces = ["-n", "-m", "-p", "-u", "-i"]
+        enter = ["nsenter", "-t", str(self._pids[name]), *namespaces]
+        enter += ["env", "-i", "HOME=/root", "TERM=dumb"]
+        return subprocess.Popen(
+            [*enter, "bash", "-lc", 'exec "$@"', "bash", *words], text=True, **kwargs
+        )
 
-    def inside(self, name: str, *words: str, timeout: float = 400, fails: bool = False) -> str:
-        """What the words print on a host. Raises RuntimeError where they fail."""
-        process = self.start(name, *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
-        out, _ = process.communicate(timeout=timeout)
-        if process.returncode and not fails:
-            raise RuntimeError(f"{name}: {' '.join(words)}: exit {process.returncode}\n{out[-6000:]}")
-        return out
+    def run(self, name: str, *words: str, timeout: float = 400, may_fail: bool = False) -> str:
+        """Runs a command on a host and returns its output.
 
-    def lose(self, instance: str) -> None:
-        """As a cloud takes back a spot machine, without a notice."""
+        Raises:
+            RuntimeError: It failed, and `may_fail` is not set.
+        """
+        process = self.start(
+            name, *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+        )
+        output, _ = process.communicate(timeout=timeout)
+        if process.returncode and not may_fail:
+            raise RuntimeError(
+                f"{name}: {' '.join(words)}: exit {process.returncode}\n{output[-6000:]}"
+            )
+        return output
+
+    def preempt(self, instance: str) -> None:
+        """Ends an instance without a notice, as a cloud does with spot instances."""
         self._power_off(instance)
         self.ec2.terminate_instances(InstanceIds=[instance])
 
     def _power_off(self, name: str) -> None:
-        os.kill(self._pids.pop(name), signal.SIGKILL)  # the first process of its namespace: all in it end
-        for words in (("ip", "link", "del", f"m{name[-8:]}"), ("ip", "netns", "del", name)):
-            subprocess.run(words, capture_output=True)
+        # The first process of a PID namespace: the kernel kills all others with it.
+        os.kill(self._pids.pop(name), signal.SIGKILL)
+        for command in (("ip", "link", "del", f"m{name[-8:]}"), ("ip", "netns", "del", name)):
+            subprocess.run(command, capture_output=True)
 
-    def _follow(self) -> None:
+    def _follow_moto(self) -> None:
         while not self._stop.wait(0.5):
-            found = [i for r in self.ec2.describe_instances()["Reservations"] for i in r["Instances"]]
-            live = {i["InstanceId"]: i for i in found if i["State"]["Name"] in ("pending", "running")}
+            listed = [
+                i for r in self.ec2.describe_instances()["Reservations"] for i in r["Instances"]
+            ]
+            live = {
+                i["InstanceId"]: i for i in listed if i["State"]["Name"] in ("pending", "running")
+            }
             for key, i in live.items():
                 if key not in self.seen:
-                    pairs = self.ec2.describe_key_pairs(KeyNames=[i["KeyName"]], IncludePublicKey=True)["KeyPairs"]
+                    pairs = self.ec2.describe_key_pairs(
+                        KeyNames=[i["KeyName"]], IncludePublicKey=True
+                    )["KeyPairs"]
                     self.boot(key, i["PrivateIpAddress"], pairs[0]["PublicKey"])
-                    self.seen[key] = (i["PrivateIpAddress"], i["InstanceType"], i.get("InstanceLifecycle") == "spot")
+                    self.seen[key] = (
+                        i["PrivateIpAddress"],
+                        i["InstanceType"],
+                        i.get("InstanceLifecycle") == "spot",
+                    )
                     self.instances[key] = self.seen[key]
             for key in self.instances.keys() - live.keys():
                 del self.instances[key]
@@ -180,8 +245,9 @@ class Cloud:
                     self._power_off(key)
 
     def close(self) -> None:
+        """Ends all hosts and moto."""
         self._stop.set()
-        self._boots.join(60)
+        self._follower.join(60)
         for name in list(self._pids):
             self._power_off(name)
         self._moto.terminate()
@@ -189,15 +255,17 @@ class Cloud:
 
 
 def run(*words: str) -> None:
-    done = subprocess.run(words, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()}")
+    """Runs a command on this machine; raises RuntimeError if it fails."""
+    result = subprocess.run(words, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError(f"{' '.join(words)}: {result.stderr.strip()}")
 
 
 @contextlib.contextmanager
 def cloud() -> Iterator[Cloud]:
-    made = Cloud()
+    """Starts the simulated cloud, and ends it afterwards."""
+    simulated = Cloud()
     try:
-        yield made
+        yield simulated
     finally:
-        made.close()
+        simulated.close()

@@ -1,4 +1,4 @@
-"""Steps that must not count: left out, gone back from, given up."""
+"""The guard: skipped steps, rollbacks, and the point at which a run stops."""
 
 import pytest
 
@@ -7,25 +7,29 @@ from sevenfold.errors import RunError
 from sevenfold.recipe import Guard as Settings
 
 
-def test_so_many_in_a_row_go_back_and_then_it_is_given_up() -> None:
+def test_skipped_steps_in_a_row_cause_a_rollback_and_then_an_error() -> None:
     guard = Guard(Settings(max_skipped=3, max_rollbacks=1))
-    bad = [guard.judge(s, False, float("nan")) for s in (1, 2)]
-    assert bad == [False, False] and not guard.judge(3, True, 1.0) and guard.in_a_row == 0
-    assert [guard.judge(s, False, float("inf")) for s in (4, 5, 6)] == [False, False, True]
+    rollback_due = [guard.record(step, False, float("nan")) for step in (1, 2)]
+    assert (
+        rollback_due == [False, False]
+        and not guard.record(3, True, 1.0)
+        and guard.skipped_in_a_row == 0
+    )
+    assert [guard.record(step, False, float("inf")) for step in (4, 5, 6)] == [False, False, True]
     state = guard.state()
-    again = Guard(guard.settings)
-    again.load(state | {"in_a_row": 0}, rollbacks=1)
-    assert not again.judge(7, False, 1.0) and not again.judge(8, False, 1.0)
-    with pytest.raises(RunError, match="up to step 9, after 1 returns to a checkpoint"):
-        again.judge(9, False, 1.0)
+    restored = Guard(guard.settings)
+    restored.load(state | {"in_a_row": 0}, rollbacks=1)
+    assert not restored.record(7, False, 1.0) and not restored.record(8, False, 1.0)
+    with pytest.raises(RunError, match="up to step 9; rollbacks so far: 1"):
+        restored.record(9, False, 1.0)
 
 
-def test_a_spike_is_told_by_the_mean_of_the_norms_before() -> None:
+def test_the_spike_threshold_follows_the_mean_of_recent_norms() -> None:
     guard = Guard(Settings(spike_factor=4))
     for step in range(MEMORY):
-        assert guard.most_norm == float("inf")
-        guard.judge(step, True, 2.0)
-    assert guard.most_norm == pytest.approx(8.0)
-    guard.judge(MEMORY, False, 100.0)  # what was left out does not move it
-    assert guard.most_norm == pytest.approx(8.0)
-    assert Guard(Settings()).most_norm == float("inf")
+        assert guard.skip_above_norm == float("inf")
+        guard.record(step, True, 2.0)
+    assert guard.skip_above_norm == pytest.approx(8.0)
+    guard.record(MEMORY, False, 100.0)  # a skipped step does not change the threshold
+    assert guard.skip_above_norm == pytest.approx(8.0)
+    assert Guard(Settings()).skip_above_norm == float("inf")

@@ -1,3 +1,5 @@
+"""Learning rate schedules and the parameter groups of the optimizers."""
+
 import pytest
 from torch import nn
 
@@ -14,18 +16,25 @@ from sevenfold.recipe import Optimizer, Schedule
         ("wsd", {0: 0.1, 9: 1.0, 50: 1.0, 80: 1.0, 90: 0.5, 99: 0.05}),
     ],
 )
-def test_schedules(name: str, expected: dict[int, float]) -> None:
+def test_schedules_have_the_expected_rates(name: str, expected: dict[int, float]) -> None:
     schedule = Schedule(name=name, warmup_steps=10, decay_fraction=0.2)  # type: ignore[arg-type]
     assert {s: learning_rate(s, 100, 1.0, schedule) for s in expected} == pytest.approx(expected)
-    rates = [learning_rate(s, 100, 2.0, Schedule(name=name, warmup_steps=10, min_ratio=0.1)) for s in range(10, 100)]  # type: ignore[arg-type]
+    with_floor = Schedule(name=name, warmup_steps=10, min_ratio=0.1)  # type: ignore[arg-type]
+    rates = [learning_rate(s, 100, 2.0, with_floor) for s in range(10, 100)]
     assert rates == sorted(rates, reverse=True) and max(rates) == 2.0 and min(rates) >= 0.2
 
 
 def test_weight_decay_spares_norms_and_embeddings() -> None:
-    model = nn.ModuleDict({"embed": nn.Embedding(4, 4), "norm": nn.LayerNorm(4), "linear": nn.Linear(4, 4)})
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(4, 4), "norm": nn.LayerNorm(4), "linear": nn.Linear(4, 4)}
+    )
     model["linear"].bias.requires_grad = False
     (optimizer,) = build(model, Optimizer(weight_decay=0.3))
     groups = optimizer.param_groups
     by_decay = {g["weight_decay"]: {id(p) for p in g["params"]} for g in groups}
     assert by_decay[0.3] == {id(model["linear"].weight)}
-    assert by_decay[0.0] == {id(model["embed"].weight), id(model["norm"].weight), id(model["norm"].bias)}
+    assert by_decay[0.0] == {
+        id(model["embed"].weight),
+        id(model["norm"].weight),
+        id(model["norm"].bias),
+    }

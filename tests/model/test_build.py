@@ -1,3 +1,5 @@
+"""Models are built from recipes; unsuitable configs are refused with a message of one line."""
+
 import contextlib
 import json
 import re
@@ -6,16 +8,18 @@ from typing import Any
 
 import pytest
 import torch
-from test_objectives import BERT, T5
-from tiny_models import MODERN, save
+from helpers.objectives import BERT, T5
+from helpers.tiny_models import MODERN, save
 
-from sevenfold.data.tokens import load_tokenizer
+from sevenfold.data.tokenizer import load_tokenizer
+from sevenfold.engine.decode import end_tokens
 from sevenfold.errors import InputError
 from sevenfold.model import build
 from sevenfold.recipe import Adapter, Recipe
 
 
-def changed(tree: dict[str, Any], **config: Any) -> Recipe:
+def with_config(tree: dict[str, Any], **config: Any) -> Recipe:
+    """The recipe with these fields of the model's config changed."""
     tree["model"]["config"] |= config
     return Recipe.model_validate(tree)
 
@@ -27,31 +31,40 @@ def changed(tree: dict[str, Any], **config: Any) -> Recipe:
         ({"hiden_size": 3}, "no field 'hiden_size'"),
         ({"hidden_size": "abc"}, "model.config: "),
         ({"hidden_size": 33}, "model.config: "),
-        ({"hidden_act": "gulu"}, "no decoder can be made of it"),
+        ({"hidden_act": "gulu"}, "cannot build the decoder"),
         ({"model_type": "t5", "num_hidden_layers": 2}, "model.config: "),
         ({"vocab_size": 100}, "vocab_size 100 is below the tokenizer's 512"),
         ({"max_position_embeddings": 32}, "64 is above the model's 32 positions"),
     ],
 )
-def test_configs_that_do_not_fit(tree: dict[str, Any], config: dict[str, Any], says: str) -> None:
-    with pytest.raises(InputError) as e:
-        build.check(changed(tree, **config), 512)
-    assert says in str(e.value) and "\n" not in str(e.value)
+def test_unsuitable_configs_are_refused(
+    tree: dict[str, Any], config: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        build.check(with_config(tree, **config), 512)
+    assert says in str(error.value) and "\n" not in str(error.value)
 
 
-def test_no_model_there(tree: dict[str, Any], tmp_path: Any) -> None:
+def test_a_folder_without_a_model_is_refused(tree: dict[str, Any], tmp_path: Any) -> None:
     tree["model"], tree["tokenizer"] = {"path": str(tmp_path)}, {}
     with pytest.raises(InputError, match="expected a run or a Hugging Face directory"):
         build.config_of(Recipe.model_validate(tree), 512)
 
 
-def test_code_of_others_is_not_run_unasked(tree: dict[str, Any], tmp_path: Any) -> None:
+def test_code_of_a_model_is_not_run_without_trust_remote_code(
+    tree: dict[str, Any], tmp_path: Any
+) -> None:
     (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "ours", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"}})
+        json.dumps(
+            {
+                "model_type": "ours",
+                "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.Model"},
+            }
+        )
     )
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     tree["model"], tree["tokenizer"] = {"path": str(tmp_path)}, {}
-    with pytest.raises(InputError, match=r"Python code of its own: read it, then set model.trust_remote_code=true"):
+    with pytest.raises(InputError, match=r"Python code of its own.*model.trust_remote_code=true"):
         build.config_of(Recipe.model_validate(tree), 512)
     assert not (tmp_path / "ran").exists()
 
@@ -67,7 +80,7 @@ def test_code_of_others_is_not_run_unasked(tree: dict[str, Any], tmp_path: Any) 
         ("causal", BERT | {"is_decoder": True}, None),
     ],
 )
-def test_an_objective_asks_for_its_family(
+def test_an_objective_needs_a_model_of_its_family(
     tree: dict[str, Any], objective: str, config: dict[str, Any], says: str | None
 ) -> None:
     tree["objective"], tree["model"] = objective, {"config": config or tree["model"]["config"]}
@@ -75,17 +88,25 @@ def test_an_objective_asks_for_its_family(
         build.check(Recipe.model_validate(tree), 512)
 
 
-def test_build(tree: dict[str, Any]) -> None:
+def test_a_built_model_is_reproducible_and_has_the_expected_size(tree: dict[str, Any]) -> None:
     recipe = Recipe.model_validate(tree)
     config = build.config_of(recipe, 512)
-    model, again = (build.build(recipe, config, weights=True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
-    assert sum(p.numel() for p in model.parameters()) == build.check(recipe, 512) == 37_024
+    model, rebuilt = (build.build(recipe, config, weights=True) for _ in range(2))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), rebuilt.parameters(), strict=True)
+    )
+    assert (
+        sum(parameter.numel() for parameter in model.parameters())
+        == build.check(recipe, 512)
+        == 37_024
+    )
     assert model.lm_head.weight is model.model.embed_tokens.weight
     empty = build.build(recipe, config, weights=False)
     assert empty.lm_head.weight is empty.model.embed_tokens.weight
     assert torch.equal(empty.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2)
+    matrices = sum(
+        parameter.numel() for name, parameter in model.named_parameters() if parameter.ndim == 2
+    )
     assert build.flops_per_token(model, recipe) == 6 * matrices + 12 * 2 * 32 * 64
 
 
@@ -97,23 +118,27 @@ def test_an_adapter_starts_as_the_base(tree: dict[str, Any]) -> None:
         before = model(input_ids=ids).logits
         build.with_adapter(model, recipe.model_copy(update={"adapter": Adapter(rank=4)}))
         assert torch.equal(model(input_ids=ids).logits, before)
-    trained = [n for n, p in model.named_parameters() if p.requires_grad]
-    assert trained and all("lora_" in n for n in trained)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained and all("lora_" in name for name in trained)
     with pytest.raises(InputError, match="target_modules"):
-        none = recipe.model_copy(update={"adapter": Adapter(target_modules="none")})
-        build.with_adapter(build.build(recipe, build.config_of(recipe, 512), weights=True), none)
+        without_match = recipe.model_copy(update={"adapter": Adapter(target_modules="none")})
+        build.with_adapter(
+            build.build(recipe, build.config_of(recipe, 512), weights=True), without_match
+        )
 
 
 @pytest.mark.parametrize("weights", [True, False])
-def test_every_end_token_of_the_base_is_kept(tree: dict[str, Any], tmp_path: Path, weights: bool) -> None:
-    """A chat model ends its turns by other tokens than its texts."""
+def test_every_end_token_of_the_base_is_kept(
+    tree: dict[str, Any], tmp_path: Path, weights: bool
+) -> None:
+    """A chat model ends its turns with other tokens than its texts."""
     tree["model"], tree["tokenizer"] = {"path": save(tmp_path / "base", "llama")}, {}
-    told = tmp_path / "base/generation_config.json"
-    told.write_text(json.dumps(json.loads(told.read_text()) | {"eos_token_id": [9, 5]}))
-    words = load_tokenizer(str(tmp_path / "base"))
+    path = tmp_path / "base/generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": [9, 5]}))
+    tokenizer = load_tokenizer(str(tmp_path / "base"))
     recipe = Recipe.model_validate(tree)
-    model = build.build(recipe, build.config_of(recipe, len(words), words), weights=weights)
-    assert build.end_tokens(model.generation_config, words) == [1, 5, 9]
+    model = build.build(recipe, build.config_of(recipe, len(tokenizer), tokenizer), weights=weights)
+    assert end_tokens(model.generation_config, tokenizer) == [1, 5, 9]
 
 
 DISTIL = {"model_type": "distilbert", "dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 2}
@@ -122,19 +147,41 @@ DISTIL = {"model_type": "distilbert", "dim": 32, "hidden_dim": 64, "n_layers": 2
 @pytest.mark.parametrize(
     ("config", "head"),
     [
-        (BERT, {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight", "bert.pooler.dense.bias"}),
-        (DISTIL, {"classifier.weight", "classifier.bias", "pre_classifier.weight", "pre_classifier.bias"}),
+        (
+            BERT,
+            {
+                "classifier.weight",
+                "classifier.bias",
+                "bert.pooler.dense.weight",
+                "bert.pooler.dense.bias",
+            },
+        ),
+        (
+            DISTIL,
+            {
+                "classifier.weight",
+                "classifier.bias",
+                "pre_classifier.weight",
+                "pre_classifier.bias",
+            },
+        ),
         (MODERN, {"classifier.weight", "classifier.bias", "head.dense.weight", "head.norm.weight"}),
         ({}, {"score.weight"}),
     ],
 )
-def test_an_adapter_leaves_a_new_head_whole(tree: dict[str, Any], config: dict[str, Any], head: set[str]) -> None:
+def test_a_new_head_is_trained_fully_beside_an_adapter(
+    tree: dict[str, Any], config: dict[str, Any], head: set[str]
+) -> None:
     tree |= {"objective": "classify", "model": {"config": config or tree["model"]["config"]}}
     tree["data"]["classes"] = ["a", "b"]
     recipe = Recipe.model_validate(tree)
     model = build.build(recipe, build.config_of(recipe, 512), weights=True)
     build.with_adapter(model, recipe.model_copy(update={"adapter": Adapter(rank=4)}))
-    trained = {n.replace("modules_to_save.default.", "") for n, p in model.named_parameters() if p.requires_grad}
-    assert {n for n in trained if "lora_" not in n} == head
-    assert not any("lora_" in n and n.startswith(tuple(head)) for n in trained)
-    assert any("lora_" in n for n in trained)
+    trained = {
+        name.replace("modules_to_save.default.", "")
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
+    assert {name for name in trained if "lora_" not in name} == head
+    assert not any("lora_" in name and name.startswith(tuple(head)) for name in trained)
+    assert any("lora_" in name for name in trained)

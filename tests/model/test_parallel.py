@@ -1,6 +1,5 @@
-"""Ways to lay a model over ranks: each gives the losses of one rank."""
+"""Layouts of a model over ranks: each gives the losses of a single rank."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import RECIPE, run_ranks
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
-from test_step import LENGTH, ROWS, VOCAB, losses, rows_of, sharded
+from helpers.training import LENGTH, ROWS, VOCAB, rows_of, sharded_model, train_losses
 
 from sevenfold.engine import optim
 from sevenfold.engine.batch import micro_batches, to_batch
@@ -20,22 +17,29 @@ from sevenfold.model import build, parallel
 from sevenfold.recipe import Recipe
 
 
-def recipe_of(train: dict[str, Any], layout: dict[str, Any], workers: int, optimizer: str = "adamw") -> dict[str, Any]:
+def recipe_of(
+    train: dict[str, Any], layout: dict[str, Any], workers: int, optimizer: str = "adamw"
+) -> dict[str, Any]:
     return {
-        **RECIPE, "data": {"sources": [{"path": "x"}], "sequence_length": LENGTH, "lanes": 4},
-        "train": RECIPE["train"] | train, "parallel": layout, "cluster": {"num_workers": workers},
+        **RECIPE,
+        "data": {"sources": [{"path": "x"}], "sequence_length": LENGTH, "lanes": 4},
+        "train": RECIPE["train"] | train,
+        "parallel": layout,
+        "cluster": {"num_workers": workers},
         "optimizer": {"name": optimizer, "learning_rate": 1e-2},
-    }  # fmt: skip
+    }
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
-    found = {}
+def single_rank_losses(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
+    losses = {}
     for optimizer in ("adamw", "muon"):
         store = tmp_path_factory.mktemp("pg") / "store"
-        (found[optimizer],) = run_ranks(1, store, losses, recipe_of({}, {}, 1, optimizer), ROWS)
-        assert found[optimizer][-1] < found[optimizer][0] - 0.3
-    return found
+        (losses[optimizer],) = run_ranks(
+            1, store, train_losses, recipe_of({}, {}, 1, optimizer), ROWS
+        )
+        assert losses[optimizer][-1] < losses[optimizer][0] - 0.3
+    return losses
 
 
 @pytest.mark.parametrize(
@@ -54,47 +58,74 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[float]]:
         ({}, {}, 3, "muon", 1e-5),
     ],
 )
-def test_the_layout_does_not_show(
-    alone: dict[str, list[float]], tmp_path: Path, train: dict[str, Any], layout: dict[str, Any], world: int,
-    optimizer: str, most: float,
-) -> None:  # fmt: skip
-    for found in run_ranks(world, tmp_path / "store", losses, recipe_of(train, layout, world, optimizer), 4):
-        assert np.allclose(found, alone[optimizer], rtol=most, atol=0), np.abs(np.array(found) / alone[optimizer] - 1).max()
+def test_the_layout_does_not_change_the_losses(
+    single_rank_losses: dict[str, list[float]],
+    tmp_path: Path,
+    train: dict[str, Any],
+    layout: dict[str, Any],
+    world: int,
+    optimizer: str,
+    most: float,
+) -> None:
+    for losses in run_ranks(
+        world, tmp_path / "store", train_losses, recipe_of(train, layout, world, optimizer), 4
+    ):
+        assert np.allclose(losses, single_rank_losses[optimizer], rtol=most, atol=0), np.abs(
+            np.array(losses) / single_rank_losses[optimizer] - 1
+        ).max()
 
 
 @pytest.mark.slow
-def test_compiled_blocks_give_the_same(alone: dict[str, list[float]], tmp_path: Path) -> None:
-    for found in run_ranks(2, tmp_path / "store", losses, recipe_of({"compile": True}, {}, 2), 4):
-        assert np.allclose(found, alone["adamw"], rtol=1e-5, atol=0)
+def test_compiled_blocks_give_the_same_losses(
+    single_rank_losses: dict[str, list[float]], tmp_path: Path
+) -> None:
+    for losses in run_ranks(
+        2, tmp_path / "store", train_losses, recipe_of({"compile": True}, {}, 2), 4
+    ):
+        assert np.allclose(losses, single_rank_losses["adamw"], rtol=1e-5, atol=0)
 
 
 def norms(tree: dict[str, Any]) -> tuple[float, float, float]:
-    """The norm before clipping to 0.1, after it, and once more by hand from the whole gradients."""
-    model = sharded(Recipe.model_validate(tree))
+    """The norm before clipping to 0.1, after it, and computed by hand from the full gradients."""
+    model = sharded_model(Recipe.model_validate(tree))
     (batch,) = micro_batches(rows_of(0), ROWS, 1, to_batch, torch.device("cpu"))
     model.token_losses(batch).mean().backward()
-    whole = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
+    gradients = torch.cat(
+        [parameter.grad.full_tensor().flatten() for parameter in model.parameters()]
+    )
     before = clip_grad_norm(model.parameters(), 0.1)
-    after = torch.cat([p.grad.full_tensor().flatten() for p in model.parameters()])
-    return float(before), float(after.norm()), float(whole.norm())
+    after = torch.cat([parameter.grad.full_tensor().flatten() for parameter in model.parameters()])
+    return float(before), float(after.norm()), float(gradients.norm())
 
 
 @pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"replicate": 2}])
-def test_gradients_are_clipped_by_the_norm_of_all(tmp_path: Path, layout: dict[str, Any]) -> None:
-    for before, after, whole in run_ranks(2, tmp_path / "store", norms, recipe_of({}, layout, 2)):
-        assert before == pytest.approx(whole, rel=1e-5) and before > 0.2 and after == pytest.approx(0.1, rel=1e-4)
+def test_gradients_are_clipped_by_their_global_norm(tmp_path: Path, layout: dict[str, Any]) -> None:
+    for before, after, expected in run_ranks(
+        2, tmp_path / "store", norms, recipe_of({}, layout, 2)
+    ):
+        assert (
+            before == pytest.approx(expected, rel=1e-5)
+            and before > 0.2
+            and after == pytest.approx(0.1, rel=1e-4)
+        )
 
 
 @pytest.mark.parametrize(
     ("config", "ways", "says"),
     [
-        ({"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 48}, 2, "num_attention_heads 3"),
-        ({"num_attention_heads": 4, "num_key_value_heads": 1}, 2, "num_key_value_heads 1"),
-        ({"intermediate_size": 63}, 2, "intermediate_size 63"),
-        ({"model_type": "qwen3"}, 2, "qwen3 cannot be split"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 3, "hidden_size": 48},
+            2,
+            r"num_attention_heads \(3\)",
+        ),
+        ({"num_attention_heads": 4, "num_key_value_heads": 1}, 2, r"num_key_value_heads \(1\)"),
+        ({"intermediate_size": 63}, 2, r"intermediate_size \(63\)"),
+        ({"model_type": "qwen3"}, 2, "qwen3 does not support tensor parallelism"),
     ],
 )
-def test_what_tensor_parallelism_cannot_split(tree: dict[str, Any], config: dict[str, Any], ways: int, says: str) -> None:
+def test_models_that_tensor_parallelism_cannot_split_are_refused(
+    tree: dict[str, Any], config: dict[str, Any], ways: int, says: str
+) -> None:
     tree["model"]["config"] |= config
     tree |= {"parallel": {"tensor": ways}, "cluster": {"num_workers": ways}}
     with pytest.raises(InputError, match=says):
@@ -104,13 +135,24 @@ def test_what_tensor_parallelism_cannot_split(tree: dict[str, Any], config: dict
 def test_blocks_are_found_in_every_family() -> None:
     from transformers import AutoConfig
 
-    for kind, objective, count in (("llama", "causal", 2), ("gpt2", "causal", 2), ("bert", "masked", 2), ("t5", "denoise", 4)):
+    for kind, objective, count in (
+        ("llama", "causal", 2),
+        ("gpt2", "causal", 2),
+        ("bert", "masked", 2),
+        ("t5", "denoise", 4),
+    ):
         config = AutoConfig.for_model(kind, num_hidden_layers=2)
         config.num_decoder_layers = 2
         config.tie_word_embeddings = True
         with torch.device("meta"):
             model = build.CLASSES[objective][0].from_config(config)
-        found = parallel.blocks(model)
-        assert len(found) == count
-        embeddings = {id(p) for p in optim.embedding_parameters(model) if p.shape[0] == config.vocab_size}
-        assert not any(id(p) in embeddings for b in found for p in b.parameters())
+        blocks = parallel.blocks(model)
+        assert len(blocks) == count
+        embeddings = {
+            id(parameter)
+            for parameter in optim.embedding_parameters(model)
+            if parameter.shape[0] == config.vocab_size
+        }
+        assert not any(
+            id(parameter) in embeddings for block in blocks for parameter in block.parameters()
+        )

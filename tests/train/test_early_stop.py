@@ -1,0 +1,91 @@
+"""Early stopping end to end: a run that overfits ends with its best model, even after a kill."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import RECIPE, ROOT, once, run_job, stdlib_texts
+
+from sevenfold.engine.checkpoint import checkpoint_paths
+from sevenfold.faults.inject import Run
+
+
+@pytest.fixture
+def home(on_shared_ray: None) -> Path:
+    """A working folder with a recipe on little text, and its finished run `whole`."""
+    return once("early", _write_home)
+
+
+def _write_home(root: Path) -> None:
+    texts = [t[:1500] for t in stdlib_texts() if len(t) > 1500]
+    for name, part in (("train", texts[:6]), ("held", texts[10:20])):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in part))
+    tree: dict[str, Any] = json.loads(json.dumps(RECIPE))
+    tree["data"] |= {
+        "sources": [{"path": str(root / "train.jsonl")}],
+        "validation": [{"path": str(root / "held.jsonl")}],
+    }
+    tree["data"] |= {"executor": "inline"}
+    tree["train"] |= {"steps": 400}
+    tree |= {
+        "validation": {"every": 10, "rows": 32, "patience": 2},
+        "checkpoint": {"every": 7, "keep": 1},
+    }
+    tree |= {"schedule": {"name": "constant"}, "optimizer": {"learning_rate": 2e-2}}
+    (root / "r.yaml").write_text(yaml.safe_dump(tree))
+    (root / "output.log").write_text(run_job("pretrain", "r.yaml", "name=whole", home=root))
+
+
+def results(run: Path) -> tuple[dict[int, float], dict[str, Any]]:
+    """Returns validation losses by step, and the summary's metrics (checkpoint as its name)."""
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    metrics = json.loads((run / "summary.json").read_text())["metrics"]
+    metrics["checkpoint"] = Path(metrics["checkpoint"]).name
+    return {m["step"]: m["validation/loss"] for m in logged if "validation/loss" in m}, metrics
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_becomes_the_final_model(home: Path) -> None:
+    run, output = home / "runs/whole", (home / "output.log").read_text()
+    losses, metrics = results(run)
+    best = min(losses, key=lambda s: losses[s])
+    assert list(losses) == list(range(10, best + 21, 10)) and best + 20 < 400
+    assert output.count(f"stopped early after step {best + 20}: ") == 1
+    assert f"best validation/loss {losses[best]:.4f} at step {best}, saved as the final" in output
+    assert (metrics["best_step"], metrics["step"]) == (best, best + 20)
+    assert metrics["validation/loss"] == losses[best]
+    assert metrics["checkpoint"].startswith(f"step-{best:08d}")
+    # The best checkpoint is kept in addition to the latest one (checkpoint.keep is 1).
+    steps = list(checkpoint_paths(str(run / "checkpoints")))
+    assert len(steps) == 2 and steps[0] == best < steps[1]
+    assert f"| step | {best:,} (" in (run / "model/README.md").read_text()
+    assert f"whole, step {best}: " in run_job("export", "runs/whole", "--out", "again", home=home)
+    model = (run / "model/model.safetensors").read_bytes()
+    assert (home / "again/model.safetensors").read_bytes() == model
+
+
+@pytest.mark.nightly
+def test_a_killed_run_has_the_same_result(home: Path) -> None:
+    losses, metrics = results(home / "runs/whole")
+    command = [sys.executable, str(ROOT / "jobs/pretrain.py"), "r.yaml", "name=killed"]
+    run = Run(command, {"SEVENFOLD_HOME": str(home)}, str(home))
+    run.reach(metrics["best_step"] + 4)
+    run.kill()
+    assert "resuming from step" in run_job("pretrain", "r.yaml", "name=killed", home=home)
+    assert results(home / "runs/killed") == (losses, metrics)
+
+
+@pytest.mark.slow
+def test_an_unknown_metric_is_an_error_at_the_first_validation(home: Path) -> None:
+    error = run_job(
+        "pretrain", "r.yaml", "name=other", "validation.metric=validation/f1", home=home, code=1
+    )
+    expected = (
+        "unknown metric 'validation/f1'; this recipe reports: train/loss, "
+        "validation/bits_per_byte, validation/loss"
+    )
+    assert expected in error
+    assert "Traceback" not in error and error.count("\n") == 1
