@@ -11,19 +11,20 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-quickstart: setup ## the main job, end to end; run again, it goes on where it stopped
+quickstart: setup ## the whole path, end to end; resumes if it is run again
 	test -d corpus/python || $(BIN)/sevenfold corpus python
 	$(BIN)/python jobs/pretrain.py jobs/recipes/quickstart.yaml
 	$(BIN)/python jobs/sweep.py jobs/recipes/quickstart-sft.yaml
 	$(BIN)/python jobs/evaluate.py runs/quickstart runs/quickstart-sft-sweep
 
-# Two processes of one thread keep both cores busy. Tests of a file stay together, since they share its fixtures; slow ones, which
-# share theirs through the session's folder, are dealt out one by one.
+# Two test processes with one thread each keep two cores busy. The tests of a file run in the same
+# process, since they share its fixtures; slow tests, which share theirs through a folder of the
+# session, are distributed one by one.
 test: setup
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not nightly'
 
 test-slow: setup
-	$(BIN)/python -m pytest -q -n 3 --dist load --maxschedchunk 1 -m slow
+	$(BIN)/python -m pytest -q -n 2 --dist load --maxschedchunk 1 -m slow
 
 test-nightly: setup
 	$(BIN)/python -m pytest -q -n 2 --dist load --maxschedchunk 1 -m nightly

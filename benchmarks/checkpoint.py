@@ -1,10 +1,12 @@
-"""What a checkpoint costs the training, and how fast it is written, verified and restored: engine/checkpoint.py as it is.
+"""Measures what a checkpoint costs the training, and how fast it is written, verified and restored.
 
     python benchmarks/checkpoint.py [--quick] [--json FILE]
 
-Two processes, FSDP2 over gloo, one thread each, a decoder with AdamW's state, a temporary folder on this machine's disk. The
-sides take turns: a save that is waited for, the call of one alone, one beside steps, torch's own dcp.save and dcp.load. What
-is read to restore was dropped from the page cache before. Time is that of the slowest rank.
+Two processes of one thread train a decoder with AdamW by FSDP2 over gloo, and save it with
+sevenfold.engine.checkpoint to a temporary folder on this machine's disk. The cases take turns: a
+save that is waited for, the call of a save alone, a save during training steps, and torch's own
+dcp.save and dcp.load. Files are dropped from the page cache before they are read. Times are those
+of the slowest rank.
 """
 
 from __future__ import annotations
@@ -26,9 +28,9 @@ import measure
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "platform"))
-WORKERS, LENGTH, ROWS = 2, 128, 2  # rows a worker and step
-GOAL = 0.05  # of a synchronous save
-FREE = 2  # steps a round without a save
+WORKERS, LENGTH, ROWS = 2, 128, 2  # ROWS: per worker and step
+GOAL = 0.05  # the call of a save, as a fraction of a synchronous save
+FREE = 2  # steps per round without a save
 
 
 class Size(NamedTuple):
@@ -46,26 +48,38 @@ def recipe_of(size: Size) -> dict[str, Any]:
         "name": "checkpoint",
         "data": {"sources": [{"path": "none"}], "sequence_length": LENGTH},
         "tokenizer": {"vocab_size": size.vocabulary},
-        "model": {"config": {
-            "model_type": "llama", "hidden_size": size.hidden, "intermediate_size": size.hidden * 8 // 3 // 32 * 32,
-            "num_hidden_layers": size.layers, "num_attention_heads": 6, "num_key_value_heads": 6, "tie_word_embeddings": True,
-        }},
+        "model": {
+            "config": {
+                "model_type": "llama",
+                "hidden_size": size.hidden,
+                "intermediate_size": size.hidden * 8 // 3 // 32 * 32,
+                "num_hidden_layers": size.layers,
+                "num_attention_heads": 6,
+                "num_key_value_heads": 6,
+                "tie_word_embeddings": True,
+            }
+        },
         "train": {"global_batch": ROWS * WORKERS, "micro_batch": ROWS, "steps": 1},
         "cluster": {"num_workers": WORKERS},
-    }  # fmt: skip
+    }
 
 
 def rank_of(rank: int, size: Size, at: str) -> None:
-    """Measures on one rank; the first writes out.json."""
+    """Runs the measurements on one rank; rank 0 writes the results to out.json."""
     import torch
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    from sevenfold.engine import checkpoint as ckpt
     from sevenfold.engine import cpu, optim
     from sevenfold.engine.batch import Batch
-    from sevenfold.engine.objectives import Causal, Words, attach
+    from sevenfold.engine.checkpoint import (
+        CheckpointManager,
+        latest_checkpoint,
+        load_checkpoint,
+        verify_files,
+    )
+    from sevenfold.engine.objectives import Causal, SpecialTokens, attach_losses
     from sevenfold.engine.step import train_step
     from sevenfold.model import build, parallel
     from sevenfold.recipe import Recipe
@@ -74,27 +88,30 @@ def rank_of(rank: int, size: Size, at: str) -> None:
     cpu.prepare(threads=1)
     recipe = Recipe.model_validate(recipe_of(size))
     model: Any = build.build(recipe, build.config_of(recipe, size.vocabulary), weights=rank == 0)
-    attach(model, Causal(Words(size.vocabulary), 0, 0.15, 3), recipe.train.loss_chunk)
+    attach_losses(
+        model, Causal(SpecialTokens(size.vocabulary), 0, 0.15, 3), recipe.train.loss_chunk
+    )
     parameters = sum(p.numel() for p in model.parameters())
     model = parallel.shard(model, torch.device("cpu"), recipe.train, recipe.parallel)
     optimizers = optim.build(model, recipe.optimizer)
-    ids = torch.randint(size.vocabulary, (ROWS, LENGTH), generator=torch.Generator().manual_seed(rank))
+    generator = torch.Generator().manual_seed(rank)
+    ids = torch.randint(size.vocabulary, (ROWS, LENGTH), generator=generator)
     edges = torch.arange(0, ROWS * LENGTH + 1, LENGTH, dtype=torch.int32)
     batch = Batch(ids, torch.arange(LENGTH).repeat(ROWS, 1), ids, edges)
-    seen = defaultdict[str, list[float]](list)
+    seconds_of = defaultdict[str, list[float]](list)
 
-    def most(value: float) -> float:
-        of_all = torch.tensor(value, dtype=torch.float64)
-        dist.all_reduce(of_all, op=dist.ReduceOp.MAX)
-        return float(of_all)
+    def slowest(value: float) -> float:
+        maximum = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(maximum, op=dist.ReduceOp.MAX)
+        return float(maximum)
 
     def timed(work: Callable[[], Any], name: str | None = None) -> float:
         dist.barrier()
         begin = time.perf_counter()
         work()
-        seconds = most(time.perf_counter() - begin)
+        seconds = slowest(time.perf_counter() - begin)
         if name:
-            seen[name].append(seconds)
+            seconds_of[name].append(seconds)
         return seconds
 
     def step() -> float:
@@ -108,14 +125,17 @@ def rank_of(rank: int, size: Size, at: str) -> None:
         saver.save(saves, model, optimizers, {})
 
     def beside() -> None:
-        """Steps while a save is under way on any rank; what they took longer than others, and the save's call."""
-        taken = [timed(save)]
-        while most(saver.under_way):
-            taken.append(step())
-        free = measure.median(seen["step"])
-        seen["beside"].append(sum(taken[1:]) / max(1, len(taken) - 1))
-        seen["cost"].append(sum(taken) - free * (len(taken) - 1))
-        seen["beside_commit"].append(most(saver.seconds))
+        """Trains while a save is written on any rank, and records what the save costs.
+
+        The cost is the duration of the call and the time by which the steps take longer.
+        """
+        durations = [timed(save)]
+        while slowest(saver.saving):
+            durations.append(step())
+        undisturbed = measure.median(seconds_of["step"])
+        seconds_of["beside"].append(sum(durations[1:]) / max(1, len(durations) - 1))
+        seconds_of["cost"].append(sum(durations) - undisturbed * (len(durations) - 1))
+        seconds_of["beside_commit"].append(slowest(saver.save_seconds))
 
     def plain_save() -> None:
         weights, state = get_state_dict(model, optimizers)
@@ -129,11 +149,11 @@ def rank_of(rank: int, size: Size, at: str) -> None:
     for _ in range(3):
         step()
     folder = f"{at}/checkpoints"
-    saver = ckpt.Saver(folder, keep=1)
+    saver = CheckpointManager(folder, keep=1)
     timed(save, "first_stall")
     saver.wait()
     for _ in range(size.rounds):
-        seen["step"] += [step() for _ in range(FREE)]
+        seconds_of["step"] += [step() for _ in range(FREE)]
         timed(lambda: (save(), saver.wait()), "sync")
         step()
         timed(save, "stall")
@@ -143,38 +163,44 @@ def rank_of(rank: int, size: Size, at: str) -> None:
         saver.wait()
         timed(plain_save, "plain_save")
 
-        found = saver.last
-        assert found is not None
-        mine = [name for name in found.files if name.startswith(f"__{rank}_")]
-        timed(lambda: ckpt.verify(found, mine), "read_back")  # noqa: B023  as a save does, by way of the page cache
+        checkpoint = saver.last
+        assert checkpoint is not None
+        own_files = [name for name in checkpoint.files if name.startswith(f"__{rank}_")]
+        # from the page cache, as a save verifies what it has written
+        timed(lambda: verify_files(checkpoint, own_files), "read_back")  # noqa: B023 (called at once)
         forget(folder, f"{at}/plain")
-        timed(lambda: ckpt.latest(folder), "verify")
+        timed(lambda: latest_checkpoint(folder), "verify")
         forget(folder)
-        timed(lambda: ckpt.load(ckpt.latest(folder), model, optimizers), "restore")  # type: ignore[arg-type]
+        timed(lambda: load_checkpoint(latest_checkpoint(folder), model, optimizers), "restore")  # type: ignore[arg-type]
         timed(plain_load, "plain_load")
         dist.barrier()
         if rank == 0:
             shutil.rmtree(f"{at}/plain")
-    size_mb = sum(f["bytes"] for f in found.files.values()) / 1e6
-    kept = bytes(100_000_000)
-    rate = len(kept) / 1e6 / timed(lambda: hashlib.sha256(kept).digest())
+    size_mb = sum(f["bytes"] for f in checkpoint.files.values()) / 1e6
+    data = bytes(100_000_000)
+    rate = len(data) / 1e6 / timed(lambda: hashlib.sha256(data).digest())
     saver.close()
     dist.destroy_process_group()
     if rank == 0:
-        medians = {k: measure.median(v) for k, v in seen.items()}
+        medians = {k: measure.median(v) for k, v in seconds_of.items()}
         out = {**medians, "mb": size_mb, "sha256_mb_s": rate, "parameters": parameters}
         Path(at, "out.json").write_text(json.dumps(out))
 
 
 def forget(*folders: str) -> None:
-    """Drops a folder's files, which are on the disk already, from the page cache."""
+    """Drops the files of folders, which are on the disk already, from the page cache."""
     for path in (p for folder in folders for p in Path(folder).rglob("*") if p.is_file()):
         with open(path, "rb") as f:
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def measured(size: Size) -> dict[str, float]:
-    """Medians in seconds (of the slowest rank), and: mb of a checkpoint, sha256_mb_s of a core, parameters."""
+    """Runs the measurements in WORKERS processes.
+
+    Returns:
+        The median seconds of each case, on the slowest rank; the size of a checkpoint ("mb"), the
+        rate of SHA-256 on one core ("sha256_mb_s") and the number of "parameters".
+    """
     import torch.multiprocessing as mp
 
     with tempfile.TemporaryDirectory(prefix="checkpoint-") as at:
@@ -183,33 +209,50 @@ def measured(size: Size) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small model, few rounds; too small to judge the claims by")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="small model, few rounds; too small to judge the claims by",
+    )
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     m = measured(QUICK if a.quick else FULL)
     sums = m["mb"] / WORKERS / m["sha256_mb_s"]
     rows = [
-        ("save, until committed", "sync", f"sums, reading back and sums again: {(sums + m['read_back']) / m['sync']:.0%}"),
+        (
+            "save, until committed",
+            "sync",
+            f"checksums, reading back, verifying: {(sums + m['read_back']) / m['sync']:.0%}",
+        ),
         ("dcp.save", "plain_save", "torch's own"),
-        ("call of a save, the first", "first_stall", "allocates its copy's memory"),
-        ("call of a save", "stall", f"{m['stall'] / m['sync']:.1%} of a save that is waited for"),
-        ("save beside steps, until committed", "beside_commit", ""),
-        ("what that takes from the training", "cost", f"steps of {m['step']:.3f} s take {m['beside']:.3f} s beside it"),
-        ("verify, from the disk", "verify", "ckpt.latest"),
-        ("verify and restore, from the disk", "restore", "ckpt.latest, ckpt.load"),
+        ("call of the first save", "first_stall", "allocates the memory for the copy"),
+        ("call of a save", "stall", f"{m['stall'] / m['sync']:.1%} of a synchronous save"),
+        ("save during steps, until committed", "beside_commit", ""),
+        (
+            "training time that it costs",
+            "cost",
+            f"steps of {m['step']:.3f} s take {m['beside']:.3f} s meanwhile",
+        ),
+        ("verify, from the disk", "verify", "latest_checkpoint"),
+        ("verify and restore, from the disk", "restore", "latest_checkpoint, load_checkpoint"),
         ("dcp.load, from the disk", "plain_load", "torch's own: verifies nothing"),
     ]
-    title = f"{m['parameters'] / 1e6:.0f}M parameters with AdamW's state, {m['mb']:,.0f} MB, {WORKERS} workers"
+    title = (
+        f"{m['parameters'] / 1e6:.0f}M parameters with AdamW's state, {m['mb']:,.0f} MB, "
+        f"{WORKERS} workers"
+    )
     cells = [(name, f"{m[key]:.3f}", f"{m['mb'] / m[key]:,.0f}", note) for name, key, note in rows]
     measure.show(title, ("what", "seconds", "MB/s of both workers", ""), cells)
     claims = [
         measure.claim("stall_vs_sync", m["stall"], m["sync"], GOAL, at_most=True),
-        # also where the training leaves no core to it, as here, a save beside the steps must be the cheaper one
+        # a save during steps must be cheaper, even if training leaves it no free core, as here
         measure.claim("cost_beside_vs_sync", m["cost"], m["sync"], 1.0, at_most=True),
-        # more by two sums and one reading of each byte, and the removal of the one before
+        # compared with dcp: two more checksums, one more read, and the removal of the previous one
         measure.claim("save_vs_dcp", m["sync"], m["plain_save"], 2.0, at_most=True),
-        # one reading and one sum more; the second reading is the page cache's
+        # compared with dcp: one more read and one more checksum; the second read is cached
         measure.claim("restore_vs_dcp", m["restore"], m["plain_load"], 2.0, at_most=True),
         measure.claim("verify_mb_per_s", m["mb"] / m["verify"], None, 500),
         measure.claim("restore_mb_per_s", m["mb"] / m["restore"], None, 300),

@@ -1,9 +1,11 @@
-"""The plan before paying, held against what was published and what is measured here.
+"""Compares the estimates of `sevenfold plan` with published results and with measurements here.
 
     python benchmarks/plan.py [--quick] [--json FILE]
 
-Memory: torchtitan's Llama 3.1 8B on H100s, our own runs on one H200 (benchmarks/RESULTS.md), and workers of small models on
-this machine. --quick: of those published some, of those here the larger model, on which nothing is fitted.
+Memory is compared for torchtitan's Llama 3.1 8B on H100s, our own runs on one H200
+(benchmarks/RESULTS.md), and workers with small models on this machine; throughput for the rows of
+published.py. --quick: some of the published results, and here only the larger model, to which
+nothing is fitted.
 """
 
 from __future__ import annotations
@@ -29,21 +31,61 @@ import published
 HERE = Path(__file__).resolve()
 sys.path.insert(0, str(HERE.parents[1] / "platform"))
 GIB, MIB = 2**30, 2**20
-LLAMA = {"model_type": "llama", "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
-# besides those that rates are published of, small ones
+LLAMA = {
+    "model_type": "llama",
+    "rms_norm_eps": 1e-5,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}
+# models with published throughput, and small ones
 MODELS: dict[str, dict[str, Any]] = {
-    "8B": published.MODELS["Llama 8B"], "7B": published.MODELS["Llama 7B"], "1B": published.MODELS["Llama 1.24B"],
-    "30M": {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8,
-            "num_key_value_heads": 8, "vocab_size": 8192, "tie_word_embeddings": True},
-    "13M": {"hidden_size": 320, "intermediate_size": 896, "num_hidden_layers": 8, "num_attention_heads": 5,
-            "num_key_value_heads": 5, "vocab_size": 8192, "tie_word_embeddings": True},
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
-             "num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True},
-}  # fmt: skip
+    "8B": published.MODELS["Llama 8B"],
+    "7B": published.MODELS["Llama 7B"],
+    "1B": published.MODELS["Llama 1.24B"],
+    "30M": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "vocab_size": 8192,
+        "tie_word_embeddings": True,
+    },
+    "13M": {
+        "hidden_size": 320,
+        "intermediate_size": 896,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "vocab_size": 8192,
+        "tie_word_embeddings": True,
+    },
+    "tiny": {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 512,
+        "tie_word_embeddings": True,
+    },
+}
 
 
 class Case(NamedTuple):
-    """gib: reserved (torch.cuda.max_memory_reserved); allocated: where that is known, too."""
+    """A measured peak of memory.
+
+    Attributes:
+        model: A key of MODELS.
+        gpus: The number of GPUs.
+        length: Tokens per sequence.
+        rows: Sequences per micro-batch.
+        checkpointing: Activation checkpointing: none, selective or full.
+        gib: Reserved GiB (torch.cuda.max_memory_reserved).
+        compiled: Whether the model was compiled.
+        loss_chunk: As in the recipe.
+        adapter: Whether LoRA is trained.
+        allocated: Allocated GiB, if they are known.
+    """
 
     model: str
     gpus: int
@@ -57,9 +99,10 @@ class Case(NamedTuple):
     allocated: float | None = None
 
 
-# torchtitan, benchmarks/llama3_h100_202412_torchtitan.md (tables 1 to 3; 96 GB H100s, torch of 2024-12-23). Their selective
-# checkpointing keeps every second product, and so does the trace here (`titan`). They compile the loss,
-# too, which we do not: the plan's figure of a compiled row is the eager one's.
+# torchtitan, benchmarks/llama3_h100_202412_torchtitan.md (tables 1 to 3; 96 GB H100s, torch of
+# 2024-12-23). Its selective checkpointing keeps every second matmul, and so does the trace here
+# (`titan`). It also compiles the loss, which we do not: the plan's estimate for a compiled row is
+# that of the eager one.
 PUBLISHED = {
     "8 GPUs": Case("8B", 8, 8192, 2, "selective", 82.4),
     "8 GPUs, compiled": Case("8B", 8, 8192, 2, "selective", 77.0),
@@ -67,17 +110,25 @@ PUBLISHED = {
     "128 GPUs, compiled": Case("8B", 128, 8192, 2, "selective", 62.0),
     "8 GPUs, 1 row of 32,768, compiled, float8": Case("8B", 8, 32768, 1, "full", 83.9),
 }
-# benchmarks/RESULTS.md, "On a GPU, without Ray": GB there. plan.memory's allowance for the allocator is fitted on them; what is
-# allocated is fitted on nothing. Selective checkpointing was transformers 5.17's, which lies around a compiled block and sees
-# nothing in it: as full. That of 5.23, which we pin, lies inside and is honoured (counted on a CPU: no product is made again).
+# benchmarks/RESULTS.md, "On a GPU, without Ray", where they are in GB. The allowance for the
+# allocator in plan.memory is fitted to them; allocated memory is not fitted to anything. Selective
+# checkpointing is that of transformers 5.17, which wraps a compiled block and cannot look into it,
+# so it had the effect of full. That of 5.23, which we pin, is inside of the compiled block and
+# works (counted on a CPU: no matmul is recomputed).
 OURS = {
     "1.24B, eager": Case("1B", 1, 8192, 2, "none", 77.6e9 / GIB, allocated=69.4e9 / GIB),
     "1.24B, compiled": Case("1B", 1, 8192, 2, "none", 68.8e9 / GIB, True, allocated=60.8e9 / GIB),
-    "6.74B, compiled, selective": Case("7B", 1, 4096, 1, "full", 113.6e9 / GIB, True, 2048, allocated=108.9e9 / GIB),
-    "8.03B, compiled, full": Case("8B", 1, 8192, 1, "full", 143.0e9 / GIB, True, 2048, allocated=132.8e9 / GIB),
-    "8.03B, compiled, LoRA": Case("8B", 1, 4096, 2, "full", 43.1e9 / GIB, True, 2048, True, allocated=40.3e9 / GIB),
+    "6.74B, compiled, selective": Case(
+        "7B", 1, 4096, 1, "full", 113.6e9 / GIB, True, 2048, allocated=108.9e9 / GIB
+    ),
+    "8.03B, compiled, full": Case(
+        "8B", 1, 8192, 1, "full", 143.0e9 / GIB, True, 2048, allocated=132.8e9 / GIB
+    ),
+    "8.03B, compiled, LoRA": Case(
+        "8B", 1, 4096, 2, "full", 43.1e9 / GIB, True, 2048, True, allocated=40.3e9 / GIB
+    ),
 }
-HERE_CASES = {"13M": (512, 4), "30M": (512, 4)}  # tokens a row, rows a micro-batch
+HERE_CASES = {"13M": (512, 4), "30M": (512, 4)}  # tokens per row, rows per micro-batch
 WORKERS = 2
 
 
@@ -88,28 +139,48 @@ def recipe_of(model: str, gpus: int, length: int, rows: int, **train: Any) -> An
     settings = {"global_batch": gpus * rows, "micro_batch": rows, "steps": 1, **train}
     config = {"config": LLAMA | MODELS[model]}
     return Recipe.model_validate(
-        {"name": "plan", "model": config, "tokenizer": {"path": "none"}, "data": data, "train": settings}
+        {
+            "name": "plan",
+            "model": config,
+            "tokenizer": {"path": "none"},
+            "data": data,
+            "train": settings,
+        }
     )
 
 
 def predicted(case: Case, trace: Any = None) -> Any:
-    """The plan's memory. trace: another way to trace than the plan's."""
+    """Returns the plan's memory of a case.
+
+    Args:
+        case: The case.
+        trace: Replaces the plan's function that traces a step.
+    """
     from sevenfold.plan import memory
     from sevenfold.plan.layouts import Layout
     from sevenfold.recipe import Adapter
 
     recipe = recipe_of(
-        case.model, case.gpus, case.length, case.rows, dtype="bfloat16", loss_chunk=case.loss_chunk, compile=case.compiled,
+        case.model,
+        case.gpus,
+        case.length,
+        case.rows,
+        dtype="bfloat16",
+        loss_chunk=case.loss_chunk,
+        compile=case.compiled,
         activation_checkpointing=case.checkpointing,
-    )  # fmt: skip
-    if case.adapter:  # not in the tree: a recipe that is read asks for a base to adapt
+    )
+    if case.adapter:
+        # not in the validated tree: there, an adapter requires model.path
         recipe = recipe.model_copy(update={"adapter": Adapter(rank=16, alpha=32)})
     layout = Layout(case.gpus, micro_batch=case.rows, activation_checkpointing=case.checkpointing)
-    return memory.measured(recipe, layout, trace=trace) if trace else memory.measured(recipe, layout)
+    return (
+        memory.measured(recipe, layout, trace=trace) if trace else memory.measured(recipe, layout)
+    )
 
 
 def reserved(case: Case, held: Any) -> float:
-    """As torch counts it."""
+    """Returns the memory that torch counts as reserved, in bytes."""
     from sevenfold.plan import memory
     from sevenfold.plan.layouts import Layout
 
@@ -117,8 +188,11 @@ def reserved(case: Case, held: Any) -> float:
 
 
 def titan(job: Any) -> Any:
-    """A trace with torchtitan's selective checkpointing, in a process of its own: of products it keeps the first, the third...
-    of each block (torchtitan/models/llama/parallelize_llama.py, _apply_ac_to_transformer_block, as of 2024-12)."""
+    """Traces a step with torchtitan's selective checkpointing. Runs in a process of its own.
+
+    Of the matmuls of each block it keeps the first, the third and so on
+    (torchtitan/models/llama/parallelize_llama.py, _apply_ac_to_transformer_block, as of 2024-12).
+    """
     import torch
     from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
@@ -138,7 +212,10 @@ def titan(job: Any) -> Any:
         return create_selective_checkpoint_contexts(policy)
 
     def recompute(model: Any, how: str) -> None:
-        ours(model, how) if how != "selective" else model.activation_checkpointing_enable(
+        if how != "selective":
+            ours(model, how)
+            return
+        model.activation_checkpointing_enable(
             activation_checkpointing_kwargs={"use_reentrant": False, "context_fn": contexts}
         )
 
@@ -152,14 +229,15 @@ def titan(job: Any) -> Any:
 # On this machine
 
 
-class Found(NamedTuple):
-    """Of a worker, which has one thread.
+class WorkerFigures(NamedTuple):
+    """What was measured on a worker, which has one thread.
 
     Attributes:
-        bytes: peak of resident memory in steps over what there was before the model was made.
-        step: seconds, the median.
-        gemm: FLOP/s of float32 products of 2,048 x 2,048 in the same minute.
-        copied, sent: bytes a second of a copy (read and written) and of an all-gather.
+        bytes: Peak of resident memory during steps, above that before the model was built.
+        step: Median seconds per step.
+        gemm: FLOP/s of float32 matmuls of 2,048 x 2,048, in the same minute.
+        copied: Bytes per second of a copy, read and written bytes together.
+        sent: Bytes per second of an all-gather.
         attention: FLOP/s of SDPA, forward and backward.
     """
 
@@ -171,8 +249,11 @@ class Found(NamedTuple):
     attention: float
 
 
-def worker(model: str, length: int, rows: int, rank: int, store: str) -> Found:
-    """A tiny model goes before it, so that libraries, threads and gloo's buffers are there."""
+def worker(model: str, length: int, rows: int, rank: int, store: str) -> WorkerFigures:
+    """Trains a model on one worker, and measures memory and speed.
+
+    A tiny model is trained before, so that libraries, threads and gloo's buffers exist already.
+    """
     import torch.distributed as dist
 
     from sevenfold.engine import cpu
@@ -187,24 +268,26 @@ def worker(model: str, length: int, rows: int, rank: int, store: str) -> Found:
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)
         before = _status("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         step = _train(recipe_of(model, WORKERS, length, rows))
         peak = _status("VmHWM") - before
         after = _rates(model, length, rows)
-        return Found(peak, step, *((a + b) / 2 for a, b in zip(before_rates, after, strict=True)))
+        return WorkerFigures(
+            peak, step, *((a + b) / 2 for a, b in zip(before_rates, after, strict=True))
+        )
     finally:
         dist.destroy_process_group()
 
 
 def _rates(model: str, length: int, rows: int) -> tuple[float, float, float, float]:
-    """gemm, copied, sent, attention, as Found has them."""
+    """Returns gemm, copied, sent and attention, as in WorkerFigures."""
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
 
     a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
     large, other, part = torch.zeros(2**24), torch.zeros(2**24), torch.zeros(2**21)
-    whole = [torch.empty_like(part) for _ in range(WORKERS)]
+    gathered = [torch.empty_like(part) for _ in range(WORKERS)]
     heads = MODELS[model]["num_attention_heads"]
     q, k, v = (torch.randn(rows, heads, length, 64, requires_grad=True) for _ in range(3))
 
@@ -223,26 +306,32 @@ def _rates(model: str, length: int, rows: int) -> tuple[float, float, float, flo
 
     flops = rows * heads * 64 * length**2 * 2 * (1 + 2.5)  # the causal half, as plan.ops counts it
     return (
-        rate(lambda: a @ b, 2 * 2048**3), rate(lambda: other.copy_(large), 2 * large.nbytes),
-        rate(lambda: dist.all_gather(whole, part), part.nbytes * (WORKERS - 1)), rate(attend, flops),
-    )  # fmt: skip
+        rate(lambda: a @ b, 2 * 2048**3),
+        rate(lambda: other.copy_(large), 2 * large.nbytes),
+        rate(lambda: dist.all_gather(gathered, part), part.nbytes * (WORKERS - 1)),
+        rate(attend, flops),
+    )
 
 
 def _train(recipe: Any) -> float:
-    """Seconds of a step, the median of those after the first two."""
+    """Trains for six steps, and returns the median seconds of those after the first two."""
     import numpy as np
     import torch
 
     from sevenfold.data.rows import Rows
-    from sevenfold.engine import objectives, optim
+    from sevenfold.engine import optim
     from sevenfold.engine.batch import micro_batches, to_batch
+    from sevenfold.engine.objectives import Causal, SpecialTokens, attach_losses
     from sevenfold.engine.step import train_step
     from sevenfold.model import build, parallel
 
-    device, size, length = torch.device("cpu"), recipe.model.config["vocab_size"], recipe.data.sequence_length
+    device = torch.device("cpu")
+    size, length = recipe.model.config["vocab_size"], recipe.data.sequence_length
     config = build.config_of(recipe, size)
-    model: Any = build.build(recipe, config, weights=torch.distributed.get_rank() == 0, attention="sdpa")
-    objectives.attach(model, objectives.Causal(objectives.Words(size), 0, 0.15, 3), recipe.train.loss_chunk)
+    model: Any = build.build(
+        recipe, config, weights=torch.distributed.get_rank() == 0, attention="sdpa"
+    )
+    attach_losses(model, Causal(SpecialTokens(size), 0, 0.15, 3), recipe.train.loss_chunk)
     model = parallel.shard(model, device, recipe.train, recipe.parallel)
     optimizers = optim.build(model, recipe.optimizer)
     model.train()
@@ -258,45 +347,70 @@ def _train(recipe: Any) -> float:
 
 
 def _status(name: str) -> float:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found
-    return float(found[1]) * 1024
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match
+    return float(match[1]) * 1024
 
 
-def measured_here(model: str, length: int, rows: int) -> Found:
-    """Of the worker that has most."""
+def measured_here(model: str, length: int, rows: int) -> WorkerFigures:
+    """Returns the figures of the worker with the highest memory."""
     with tempfile.TemporaryDirectory() as at:
-        words = [sys.executable, str(HERE), "--worker", json.dumps([model, length, rows])]
+        command = [sys.executable, str(HERE), "--worker", json.dumps([model, length, rows])]
         ranks = [
-            subprocess.Popen([*words, str(rank), f"{at}/store"], stdout=subprocess.PIPE, text=True) for rank in range(WORKERS)
+            subprocess.Popen(
+                [*command, str(rank), f"{at}/store"], stdout=subprocess.PIPE, text=True
+            )
+            for rank in range(WORKERS)
         ]
-        printed = [p.communicate(timeout=300)[0] for p in ranks]
-    return max(Found(*json.loads(text.splitlines()[-1])) for text in printed)
+        outputs = [p.communicate(timeout=300)[0] for p in ranks]
+    return max(WorkerFigures(*json.loads(text.splitlines()[-1])) for text in outputs)
 
 
 def planned_here(model: str, length: int, rows: int) -> float:
     from sevenfold.plan import memory
     from sevenfold.plan.layouts import Layout
 
-    return memory.measured(recipe_of(model, WORKERS, length, rows), Layout(WORKERS, micro_batch=rows), device="cpu").total
+    return memory.measured(
+        recipe_of(model, WORKERS, length, rows), Layout(WORKERS, micro_batch=rows), device="cpu"
+    ).total
 
 
-GEMM = 0.8  # of the rate of large square products, that a model's reach here; fitted on 13M, 30M is held out
+# The share of the speed of large square matmuls that a model's matmuls reach here. Fitted to 13M;
+# 30M is held out.
+GEMM = 0.8
 
 
-def planned_step(model: str, length: int, rows: int, found: Found) -> float:
-    """Seconds that plan.speed expects of a machine with these rates: a worker computes and sends by the same core, so that
-    nothing is hidden."""
+def planned_step(model: str, length: int, rows: int, figures: WorkerFigures) -> float:
+    """Returns the seconds per step that plan.speed expects on a machine with these rates.
+
+    A worker computes and sends on the same core, so that communication does not overlap.
+    """
     from sevenfold.plan import hardware, ops, speed
     from sevenfold.plan.layouts import Layout
 
     recipe, size = recipe_of(model, WORKERS, length, rows), MODELS[model]["vocab_size"]
-    core = hardware.Gpu("core", 0, {"float32": found.gemm}, found.copied / speed.MEMORY, GEMM, found.attention / found.gemm)
-    fleet = hardware.Fleet(core, WORKERS, WORKERS, found.sent / speed.SENT, found.sent)
-    passed = ops.of(recipe, size, rows, "none")
-    made = speed.size(recipe, size)
-    said = speed.timed(passed, made, Layout(WORKERS, micro_batch=rows), fleet, "float32", False, 1, WORKERS * rows * length)
-    return said.step
+    core = hardware.Gpu(
+        "core",
+        0,
+        {"float32": figures.gemm},
+        figures.copied / speed.MEMORY,
+        GEMM,
+        figures.attention / figures.gemm,
+    )
+    fleet = hardware.Fleet(core, WORKERS, WORKERS, figures.sent / speed.SENT, figures.sent)
+    operations = ops.of(recipe, size, rows, "none")
+    model_size = speed.size(recipe, size)
+    estimate = speed.timed(
+        operations,
+        model_size,
+        Layout(WORKERS, micro_batch=rows),
+        fleet,
+        "float32",
+        False,
+        1,
+        WORKERS * rows * length,
+    )
+    return estimate.step
 
 
 # The report
@@ -311,12 +425,28 @@ def memory_claims(quick: bool) -> list[dict[str, Any]]:
         rows.append(_row(f"Llama 3.1 8B, {name} (torchtitan)", case, held))
     ours = [] if quick else [(name, case, predicted(case)) for name, case in OURS.items()]
     rows += [_row(f"{name} (ours, H200)", case, held) for name, case, held in ours]
-    columns = ("case", "allocated, GiB: plan", "measured", "", "reserved, GiB: plan", "measured", "")
-    measure.show("memory of a GPU at its fullest", columns, rows)
+    columns = (
+        "case",
+        "allocated GiB: plan",
+        "measured",
+        "",
+        "reserved GiB: plan",
+        "measured",
+        "",
+    )
+    measure.show("peak memory of a GPU", columns, rows)
     claims = [measure.claim("memory_error", max(map(abs, errors)), None, 0.10, at_most=True)]
     if ours:
-        off = [abs(held.allocated / GIB / case.allocated - 1) for _, case, held in ours if case.allocated]
-        claims.append(measure.claim("memory_error: ours, allocated", max(off), None, 0.05, at_most=True))
+        differences = [
+            abs(held.allocated / GIB / case.allocated - 1)
+            for _, case, held in ours
+            if case.allocated
+        ]
+        claims.append(
+            measure.claim(
+                "memory_error: ours, allocated", max(differences), None, 0.05, at_most=True
+            )
+        )
     return claims + _here(["30M"] if quick else list(HERE_CASES))
 
 
@@ -327,14 +457,16 @@ def _by_titan(jobs: Sequence[Any]) -> list[Any]:
 
 
 def _row(name: str, case: Case, held: Any) -> tuple[str, ...]:
-    both = (
-        ("-", "-") if case.allocated is None else (f"{case.allocated:.1f}", f"{held.allocated / GIB / case.allocated - 1:+.1%}")
+    allocated = (
+        ("-", "-")
+        if case.allocated is None
+        else (f"{case.allocated:.1f}", f"{held.allocated / GIB / case.allocated - 1:+.1%}")
     )
     plan = reserved(case, held)
     return (
         name,
         f"{held.allocated / GIB:.1f}",
-        *both,
+        *allocated,
         f"{plan / GIB:.1f}",
         f"{case.gib:.1f}",
         f"{plan / GIB / case.gib - 1:+.1%}",
@@ -342,35 +474,65 @@ def _row(name: str, case: Case, held: Any) -> tuple[str, ...]:
 
 
 def _here(models: Sequence[str]) -> list[dict[str, Any]]:
-    rows, off, late = [], [], []
+    rows, memory_errors, step_errors = [], [], []
     for model in models:
-        found, plan = measured_here(model, *HERE_CASES[model]), planned_here(model, *HERE_CASES[model])
-        step = planned_step(model, *HERE_CASES[model], found)
-        off.append(abs(plan / found.bytes - 1))
-        late.append(abs(step / found.step - 1))
-        memory = (f"{plan / MIB:.0f}", f"{found.bytes / MIB:.0f}", f"{plan / found.bytes - 1:+.1%}")
-        rows.append((model, *memory, f"{step:.2f}", f"{found.step:.2f}", f"{step / found.step - 1:+.1%}"))
-    columns = ("model", "MiB: plan", "measured", "", "s a step: plan", "measured", "")
+        figures = measured_here(model, *HERE_CASES[model])
+        plan = planned_here(model, *HERE_CASES[model])
+        step = planned_step(model, *HERE_CASES[model], figures)
+        memory_errors.append(abs(plan / figures.bytes - 1))
+        step_errors.append(abs(step / figures.step - 1))
+        memory = (
+            f"{plan / MIB:.0f}",
+            f"{figures.bytes / MIB:.0f}",
+            f"{plan / figures.bytes - 1:+.1%}",
+        )
+        rows.append(
+            (
+                model,
+                *memory,
+                f"{step:.2f}",
+                f"{figures.step:.2f}",
+                f"{step / figures.step - 1:+.1%}",
+            )
+        )
+    columns = ("model", "MiB: plan", "measured", "", "s per step: plan", "measured", "")
     measure.show(f"one of {WORKERS} workers on this machine", columns, rows)
     return [
-        measure.claim("memory_error: this machine", max(off), None, 0.15, at_most=True),
-        measure.claim("step_error: this machine", max(late), None, 0.15, at_most=True),
+        measure.claim("memory_error: this machine", max(memory_errors), None, 0.15, at_most=True),
+        measure.claim("step_error: this machine", max(step_errors), None, 0.15, at_most=True),
     ]
 
 
 def throughput(quick: bool) -> list[dict[str, Any]]:
-    """Tokens a second a GPU that plan.speed expects against those published and measured (published.ROWS)."""
+    """Compares tokens per second per GPU of plan.speed with those of published.ROWS."""
     rows = [r for r in published.ROWS if not quick or r.source == published.TITAN]
-    said = [published.predicted(r).per_gpu for r in rows]
-    errors = [ours / r.given - 1 for r, ours in zip(rows, said, strict=True)]
-    told = []
-    for r, ours, error in zip(rows, said, errors, strict=True):
+    estimates = [published.predicted(r).per_gpu for r in rows]
+    errors = [ours / r.given - 1 for r, ours in zip(rows, estimates, strict=True)]
+    table_rows = []
+    for r, ours, error in zip(rows, estimates, errors, strict=True):
         how = "compiled" if r.compiled else "eager"
         rates = (f"{r.given:,.0f}", f"{ours:,.0f}", f"{error:+.1%}", "fitted" if r.fitted else "")
-        where = (r.model, f"{r.gpus} x {r.gpu}", f"{r.micro_batch} x {r.length}", r.checkpointing, how)
-        told.append((*where, *rates, r.source.partition(",")[0]))
-    columns = ("model", "GPUs", "rows", "checkpointing", "", "tokens/s/GPU", "the plan", "error", "", "from")
-    measure.show("Throughput", columns, told)
+        where = (
+            r.model,
+            f"{r.gpus} x {r.gpu}",
+            f"{r.micro_batch} x {r.length}",
+            r.checkpointing,
+            how,
+        )
+        table_rows.append((*where, *rates, r.source.partition(",")[0]))
+    columns = (
+        "model",
+        "GPUs",
+        "rows",
+        "checkpointing",
+        "",
+        "tokens/s/GPU",
+        "the plan",
+        "error",
+        "",
+        "source",
+    )
+    measure.show("Throughput", columns, table_rows)
     held_out = max(abs(e) for r, e in zip(rows, errors, strict=True) if not r.fitted)
     return [
         measure.claim("throughput_error", max(map(abs, errors)), None, 0.15, at_most=True),
@@ -379,13 +541,16 @@ def throughput(quick: bool) -> list[dict[str, Any]]:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--quick", action="store_true")
+    p = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--quick", action="store_true", help="fewer cases")
     p.add_argument("--json", type=Path)
     p.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.worker:
-        print(json.dumps(worker(*json.loads(a.worker[0]), int(a.worker[1]), a.worker[2])))
+        model, length, rows = json.loads(a.worker[0])
+        print(json.dumps(worker(model, length, rows, int(a.worker[1]), a.worker[2])))
         return 0
     claims = memory_claims(a.quick) + throughput(a.quick)
     return 0 if measure.report(claims, a.json) else 1

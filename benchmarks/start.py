@@ -1,9 +1,9 @@
-"""From a command to the first optimizer step: a small decoder on two workers, on this machine.
+"""Measures the time from a command to the first optimizer step: a small decoder on two workers.
 
     python benchmarks/start.py [--quick] [--json FILE]
 
-Ours is `jobs/pretrain.py` as it is, up to the first line of the log: Ray Data, tokenizer, ledger. Ray Train alone and torchrun
-train the same model with FSDP2 on tokens drawn at random: what nobody can be quicker than.
+Ours is `jobs/pretrain.py` with Ray Data, tokenizer and ledger, until the first line of the log. Ray
+Train alone and torchrun train the same model with FSDP2 on random tokens: the lower bounds.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GOAL = 12.0  # seconds
 
 
 def one_step(*_: Any) -> None:
-    """The first optimizer step of a rank whose process group is there."""
+    """Runs the first optimizer step of a rank that has a process group."""
     import torch
     from torch.distributed.fsdp import fully_shard
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -56,9 +56,13 @@ def ray_train() -> None:
     from ray.train.torch import TorchTrainer
 
     ray.init(
-        address="local", num_cpus=8, runtime_env={"env_vars": {"SEVENFOLD_FIRST_STEP": os.environ["SEVENFOLD_FIRST_STEP"]}}
+        address="local",
+        num_cpus=8,
+        runtime_env={"env_vars": {"SEVENFOLD_FIRST_STEP": os.environ["SEVENFOLD_FIRST_STEP"]}},
     )
-    TorchTrainer(one_step, scaling_config=ScalingConfig(num_workers=WORKERS, resources_per_worker={"CPU": 1})).fit()
+    TorchTrainer(
+        one_step, scaling_config=ScalingConfig(num_workers=WORKERS, resources_per_worker={"CPU": 1})
+    ).fit()
 
 
 def torchrun() -> None:
@@ -72,57 +76,79 @@ def torchrun() -> None:
 SIDES = {"ray_train": ray_train, "torchrun": torchrun}
 
 
-def until(seen: Path, words: list[Any], **env: str) -> float:
-    """Seconds from the start of a command until the file is there and not empty, or was touched; waits for its end."""
+def until(path: Path, command: list[Any], **env: str) -> float:
+    """Runs a command, and returns the seconds from its start until a file exists."""
     begin = time.perf_counter()
-    process = subprocess.Popen(words, env={**os.environ, **env}, stdout=sys.stderr)
-    took = None
+    process = subprocess.Popen(command, env={**os.environ, **env}, stdout=sys.stderr)
+    seconds = None
     while process.poll() is None:
-        if took is None and seen.exists():
-            took = time.perf_counter() - begin
+        if seconds is None and path.exists():
+            seconds = time.perf_counter() - begin
         time.sleep(0.02)
-    if process.returncode or took is None:
-        raise RuntimeError(f"{words}: exit {process.returncode}, first step {took}")
-    return took
+    if process.returncode or seconds is None:
+        raise RuntimeError(f"{command}: exit {process.returncode}, first step {seconds}")
+    return seconds
 
 
 def ours(folder: Path) -> float:
-    with tempfile.TemporaryDirectory() as at:
-        tree = step.recipe_of(step.QUICK, WORKERS, 1, False) | {"tokenizer": {"path": str(folder / "tokenizer")}}
+    with tempfile.TemporaryDirectory() as temporary:
+        tree = step.recipe_of(step.QUICK, WORKERS, 1, False) | {
+            "tokenizer": {"path": str(folder / "tokenizer")}
+        }
         tree["train"]["steps"] = STEPS
-        return until(Path(at) / "step/metrics.jsonl", step.job(folder, tree, Path(at)))
+        return until(
+            Path(temporary) / "step/metrics.jsonl", step.job(folder, tree, Path(temporary))
+        )
 
 
 def peer(side: str) -> float:
-    with tempfile.TemporaryDirectory() as at:
-        words: list[Any] = [sys.executable]
+    with tempfile.TemporaryDirectory() as temporary:
+        command: list[Any] = [sys.executable]
         if side == "torchrun":
-            words += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORKERS}"]
-        seen = Path(at) / "first"
-        return until(seen, [*words, HERE, "--side", side], SEVENFOLD_FIRST_STEP=str(seen), OMP_NUM_THREADS="1")
+            command += [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={WORKERS}",
+            ]
+        marker = Path(temporary) / "first"
+        return until(
+            marker,
+            [*command, HERE, "--side", side],
+            SEVENFOLD_FIRST_STEP=str(marker),
+            OMP_NUM_THREADS="1",
+        )
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="one round")
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--side", choices=SIDES, help="how the script calls itself")
+    parser.add_argument("--side", choices=SIDES, help="used by the script itself")
     a = parser.parse_args()
     if a.side:
         SIDES[a.side]()
         return 0
     os.environ.update(step.ENV)
-    with tempfile.TemporaryDirectory(prefix="start-") as at:
-        step.prepare(Path(at), step.QUICK)
+    with tempfile.TemporaryDirectory(prefix="start-") as temporary:
+        step.prepare(Path(temporary), step.QUICK)
         sides: dict[str, Callable[[], float]] = {
-            "ours": partial(ours, Path(at)), "Ray Train": partial(peer, "ray_train"), "torchrun": partial(peer, "torchrun"),
-        }  # fmt: skip
-        found = measure.interleaved(sides, 1 if a.quick else 5)
-    medians = {k: measure.median(v) for k, v in found.items()}
-    rows = [(k, f"{v:.1f}", f"{min(found[k]):.1f}-{max(found[k]):.1f}") for k, v in medians.items()]
+            "ours": partial(ours, Path(temporary)),
+            "Ray Train": partial(peer, "ray_train"),
+            "torchrun": partial(peer, "torchrun"),
+        }
+        results = measure.interleaved(sides, 1 if a.quick else 5)
+    medians = {k: measure.median(v) for k, v in results.items()}
+    rows = [
+        (k, f"{v:.1f}", f"{min(results[k]):.1f}-{max(results[k]):.1f}") for k, v in medians.items()
+    ]
     measure.show("command to first optimizer step, two workers", ("", "seconds", "of"), rows)
     claims = [
-        measure.claim("start_vs_ray_train", medians["ours"], medians["Ray Train"], 1.0, at_most=True),
+        measure.claim(
+            "start_vs_ray_train", medians["ours"], medians["Ray Train"], 1.0, at_most=True
+        ),
         measure.claim("start_seconds", medians["ours"], None, GOAL, at_most=True),
     ]
     return 0 if measure.report(claims, a.json) or a.quick else 1

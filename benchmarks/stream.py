@@ -1,10 +1,11 @@
-"""How fast the data stream is, and what a resume and a large corpus cost it: batches [8, 1024] from text in parquet.
+"""Measures the speed of the data stream, and the cost of resuming and of a large corpus.
 
     python benchmarks/stream.py [--quick] [--json FILE] [--data FOLDER]
 
-Speed is tokens over CPU seconds of all processes of the reader, its start (imports, Ray) included; beside it stands what
-the reading alone took, where one process does it all. What is made (text, tokenizers, the peers' own shards) stays in
---data and is used again; --quick needs 0.2 GB there, the full run 9 GB.
+The batches are [8, 1024] tokens from text in Parquet. Speed is tokens per CPU second of all
+processes of the reader, including its start (imports, Ray); if one process does everything, the
+speed of reading alone is shown as well. Text, tokenizers and the shards of other libraries are kept
+in --data and used again; --quick needs 0.2 GB there, the full run 9 GB.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ if TYPE_CHECKING:
     from sevenfold.data.encode import TextEncoder
 
 MB = 10**6
-GROUP_BYTES, SHARD_GROUPS, DOCUMENT_BYTES = 2 * MB, 16, 20_000  # longer texts are split at blank lines
+GROUP_BYTES, SHARD_GROUPS = 2 * MB, 16  # text per row group, row groups per file
+DOCUMENT_BYTES = 20_000  # longer texts are split at blank lines
 HERE = Path(__file__).resolve()
 PLATFORM = HERE.parents[1] / "platform"
 EXECUTORS = ("inline", "ray")
@@ -45,59 +47,75 @@ FRACTIONS = (0.05, 0.95)
 
 
 class Size(NamedTuple):
-    corpus_mb: int  # what is read for speed: large, since of a run of days the start is nothing
+    corpus_mb: int  # for speed: large, since the start does not matter in a run of days
     vocabulary: int
-    sample_mb: int  # of text that the tokenizer is trained on
+    sample_mb: int  # text that the tokenizer is trained on
     epochs: int
     rounds: int
     peers: tuple[str, ...]
-    peer_seconds: float  # of reading from the first batch on, at most
+    peer_seconds: float  # maximum reading time, from the first batch on
     resume_mb: int
     memory_mb: tuple[int, int]
     memory_batches: int
-    resumers: tuple[str, ...]  # peers
-    resumers_mb: int  # less, since they read from the beginning to get there
+    resumers: tuple[str, ...]  # the other libraries whose resuming is measured
+    resumers_mb: int  # smaller than resume_mb, since they read everything before that position
 
 
 FULL = Size(
-    1000, 32_000, 20, 5, 3, ("datasets", "ray", "mosaicml", "litdata", "memmap"), 60, 1000, (1000, 4000), 16_000,
-    ("datasets", "mosaicml"), 250,
-)  # fmt: skip
+    1000,
+    32_000,
+    20,
+    5,
+    3,
+    ("datasets", "ray", "mosaicml", "litdata", "memmap"),
+    60,
+    1000,
+    (1000, 4000),
+    16_000,
+    ("datasets", "mosaicml"),
+    250,
+)
 QUICK = Size(30, 8_000, 3, 2, 1, ("datasets",), 10, 100, (50, 200), 1000, (), 30)
 
 
-# Ours: each in a process of its own
+# Our stream, each time in a process of its own.
 
 
 def ours(a: argparse.Namespace, start: float) -> dict[str, Any]:
-    """Reads as a.ours says. seconds and cpu_s (of this process) are from when imports and Ray stand."""
+    """Reads batches with the executor `a.ours`.
+
+    "seconds" and "cpu_s" (of this process) are counted from when imports and Ray are ready.
+    """
     import torch
 
     from sevenfold.data.order import LanePosition
-    from sevenfold.data.stream import ReaderState, Stream
+    from sevenfold.data.reader import ReaderState
+    from sevenfold.data.stream import Stream
     from sevenfold.engine.batch import to_batch
 
     torch.set_num_threads(1)
-    plan, selection, encoder = pickle.loads((a.data / "stream.pkl").read_bytes())  # noqa: S301
+    order, selection, encoder = pickle.loads((a.data / "stream.pkl").read_bytes())  # noqa: S301
     state, first, tokens, device = ReaderState(), None, 0, torch.device("cpu")
     if a.fraction is not None:
-        ordinal = int(a.fraction * plan.windows_per_epoch / plan.lanes)
-        state.positions = {lane: LanePosition(ordinal, 0) for lane in range(plan.lanes)}
-    stream = Stream(replace(plan, epochs=a.epochs), selection, encoder, LENGTH, a.ours)
+        ordinal = int(a.fraction * order.chunks_per_epoch / order.lanes)
+        state.positions = {lane: LanePosition(ordinal, 0) for lane in range(order.lanes)}
+    stream = Stream(replace(order, epochs=a.epochs), selection, encoder, LENGTH, a.ours)
     with local_ray() if a.ours == "ray" else contextlib.nullcontext():
-        began, cpu = time.perf_counter(), time.process_time()
-        reader = stream.shard(0, 1).reader(ROWS // plan.lanes, state)
+        begin, cpu = time.perf_counter(), time.process_time()
+        reader = stream.shard(0, 1).reader(ROWS // order.lanes, state)
         try:
             for rows in itertools.islice(reader, a.batches):
                 batch = to_batch(rows).to(device)
                 first = first or time.perf_counter() - start
                 if batch.input_ids.shape != (ROWS, LENGTH) or batch.input_ids.dtype != torch.int64:
-                    raise SystemExit(f"expected a batch [{ROWS}, {LENGTH}], found {list(batch.input_ids.shape)}")
-                reader.take_draws()
-                tokens += int(rows.used.sum())  # where the epochs end, rows are padding
+                    raise SystemExit(
+                        f"expected a batch [{ROWS}, {LENGTH}], found {list(batch.input_ids.shape)}"
+                    )
+                reader.take_read_ranges()
+                tokens += int(rows.used.sum())  # at the end of the epochs, rows are padding
                 if reader.ended:
                     break
-            seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
+            seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
         finally:
             reader.close()
     return {"tokens": tokens, "seconds": seconds, "first_batch_s": first, "cpu_s": cpu}
@@ -105,15 +123,24 @@ def ours(a: argparse.Namespace, start: float) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def local_ray() -> Iterator[None]:
-    """As the peer's: what Ray's dashboard takes is not the stream's."""
+    """Starts a Ray like that of the other library: without the dashboard, which takes CPU time."""
     folder = tempfile.mkdtemp(prefix="ray-")
     os.environ.pop("RAY_ADDRESS", None)
-    # its own token: without one, Ray leaves ~/.ray/auth_token behind, which changes how each later cluster starts
-    os.environ.update(RAY_TMPDIR=folder, RAY_AUTH_TOKEN=secrets.token_hex(32), PYTHONPATH=str(PLATFORM))
+    # a token of its own: otherwise Ray leaves ~/.ray/auth_token behind, which changes how later
+    # clusters start
+    os.environ.update(
+        RAY_TMPDIR=folder, RAY_AUTH_TOKEN=secrets.token_hex(32), PYTHONPATH=str(PLATFORM)
+    )
     import ray
 
     try:
-        ray.init("local", num_cpus=2, include_dashboard=False, object_store_memory=512 * 2**20, log_to_driver=False)
+        ray.init(
+            "local",
+            num_cpus=2,
+            include_dashboard=False,
+            object_store_memory=512 * 2**20,
+            log_to_driver=False,
+        )
         yield
     finally:
         ray.shutdown()
@@ -121,17 +148,30 @@ def local_ray() -> Iterator[None]:
 
 
 def run_ours(executor: str, data: Path, *options: str | int | float) -> measure.Measured:
-    return measure.run([sys.executable, HERE, "--ours", executor, "--data", data, *map(str, options)], ENV, 1800)
+    return measure.run(
+        [sys.executable, HERE, "--ours", executor, "--data", data, *map(str, options)], ENV, 1800
+    )
 
 
-# What is read
+# The data that is read.
 
 
 def documents() -> Iterator[str]:
-    """Python source of this interpreter and its packages, and the system's documentation; over and over, then marked."""
-    paths = {p for name in ("stdlib", "purelib", "platlib") for p in Path(sysconfig.get_path(name)).rglob("*.py")}
+    """Yields Python source of this interpreter and its packages, and the system's documentation.
+
+    It repeats forever; from the second time on, each text starts with the number of the repetition.
+    """
+    paths = {
+        p
+        for name in ("stdlib", "purelib", "platlib")
+        for p in Path(sysconfig.get_path(name)).rglob("*.py")
+    }
     paths.update(p for folder in site.getsitepackages() for p in Path(folder).rglob("*.py"))
-    paths.update(p for p in Path("/usr/share/doc").rglob("*") if p.is_file() and p.suffix not in (".gz", ".xz", ".png"))
+    paths.update(
+        p
+        for p in Path("/usr/share/doc").rglob("*")
+        if p.is_file() and p.suffix not in (".gz", ".xz", ".png")
+    )
     order = sorted(paths)
     random.Random(0).shuffle(order)  # noqa: S311
     for copy in itertools.count():
@@ -146,7 +186,7 @@ def documents() -> Iterator[str]:
 
 
 def write_text(folder: Path, size_mb: int) -> None:
-    """Parquet, zstd, row groups of about GROUP_BYTES; done once."""
+    """Writes Parquet files with zstd and row groups of about GROUP_BYTES, if they do not exist."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -155,56 +195,74 @@ def write_text(folder: Path, size_mb: int) -> None:
     say(f"writing {size_mb} MB of text to {folder}")
     text = stream_peers.fresh(folder) / "text"
     text.mkdir()
-    schema, left, given = pa.schema([("text", pa.string())]), size_mb * MB, documents()
+    schema, remaining, texts = pa.schema([("text", pa.string())]), size_mb * MB, documents()
     for shard in itertools.count():
-        if left <= 0:
+        if remaining <= 0:
             break
-        with pq.ParquetWriter(text / f"{shard:05}.parquet", schema, compression="zstd") as out:
+        with pq.ParquetWriter(text / f"{shard:05}.parquet", schema, compression="zstd") as writer:
             for _ in range(SHARD_GROUPS):
                 group, size = list[str](), 0
-                while size < min(GROUP_BYTES, left):
-                    group.append(next(given))
+                while size < min(GROUP_BYTES, remaining):
+                    group.append(next(texts))
                     size += len(group[-1].encode())
-                left -= size
+                remaining -= size
                 if group:
-                    out.write_table(pa.table({"text": group}, schema), row_group_size=len(group))
+                    writer.write_table(pa.table({"text": group}, schema), row_group_size=len(group))
     (folder / "ready").touch()
 
 
 class Corpora:
-    """By size in MB; all with one tokenizer. Each folder also holds stream.pkl, what a run hands its workers."""
+    """Corpora by their size in MB, all with the same tokenizer.
+
+    Each folder also has stream.pkl: the order, the selection of documents and the encoder.
+    """
 
     def __init__(self, folder: Path, size: Size):
         self.folder, self.size = folder, size
         self.encoder: TextEncoder | None = None
 
     def __call__(self, size_mb: int) -> Path:
-        from sevenfold.data import tokens
-        from sevenfold.data.documents import Selection
-        from sevenfold.data.encode import TextEncoder, admit
+        from sevenfold.data.encode import TextEncoder, choose_backend
         from sevenfold.data.manifest import scan
-        from sevenfold.data.order import WINDOWS_PER_LANE, Plan
+        from sevenfold.data.order import CHUNKS_PER_LANE, DataOrder
+        from sevenfold.data.sources.documents import Selection
+        from sevenfold.data.tokenizer import (
+            LAST_WRITTEN,
+            estimate_tokens_per_byte,
+            load_tokenizer,
+            sample,
+            save_tokenizer,
+            train_tokenizer,
+        )
         from sevenfold.recipe import Data, Source
 
         folder = self.folder / f"{size_mb}mb-{self.size.vocabulary}"
         write_text(folder, size_mb)
         source, selection = Source(path=str(folder / "text")), Selection()
-        manifest = scan([source], "causal", ROWS * WINDOWS_PER_LANE)
+        manifest = scan([source], "causal", ROWS * CHUNKS_PER_LANE)
         if self.encoder is None:
-            if not (folder / "tokenizer" / tokens.LAST_WRITTEN).exists():
-                made = tokens.train_tokenizer(manifest, selection, self.size.vocabulary, self.size.sample_mb, 0)
-                tokens.save_tokenizer(made, str(folder / "tokenizer"))
-            tokenizer = tokens.load_tokenizer(str(folder / "tokenizer"))
-            sample = [t for column in tokens.sample(manifest, selection, 0, 1, 0) for t in column]
-            backend, why = admit(tokenizer, sample)
+            if not (folder / "tokenizer" / LAST_WRITTEN).exists():
+                new_tokenizer = train_tokenizer(
+                    manifest, selection, self.size.vocabulary, self.size.sample_mb, 0
+                )
+                save_tokenizer(new_tokenizer, str(folder / "tokenizer"))
+            tokenizer = load_tokenizer(str(folder / "tokenizer"))
+            texts = [t for column in sample(manifest, selection, 0, 1, 0) for t in column]
+            backend, why = choose_backend(tokenizer, texts)
             say(why)
-            self.encoder, self.tokenizer = TextEncoder(tokenizer, LENGTH, backend), folder / "tokenizer"
-        elif not (folder / "tokenizer").exists():  # peers look for it there
+            self.encoder = TextEncoder(tokenizer, LENGTH, backend)
+            self.tokenizer = folder / "tokenizer"
+        elif not (folder / "tokenizer").exists():  # the other libraries expect it there
             shutil.copytree(self.tokenizer, folder / "tokenizer")
-        manifest = manifest.measured([tokens.per_byte(manifest, selection, self.encoder, 0, 1, 0)])
-        plan = Plan.of(manifest, Data(sources=[source], sequence_length=LENGTH), 0, ROWS)
-        (folder / "stream.pkl").write_bytes(pickle.dumps((plan, selection, self.encoder)))
-        say(f"{size_mb} MB: {plan.tokens / MB:.1f} M tokens, {plan.windows_per_epoch} windows an epoch")
+        manifest = manifest.measured(
+            [estimate_tokens_per_byte(manifest, selection, self.encoder, 0, 1, 0)]
+        )
+        order = DataOrder.of(manifest, Data(sources=[source], sequence_length=LENGTH), 0, ROWS)
+        (folder / "stream.pkl").write_bytes(pickle.dumps((order, selection, self.encoder)))
+        say(
+            f"{size_mb} MB: {order.tokens / MB:.1f} M tokens, {order.chunks_per_epoch} chunks per "
+            "epoch"
+        )
         return folder
 
 
@@ -215,13 +273,15 @@ class Peers:
     def __init__(self, data: Path):
         self.data = data
 
-    def run(self, peer: str, *words: str | float | Path) -> measure.Measured:
+    def run(self, peer: str, *arguments: str | float | Path) -> measure.Measured:
         python = measure.environment(peer, stream_peers.REQUIREMENTS[peer])
         script = HERE.with_name("stream_peers.py")
-        return measure.run([python, script, peer, *map(str, words), "--data", self.data], ENV, 3600)
+        return measure.run(
+            [python, script, peer, *map(str, arguments), "--data", self.data], ENV, 3600
+        )
 
     def prepare(self, names: Sequence[str]) -> None:
-        """Once; the tokens that memmap makes are what the others begin with."""
+        """Prepares the data of other libraries once; they start from the tokens of memmap."""
         for name in dict.fromkeys(["memmap", *names]):
             done = self.data / f"{name}.ready"
             if not done.exists():
@@ -236,30 +296,36 @@ def speed(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
     if any(p not in ("datasets", "ray") for p in size.peers):
         peers.prepare([p for p in size.peers if p not in ("datasets", "ray")])
     for peer in size.peers:
-        measure.environment(peer, stream_peers.REQUIREMENTS[peer])  # pip's CPU is not theirs
+        measure.environment(peer, stream_peers.REQUIREMENTS[peer])  # before the measurement
     sides: dict[str, Callable[[], measure.Measured]] = {
         f"ours, {e}": partial(run_ours, e, data, "--epochs", size.epochs) for e in EXECUTORS
     }
     for peer in size.peers:
-        sides[peer] = partial(peers.run, peer, "read", "--epochs", size.epochs, "--max-seconds", size.peer_seconds)
-    seen: dict[str, list[measure.Measured]] = {name: [] for name in sides}
+        sides[peer] = partial(
+            peers.run, peer, "read", "--epochs", size.epochs, "--max-seconds", size.peer_seconds
+        )
+    results: dict[str, list[measure.Measured]] = {name: [] for name in sides}
 
     def rate(name: str) -> float:
         say(f"reading: {name}")
         m = sides[name]()
-        seen[name].append(m)
+        results[name].append(m)
         return m.stdout_json["tokens"] / m.cpu_s / MB
 
-    rates = {k: measure.median(v) for k, v in measure.interleaved({n: partial(rate, n) for n in sides}, size.rounds).items()}
+    rates = {
+        k: measure.median(v)
+        for k, v in measure.interleaved({n: partial(rate, n) for n in sides}, size.rounds).items()
+    }
     rows = []
-    for name, all_of_it in seen.items():
-        m = all_of_it[-1]
+    for name, measurements in results.items():
+        m = measurements[-1]
         out = m.stdout_json
         alone = f"{out['tokens'] / out['cpu_s'] / MB:.3g}" if name == "ours, inline" else "-"
         figures = (rates[name], out["tokens"] / MB, m.cpu_s, out["first_batch_s"], m.peak_mb)
         rows.append([name, *(f"{f:,.3g}" if f < 1000 else f"{f:,.0f}" for f in figures), alone])
     measure.show(
-        f"{size.corpus_mb} MB of text; medians of {size.rounds}, but figures of the last round from the third column on",
+        f"{size.corpus_mb} MB of text; medians of {size.rounds} rounds; from the third column on, "
+        "the last round",
         (
             "reader",
             "M tokens / CPU s",
@@ -281,15 +347,19 @@ def speed(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
 
 
 def resume(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
-    """Seconds from the start of the process to the first batch, imports included."""
+    """Compares the seconds from the start of a process to its first batch, imports included."""
     rounds, data = 3, corpora(size.resume_mb)
 
     def one(fraction: float) -> float:
-        return run_ours("inline", data, "--batches", 1, "--fraction", fraction).stdout_json["first_batch_s"]
+        return run_ours("inline", data, "--batches", 1, "--fraction", fraction).stdout_json[
+            "first_batch_s"
+        ]
 
     say("resuming: ours")
     early, late = medians({f: partial(one, f) for f in FRACTIONS}, rounds)
-    rows = [["ours, inline", str(size.resume_mb), f"{early:.2f}", f"{late:.2f}", f"{late / early:.2f}"]]
+    rows = [
+        ["ours, inline", str(size.resume_mb), f"{early:.2f}", f"{late:.2f}", f"{late / early:.2f}"]
+    ]
     small = size.resumers_mb
     peers = Peers(corpora(small) if size.resumers else data)
     if size.resumers:
@@ -306,18 +376,26 @@ def resume(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
         a, b = medians({f: partial(load, name, path) for f, path in states.items()}, rounds)
         rows.append([name, str(small), f"{a:.2f}", f"{b:.2f}", f"{b / a:.2f}"])
     measure.show(
-        f"Resuming: s to the first batch, medians of {rounds}", ("reader", "MB of text", "at 5%", "at 95%", "ratio"), rows
+        f"Resuming: s to the first batch, medians of {rounds}",
+        ("reader", "MB of text", "at 5%", "at 95%", "ratio"),
+        rows,
     )
     return [measure.claim("resume_is_constant", late, early, 1.2, at_most=True)]
 
 
 def memory(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
-    """The same batches' worth of a small and of a large corpus. The claim takes the executor that grows more."""
+    """Compares the peak memory for the same number of batches of a small and a large corpus.
+
+    The claim is that of the executor whose memory grows more.
+    """
     folders = {mb: corpora(mb) for mb in size.memory_mb}
     peaks: dict[str, tuple[float, ...]] = {}
     for executor in EXECUTORS if size is FULL else EXECUTORS[:1]:
         say(f"memory: {executor}")
-        peaks[executor] = tuple(run_ours(executor, d, "--batches", size.memory_batches).peak_mb for d in folders.values())
+        peaks[executor] = tuple(
+            run_ours(executor, d, "--batches", size.memory_batches).peak_mb
+            for d in folders.values()
+        )
     rows = [[f"ours, {e}", f"{a:,.0f}", f"{b:,.0f}", f"{b / a:.2f}"] for e, (a, b) in peaks.items()]
     columns = ("reader", *(f"{mb} MB of text" for mb in folders), "ratio")
     measure.show(f"Peak MB (PSS) over {size.memory_batches:,} batches", columns, rows)
@@ -326,8 +404,8 @@ def memory(corpora: Corpora, size: Size) -> list[dict[str, Any]]:
 
 
 def medians(sides: Mapping[float, Callable[[], float]], rounds: int) -> list[float]:
-    found = measure.interleaved({str(k): v for k, v in sides.items()}, rounds)
-    return [measure.median(found[str(k)]) for k in sides]
+    results = measure.interleaved({str(k): v for k, v in sides.items()}, rounds)
+    return [measure.median(results[str(k)]) for k in sides]
 
 
 def say(text: str) -> None:
@@ -336,12 +414,21 @@ def say(text: str) -> None:
 
 def main() -> int:
     start = time.perf_counter()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cache = Path(os.environ.get("SEVENFOLD_BENCH") or Path.home() / ".cache" / "sevenfold-bench") / "stream-data"
-    parser.add_argument("--quick", action="store_true", help="about 60 s of CPU; too small to judge the claims by")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    cache = Path(os.environ.get("SEVENFOLD_BENCH") or Path.home() / ".cache" / "sevenfold-bench")
+    parser.add_argument(
+        "--quick", action="store_true", help="about 60 s of CPU; too small to judge the claims by"
+    )
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--data", type=lambda s: Path(s).absolute(), default=cache, help="where what is read is kept")
-    own = parser.add_argument_group("how the script calls itself")
+    parser.add_argument(
+        "--data",
+        type=lambda s: Path(s).absolute(),
+        default=cache / "stream-data",
+        help="folder in which the data is kept",
+    )
+    own = parser.add_argument_group("used by the script itself")
     own.add_argument("--ours", choices=EXECUTORS)
     own.add_argument("--epochs", type=int)
     own.add_argument("--batches", type=int)

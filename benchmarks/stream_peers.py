@@ -1,15 +1,18 @@
-"""Other loaders at the work of our stream: batches [8, 1024] of int64 tokens from the same corpus, one process each.
+"""Runs other data loaders on the work of our stream: batches [8, 1024] of int64 tokens.
 
     python stream_peers.py PEER prepare --data FOLDER
     python stream_peers.py PEER read --data FOLDER [--epochs N] [--max-seconds S]
     python stream_peers.py PEER resume --data FOLDER --save STATE.json [--fraction F]
     python stream_peers.py PEER resume --data FOLDER --load STATE.json
 
-FOLDER holds text/*.parquet (column `text`) and tokenizer/ (a Hugging Face fast tokenizer). `datasets` and `ray` tokenize
-while they read; `mosaicml`, `litdata` and `memmap` read tokens prepared beforehand. `memmap prepare` comes first for all
-(it makes the tokens, and counts them). The script needs nothing of the project: each peer's python runs it.
-The last line printed is JSON: first_batch_s is from the start of main, seconds from when the peer stands (imports, Ray),
-next_crc32 is of the batch that is due after the state. `read --max-seconds 0` reads one batch: what a start costs.
+FOLDER has text/*.parquet (column `text`) and tokenizer/ (a Hugging Face fast tokenizer). `datasets`
+and `ray` tokenize while they read; `mosaicml`, `litdata` and `memmap` read tokens that are prepared
+before, all of them from those of `memmap prepare`. The script does not import the project: it runs
+in the environment of each peer.
+
+The last line of the output is JSON: first_batch_s is counted from the start of main, seconds from
+when the peer is ready (imports, Ray); next_crc32 is that of the batch that follows the state.
+`read --max-seconds 0` reads one batch, which gives the cost of a start.
 """
 
 from __future__ import annotations
@@ -33,9 +36,10 @@ if TYPE_CHECKING:
     import torch
 
 ROWS, LENGTH = 8, 1024
-DOCUMENTS = 256  # tokenized together: what is left over of them is dropped, as in the usual idiom
-BLOCKS = 4096  # rows a shard of prepared tokens
-ENV = {  # one thread each, so that CPU seconds compare
+# Documents that are tokenized together; the tokens that do not fill a row are dropped, as is usual.
+DOCUMENTS = 256
+BLOCKS = 4096  # rows per shard of prepared tokens
+ENV = {  # one thread each, so that CPU seconds are comparable
     "OMP_NUM_THREADS": "1",
     "RAYON_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -44,24 +48,33 @@ ENV = {  # one thread each, so that CPU seconds compare
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
-TORCH = "torch==2.13.*"  # of any other, pip may take gigabytes of CUDA
-REQUIREMENTS: dict[str, list[str]] = {  # for measure.environment; none: the project's own
+TORCH = "torch==2.13.*"  # for another version, pip may download gigabytes of CUDA
+REQUIREMENTS: dict[str, list[str]] = {  # for measure.environment; empty: the project's environment
     "datasets": [TORCH, "transformers==5.23.*", "datasets==5.2.*", "torchdata==0.11.*"],
     "ray": [],
-    "mosaicml": [TORCH, "torchvision==0.28.*", "mosaicml-streaming==0.13.*", "transformers<5", "numpy<2.2"],
+    "mosaicml": [
+        TORCH,
+        "torchvision==0.28.*",
+        "mosaicml-streaming==0.13.*",
+        "transformers<5",
+        "numpy<2.2",
+    ],
     "litdata": [TORCH, "torchvision==0.28.*", "litdata==0.2.76"],
     "memmap": [],
 }
 
 
 class Peer:
-    """A loader. `state` is that of the last iterator of `batches`; the next `batches` after `load` goes on from it."""
+    """A data loader.
+
+    `state` is that of the last iterator of `batches`; after `load`, the next one continues from it.
+    """
 
     def __init__(self, data: Path):
         self.data = data
 
     def prepare(self) -> None:
-        """Makes what reading needs; not measured."""
+        """Writes the files that reading needs; this is not measured."""
 
     def batches(self, epoch: int) -> Iterator[torch.Tensor]:
         raise NotImplementedError
@@ -79,18 +92,20 @@ class Peer:
         return sorted(map(str, (self.data / "text").glob("*.parquet")))
 
     def tokens(self) -> np.ndarray:
-        """The prepared corpus, [rows, LENGTH] of uint16, mapped into memory."""
+        """Returns the prepared corpus, uint16 [rows, LENGTH], mapped into memory."""
         import numpy as np
 
         path = self.data / "memmap" / "tokens.bin"
         if not path.exists():
-            raise SystemExit(f"{path} is missing: run `stream_peers.py memmap prepare --data {self.data}` first")
+            raise SystemExit(
+                f"{path} is missing: run `stream_peers.py memmap prepare --data {self.data}` first"
+            )
         flat = np.memmap(path, np.uint16, "r")
         return flat[: len(flat) // LENGTH * LENGTH].reshape(-1, LENGTH)
 
 
 class Tokenize:
-    """Documents to rows of tokens end to end, each document closed by EOS."""
+    """Converts documents to rows of tokens, end to end, with EOS after each document."""
 
     def __init__(self, folder: str):
         from transformers import AutoTokenizer
@@ -98,7 +113,9 @@ class Tokenize:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
 
     def ids(self, texts: list[str]) -> list[int]:
-        encoded = self.tokenizer(texts, return_attention_mask=False, return_token_type_ids=False)["input_ids"]
+        encoded = self.tokenizer(texts, return_attention_mask=False, return_token_type_ids=False)[
+            "input_ids"
+        ]
         return [i for ids in encoded for i in (*ids, self.tokenizer.eos_token_id)]
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, np.ndarray]:
@@ -109,9 +126,9 @@ class Tokenize:
 
 
 class Memmap(Peer):
-    """Rows of a memory-mapped file in random order: the least that a loader could do."""
+    """Reads rows of a memory-mapped file in random order: the minimal work of a loader."""
 
-    at = 0  # batches given of this epoch
+    at = 0  # batches read in this epoch
 
     def prepare(self) -> None:
         import numpy as np
@@ -119,7 +136,9 @@ class Memmap(Peer):
 
         tokenize = Tokenize(str(self.data / "tokenizer"))
         if len(tokenize.tokenizer) > 2**16:
-            raise SystemExit("the prepared tokens are uint16: take a tokenizer of at most 65,536 tokens")
+            raise SystemExit(
+                "the prepared tokens are uint16: use a tokenizer with at most 65,536 tokens"
+            )
         folder = fresh(self.data / "memmap")
         with open(folder / "tokens.tmp", "wb") as out:
             for file in self.files():
@@ -147,7 +166,10 @@ class Memmap(Peer):
 
 
 class Datasets(Peer):
-    """datasets streaming and torchdata's StatefulDataLoader, without a shuffle buffer: with one, a resume is not exact."""
+    """Streaming with datasets and torchdata's StatefulDataLoader.
+
+    It has no shuffle buffer: with one, resuming is not exact.
+    """
 
     def __init__(self, data: Path):
         super().__init__(data)
@@ -158,15 +180,22 @@ class Datasets(Peer):
 
         disable_progress_bars()
         self.cache = tempfile.mkdtemp(prefix="stream-peers-")
-        texts = load_dataset("parquet", data_files=self.files(), split="train", streaming=True, cache_dir=self.cache)
+        texts = load_dataset(
+            "parquet", data_files=self.files(), split="train", streaming=True, cache_dir=self.cache
+        )
         self.rows = texts.select_columns(["text"]).map(
-            Tokenize(str(data / "tokenizer")), batched=True, batch_size=DOCUMENTS, remove_columns=["text"]
+            Tokenize(str(data / "tokenizer")),
+            batched=True,
+            batch_size=DOCUMENTS,
+            remove_columns=["text"],
         )
         self.loader = StatefulDataLoader(
             self.rows.with_format("numpy"),
             batch_size=ROWS,
-            num_workers=0,  # processes beside it would not make it cheaper
-            collate_fn=lambda rows: torch.from_numpy(np.stack([r["tokens"] for r in rows]).astype(np.int64)),
+            num_workers=0,  # further processes would not reduce CPU time
+            collate_fn=lambda rows: torch.from_numpy(
+                np.stack([r["tokens"] for r in rows]).astype(np.int64)
+            ),
             drop_last=True,
         )
 
@@ -185,19 +214,27 @@ class Datasets(Peer):
 
 
 class Ray(Peer):
-    """Plain Ray Data. It has no state: resuming is reading again and throwing away."""
+    """Plain Ray Data. It has no state: to resume, it reads everything again and discards it."""
 
     def __init__(self, data: Path):
         super().__init__(data)
         import ray
 
         self.temporary = tempfile.mkdtemp(prefix="ray-")
-        # its own: without one, Ray leaves ~/.ray/auth_token behind, which changes how each later cluster starts
+        # a token of its own: otherwise Ray leaves ~/.ray/auth_token behind, which changes how later
+        # clusters start
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
-        ray.init("local", num_cpus=4, include_dashboard=False, _temp_dir=self.temporary, log_to_driver=False)
+        ray.init(
+            "local",
+            num_cpus=4,
+            include_dashboard=False,
+            _temp_dir=self.temporary,
+            log_to_driver=False,
+        )
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
-        context.target_max_block_size = 8 * 2**20  # by default 128 MB of text are tokenized before the first batch
+        # by default 128 MB of text are tokenized before the first batch
+        context.target_max_block_size = 8 * 2**20
         self.skip = self.given = 0
 
     def batches(self, epoch: int) -> Iterator[torch.Tensor]:
@@ -211,11 +248,14 @@ class Ray(Peer):
                 Tokenize,
                 fn_constructor_args=(str(self.data / "tokenizer"),),
                 batch_size=DOCUMENTS,
-                compute=ray.data.ActorPoolStrategy(size=2),  # of the 4 logical CPUs: reading needs some
+                # of the 4 logical CPUs; reading needs the others
+                compute=ray.data.ActorPoolStrategy(size=2),
             )
         )
         self.skip, skip = 0, self.skip
-        for i, batch in enumerate(rows.iter_torch_batches(batch_size=ROWS, drop_last=True, dtypes=torch.int64)):
+        for i, batch in enumerate(
+            rows.iter_torch_batches(batch_size=ROWS, drop_last=True, dtypes=torch.int64)
+        ):
             self.given = i + 1
             if i >= skip:
                 yield batch["tokens"]
@@ -234,12 +274,12 @@ class Ray(Peer):
 
 
 class Mosaicml(Peer):
-    """mosaicml-streaming from MDS shards."""
+    """Reads MDS shards with mosaicml-streaming."""
 
     def __init__(self, data: Path):
         super().__init__(data)
-        # It imports torchvision, of which the registry's build finds no CUDA beside torch's CPU build, thus has no
-        # operators of its own, and fails as it looks for these. Nothing here calls them.
+        # It imports torchvision. With a CPU build of torch, the registry's build of torchvision has
+        # no operators and fails when it looks for them. Nothing here calls them.
         import torch
 
         try:
@@ -247,7 +287,9 @@ class Mosaicml(Peer):
         except RuntimeError:
             self.operators = torch.library.Library("torchvision", "FRAGMENT")
             for name in ("nms", "qnms"):
-                self.operators.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+                self.operators.define(
+                    f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                )
             for name in [m for m in sys.modules if m.partition(".")[0] == "torchvision"]:
                 del sys.modules[name]
         import streaming  # noqa: F401
@@ -256,9 +298,13 @@ class Mosaicml(Peer):
         from streaming import MDSWriter
 
         columns = {"tokens": f"ndarray:uint16:{LENGTH}"}
-        with MDSWriter(out=str(fresh(self.data / "mosaicml")), columns=columns, size_limit=BLOCKS * LENGTH * 2) as out:
+        with MDSWriter(
+            writer=str(fresh(self.data / "mosaicml")),
+            columns=columns,
+            size_limit=BLOCKS * LENGTH * 2,
+        ) as writer:
             for row in self.tokens():
-                out.write({"tokens": row})
+                writer.write({"tokens": row})
 
     def open(self) -> Any:
         import numpy as np
@@ -270,7 +316,9 @@ class Mosaicml(Peer):
             rows,
             batch_size=ROWS,
             num_workers=0,
-            collate_fn=lambda rows: torch.from_numpy(np.stack([r["tokens"] for r in rows]).astype(np.int64)),
+            collate_fn=lambda rows: torch.from_numpy(
+                np.stack([r["tokens"] for r in rows]).astype(np.int64)
+            ),
             drop_last=True,
         )
 
@@ -287,7 +335,7 @@ class Mosaicml(Peer):
 
 
 class Litdata(Peer):
-    """litdata from its own chunks."""
+    """Reads litdata's own chunks."""
 
     def __init__(self, data: Path):
         super().__init__(data)
@@ -315,9 +363,12 @@ class Litdata(Peer):
         from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
 
         rows = StreamingDataset(
-            str(self.data / "litdata"), item_loader=TokensLoader(block_size=LENGTH), shuffle=True, drop_last=True
+            str(self.data / "litdata"),
+            item_loader=TokensLoader(block_size=LENGTH),
+            shuffle=True,
+            drop_last=True,
         )
-        # without workers: int64 through worker processes costs it 7 times the CPU
+        # without workers: passing int64 through worker processes takes 7 times the CPU time
         return StreamingDataLoader(rows, batch_size=ROWS, num_workers=0, drop_last=True)
 
     def batches(self, epoch: int) -> Iterator[torch.Tensor]:
@@ -332,7 +383,13 @@ class Litdata(Peer):
         self.loader.load_state_dict(state)
 
 
-PEERS = {"datasets": Datasets, "ray": Ray, "mosaicml": Mosaicml, "litdata": Litdata, "memmap": Memmap}
+PEERS = {
+    "datasets": Datasets,
+    "ray": Ray,
+    "mosaicml": Mosaicml,
+    "litdata": Litdata,
+    "memmap": Memmap,
+}
 
 
 def fresh(folder: Path) -> Path:
@@ -342,30 +399,38 @@ def fresh(folder: Path) -> Path:
 
 
 def read(peer: Peer, epochs: int, max_seconds: float, start: float) -> dict[str, Any]:
-    began, given, tokens = time.perf_counter(), None, 0
+    begin, first_batch, tokens = time.perf_counter(), None, 0
     for epoch in range(epochs):
         for batch in peer.batches(epoch):
-            given = given or time.perf_counter()
+            first_batch = first_batch or time.perf_counter()
             checked(batch)
             tokens += batch.numel()
-            if time.perf_counter() - given >= max_seconds:
+            if time.perf_counter() - first_batch >= max_seconds:
                 break
         else:
             continue
         break
-    if given is None:
-        raise SystemExit("not one batch was read")
-    return {"tokens": tokens, "seconds": time.perf_counter() - began, "first_batch_s": given - start}
+    if first_batch is None:
+        raise SystemExit("no batch was read")
+    return {
+        "tokens": tokens,
+        "seconds": time.perf_counter() - begin,
+        "first_batch_s": first_batch - start,
+    }
 
 
 def save(peer: Peer, fraction: float, path: Path) -> dict[str, Any]:
-    """Reads until the fraction of an epoch and writes the state that a run killed there would have left."""
-    wanted = max(1, int(len(peer.tokens()) // ROWS * fraction))
+    """Reads a fraction of an epoch, and writes the state that a run stopped there would have."""
+    count = max(1, int(len(peer.tokens()) // ROWS * fraction))
     batches = peer.batches(0)
-    for _ in range(wanted):
+    for _ in range(count):
         checked(next(batches))
     path.write_text(json.dumps(peer.state()))
-    return {"batches": wanted, "state_bytes": path.stat().st_size, "next_crc32": crc32(next(batches))}
+    return {
+        "batches": count,
+        "state_bytes": path.stat().st_size,
+        "next_crc32": crc32(next(batches)),
+    }
 
 
 def resume(peer: Peer, path: Path, start: float) -> dict[str, Any]:
@@ -382,24 +447,36 @@ def checked(batch: torch.Tensor) -> torch.Tensor:
     import torch
 
     if batch.shape != (ROWS, LENGTH) or batch.dtype != torch.int64:
-        raise SystemExit(f"expected a batch [{ROWS}, {LENGTH}] of int64, found {list(batch.shape)} of {batch.dtype}")
+        raise SystemExit(
+            f"expected a batch [{ROWS}, {LENGTH}] of int64, found {list(batch.shape)} of "
+            f"{batch.dtype}"
+        )
     return batch
 
 
 def main() -> None:
     start = time.perf_counter()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("peer", choices=PEERS)
     parser.add_argument("action", choices=("prepare", "read", "resume"))
     parser.add_argument("--data", type=lambda s: Path(s).absolute(), required=True)
     parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--max-seconds", type=float, default=float("inf"), help="from the first batch on; 0: one batch")
-    parser.add_argument("--fraction", type=float, default=0.9, help="of the epoch, at which --save stops")
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        default=float("inf"),
+        help="maximum time from the first batch on; 0: one batch",
+    )
+    parser.add_argument(
+        "--fraction", type=float, default=0.9, help="fraction of the epoch at which --save stops"
+    )
     parser.add_argument("--save", type=Path)
     parser.add_argument("--load", type=Path)
     a = parser.parse_args()
     if a.action == "resume" and (a.save is None) == (a.load is None):
-        parser.error("resume: either --save or --load")
+        parser.error("resume: expected either --save or --load")
     os.environ.update(ENV)  # before the imports that read them
     import torch
 
@@ -408,14 +485,14 @@ def main() -> None:
     with contextlib.closing(peer):
         if a.action == "prepare":
             peer.prepare()
-            out: dict[str, Any] = {}
+            result: dict[str, Any] = {}
         elif a.action == "read":
-            out = read(peer, a.epochs, a.max_seconds, start)
+            result = read(peer, a.epochs, a.max_seconds, start)
         elif a.save:
-            out = save(peer, a.fraction, a.save)
+            result = save(peer, a.fraction, a.save)
         else:
-            out = resume(peer, a.load, start)
-    print(json.dumps(out), flush=True)
+            result = resume(peer, a.load, start)
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
