@@ -2,7 +2,6 @@
 
 import contextlib
 import ipaddress
-import shutil
 import subprocess
 import time
 import urllib.error
@@ -15,7 +14,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from conftest import RAY, ROOT, running_head, start_job
+from conftest import RAY, running_head, start_job
+from helpers.checkout import write_checkout
 
 TOKEN = "0123456789abcdef" * 3
 SECRETS = {
@@ -113,34 +113,7 @@ def test_secrets_of_the_environment_are_not_written_to_files(
     guarded: dict[str, str], tree: dict[str, Any], texts: Path, tmp_path: Path
 ) -> None:
     checkout = tmp_path / "checkout"
-    checkout.mkdir()
-    for part in ("platform", "jobs"):
-        shutil.copytree(ROOT / part, checkout / part)
-    tree |= {"cluster": {"cpus_per_worker": 0.75}, "checkpoint": {"every": 4}}
-    (checkout / "jobs/recipes/tiny.yaml").write_text(yaml.safe_dump(tree))
-    pairs = [{"path": str(texts / "pairs")}]
-    sft = {
-        "name": "sft",
-        "objective": "sft",
-        "model": {"path": "runs/tiny"},
-        "adapter": {"rank": 2},
-        "data": {
-            "sources": pairs,
-            "validation": pairs,
-            "sequence_length": 64,
-            "lanes": 2,
-            "executor": "inline",
-        },
-        "train": {"global_batch": 4, "micro_batch": 4, "steps": 2},
-        "validation": {"every": 1, "rows": 8},
-        "sweep": {
-            "trials": 2,
-            "scheduler": "none",
-            "space": {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}},
-        },
-        "cluster": {"cpus_per_worker": 0.75},
-    }
-    (checkout / "jobs/recipes/sft.yaml").write_text(yaml.safe_dump(sft))
+    write_checkout(checkout, tree | {"checkpoint": {"every": 4}}, texts)
     for job, recipe in (("pretrain", "tiny"), ("finetune", "sft"), ("sweep", "sft")):
         script = ["python", f"jobs/{job}.py", f"jobs/recipes/{recipe}.yaml", "-v"]
         command = [RAY, "job", "submit", "--working-dir", ".", "--", *script]

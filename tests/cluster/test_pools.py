@@ -19,10 +19,10 @@ from sevenfold.faults.nodes import LocalNodes
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("no_ray_token")
 def test_data_tasks_stay_on_their_pool(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     cluster = Cluster(
         True,
         head_node_args={"num_cpus": 0, "include_dashboard": True, "dashboard_port": free_port()},

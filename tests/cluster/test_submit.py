@@ -1,7 +1,6 @@
 """`ray job submit` to a cluster that was started by `ray start --head`."""
 
 import json
-import shutil
 import subprocess
 import urllib.request
 from pathlib import Path
@@ -10,8 +9,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import yaml
-from conftest import RAY, ROOT
+from conftest import RAY
+from helpers.checkout import write_checkout
 
 from sevenfold.engine.checkpoint import latest_checkpoint
 
@@ -24,36 +23,9 @@ def head(shared_head: dict[str, str]) -> dict[str, str]:
 
 @pytest.fixture
 def checkout(tree: dict[str, Any], texts: Path, tmp_path: Path) -> Path:
-    """A checkout as a user has it on a laptop, with the recipes `tiny` and `sft` (also a sweep)."""
+    """A checkout on a user's laptop, with the recipes `tiny` and `sft` (also a sweep)."""
     folder = tmp_path / "checkout"
-    folder.mkdir()
-    for part in ("platform", "jobs"):
-        shutil.copytree(ROOT / part, folder / part)
-    tree |= {"cluster": {"cpus_per_worker": 0.75}}
-    (folder / "jobs/recipes/tiny.yaml").write_text(yaml.safe_dump(tree))
-    pairs = [{"path": str(texts / "pairs")}]
-    sft = {
-        "name": "sft",
-        "objective": "sft",
-        "model": {"path": "runs/tiny"},
-        "adapter": {"rank": 2},
-        "data": {
-            "sources": pairs,
-            "validation": pairs,
-            "sequence_length": 64,
-            "lanes": 2,
-            "executor": "inline",
-        },
-        "train": {"global_batch": 4, "micro_batch": 4, "steps": 2},
-        "cluster": {"cpus_per_worker": 0.75},
-        "validation": {"every": 1, "rows": 8},
-        "sweep": {
-            "trials": 2,
-            "scheduler": "none",
-            "space": {"optimizer.learning_rate": {"loguniform": [1e-4, 1e-2]}},
-        },
-    }
-    (folder / "jobs/recipes/sft.yaml").write_text(yaml.safe_dump(sft))
+    write_checkout(folder, tree, texts)
     return folder
 
 

@@ -243,9 +243,9 @@ def test_a_failed_trial_is_marked_and_the_sweep_continues(home: Path) -> None:
 def test_a_sweep_stops_when_its_budget_is_used_up(home: Path) -> None:
     # A cost of 0.012 at 2 per worker hour is 22 s of one worker.
     budget = ["sweep.trials=40", "sweep.worker_hour_cost=2", "sweep.max_cost=0.012"]
-    output = run_job("sweep", "r.yaml", "name=dear", *budget, home=home)
+    output = run_job("sweep", "r.yaml", "name=costly", *budget, home=home)
     assert "sweep.max_cost (0.012) is used up: stopping the sweep" in output
-    scored = [t for t in read_trials(home, "dear") if t["score"] is not None]
+    scored = [t for t in read_trials(home, "costly") if t["score"] is not None]
     assert all((t["status"] == "finished") == (t["step"] == STEPS) for t in scored)
     assert 0 < len(scored) < 40
 

@@ -174,7 +174,7 @@ def evaluate(
     model: Any,
     batches: Sequence[Batch],
     token_bytes: torch.Tensor,
-    told: list[tuple[int, int]] | None = None,
+    pairs: list[tuple[int, int]] | None = None,
 ) -> tuple[float, int, int]:
     """Computes the loss of the batches of all ranks, in evaluation mode.
 
@@ -183,8 +183,8 @@ def evaluate(
             training mode.
         batches: This rank's batches. Every rank passes the same number of them.
         token_bytes: The number of bytes of text that each token stands for: int64 [vocabulary].
-        told: If given, the (label, prediction) of each of this rank's targets is appended. Only for
-            an objective that makes predictions (`Objective.has_predictions`).
+        pairs: If given, the (label, prediction) of each of this rank's targets is appended. Only
+            for an objective that makes predictions (`Objective.has_predictions`).
 
     Returns:
         The sum of -log p in nats, the number of target tokens, and the number of bytes of text that
@@ -197,8 +197,8 @@ def evaluate(
         labels = batch.labels[is_target]
         losses, predictions = model.token_losses(batch, with_predictions=True)
         nats = float(losses.sum())
-        if told is not None:
-            told += zip(labels.tolist(), predictions[is_target].tolist(), strict=True)
+        if pairs is not None:
+            pairs += zip(labels.tolist(), predictions[is_target].tolist(), strict=True)
         text_bytes = int(token_bytes[labels.cpu()].sum())
         sums += torch.tensor([nats, len(labels), text_bytes], dtype=torch.float64)
     sums = sums.to(batches[0].labels.device)

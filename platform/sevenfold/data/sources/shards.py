@@ -128,7 +128,7 @@ def describe(path: str, source_index: int, source: Source) -> Shard:
     """Returns the shard at a path, with its format, compression and fingerprint.
 
     Raises:
-        InputError: The format cannot be told from the file's name, or there is no such file.
+        InputError: The file's name does not give the format, or there is no such file.
     """
     name = path.partition("?")[0] if storage.is_url(path) else path
     compression = next((c for suffix, c in COMPRESSIONS.items() if name.endswith(suffix)), None)

@@ -279,7 +279,7 @@ class CheckpointManager:
                 )
             )
         except (InputError, RunError) as e:
-            # the new checkpoint is committed all the same; the next save removes what is left
+            # the new checkpoint is committed regardless; the next save removes the rest
             log.warning("%s", e)
             return
         unreported = sorted(foreign - self._reported_foreign)
