@@ -113,8 +113,8 @@ def test_a_run_waits_starts_small_and_grows(tree: dict[str, Any], tmp_path: Path
     def has_logged(run: Run, text: str) -> bool:
         return any(text in line for line in run.lines)
 
-    def wait_for(run: Run, text: str) -> None:
-        deadline = time.monotonic() + 200
+    def wait_for(run: Run, text: str, seconds: float = 200) -> None:
+        deadline = time.monotonic() + seconds
         while not has_logged(run, text):
             assert time.monotonic() < deadline and run.process.poll() is None, run.lines
             time.sleep(0.1)
@@ -128,7 +128,8 @@ def test_a_run_waits_starts_small_and_grows(tree: dict[str, Any], tmp_path: Path
         wait_for(grown, "waiting for CPU: grown (1 workers) needs ")
         assert not has_logged(grown, "training with")
         first.kill()
-        wait_for(grown, "training with 1 worker on 1 machine")
+        # The killed run's reservation ends after a minute, which Ray looks at every 20 seconds.
+        wait_for(grown, "training with 1 worker on 1 machine", 120)
         grown.reach(3)
         nodes.ready(2)
         wait_for(grown, "training with 2 workers on 2 machines")

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -63,18 +64,21 @@ class Shell:
         return result.stdout
 
     def wait_for(self, job: str, text: str) -> None:
-        """Waits until a line of the job's log contains this text."""
+        """Waits until a line of the job's log contains this text, 200 seconds at most."""
         with subprocess.Popen(
             [RAY, "job", "logs", "--follow", job], **self._options, stdout=subprocess.PIPE
         ) as log:
             assert log.stdout is not None
+            timer = threading.Timer(200, log.kill)
+            timer.start()
             output = ""
             for line in log.stdout:
                 output += line
                 if text in line:
                     break
+            timer.cancel()
             log.kill()
-        assert text in output, output
+        assert text in output, output + self.job("status", job).stdout
 
     def stop(self, job: str) -> str:
         """Stops a job; returns the output of `ray job stop` and of `ray job status` after it."""

@@ -43,6 +43,10 @@ PRIVATE = {
     "ray.train.v2._internal.constants:ENV_VARS_TO_PROPAGATE": (
         "the environment variables that Ray Train's processes get"
     ),
+    "ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client"
+    ":AUTOSCALING_REQUESTS_EXPIRE_TIME_S": (
+        "how long a run that was killed keeps other runs from its resources"
+    ),
     "ray.train.v2._internal.execution.context:get_train_context": (
         "preemption notices without a barrier"
     ),
@@ -142,6 +146,19 @@ def quieten_train_context() -> None:
     from ray.train.v2._internal.execution import context
 
     logging.getLogger(context.__file__).setLevel(logging.ERROR)
+
+
+def shorten_reservations() -> None:
+    """Lets the reservations of this process, a controller of Ray Train, expire after a minute.
+
+    A run with a range of workers starts when Ray's autoscaling coordinator reserves resources for
+    it. A run whose driver was killed cannot give its reservation back, and Ray 2.60 keeps it for
+    three minutes, even from the same command that resumes the run. Runs renew their reservations
+    every 20 seconds.
+    """
+    from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
+
+    autoscaling_coordinator_client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = 60
 
 
 def preemption_info() -> Any:

@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import sevenfold
 from sevenfold import storage
-from sevenfold.cluster import capacity, connect
+from sevenfold.cluster import capacity, connect, ray_private
 from sevenfold.data.manifest import Manifest
 from sevenfold.errors import InputError, RunError, StoppedError, cause_of
 from sevenfold.prepare.job import Job, prepare_job, required_resources
@@ -154,6 +154,15 @@ def _build_trainer(
                 queue.actor.put_nowait.remote(
                     {rank: str(error) for rank, error in worker_exceptions.items()}
                 )
+
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            # Called where Ray Train's controller receives the callback, before it asks for
+            # resources: the only code of ours that runs in the controller's process.
+            self.__dict__.update(state)
+            ray_private.shorten_reservations()
+
+        def __getstate__(self) -> dict[str, Any]:
+            return {"queue": queue}  # __setstate__ is not called with an empty state
 
     settings, torch_config = job.recipe.cluster, None
     if connect.is_local():
