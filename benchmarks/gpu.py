@@ -224,7 +224,7 @@ def speed(case: Case, quick: bool) -> dict[str, Any]:
     vocabulary, length = 512 if quick else case.vocabulary, recipe.data.sequence_length
     with alone() as device:
         config = build.config_of(recipe, vocabulary)
-        kernel = "sdpa" if case.bare else build.attention(recipe, device, config)
+        kernel = "sdpa" if case.bare else build.choose_attention(recipe, device, config)
         model: Any = build.build(recipe, config, weights=False, attention=kernel)
         if case.adapter:
             build.with_adapter(model, recipe)
@@ -385,7 +385,10 @@ def _losses(objective: str, device: Any, **train: Any) -> list[float]:
     settings = build.config_of(recipe, vocabulary)
     models = [
         build.build(
-            recipe, settings, weights=True, attention=build.attention(recipe, device, settings)
+            recipe,
+            settings,
+            weights=True,
+            attention=build.choose_attention(recipe, device, settings),
         )
         for _ in range(2)
     ]

@@ -398,9 +398,9 @@ def planned_step(model: str, length: int, rows: int, figures: WorkerFigures) -> 
         figures.attention / figures.gemm,
     )
     fleet = hardware.Fleet(core, WORKERS, WORKERS, figures.sent / speed.SENT, figures.sent)
-    operations = ops.of(recipe, size, rows, "none")
+    operations = ops.count_operations(recipe, size, rows, "none")
     model_size = speed.size(recipe, size)
-    estimate = speed.timed(
+    estimate = speed.speed_of_pass(
         operations,
         model_size,
         Layout(WORKERS, micro_batch=rows),

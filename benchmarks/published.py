@@ -191,19 +191,19 @@ TRITON = {"a": 0.36, "h": 0.168}
 def predicted(row: Row) -> speed.Speed:
     row_recipe, vocab_size = recipe(row), MODELS[row.model]["vocab_size"]
     kinds = ("selective", "full") if row.checkpointing == "half" else (row.checkpointing,)
-    passes = [ops.of(row_recipe, vocab_size, row.micro_batch, kind) for kind in kinds]
+    passes = [ops.count_operations(row_recipe, vocab_size, row.micro_batch, kind) for kind in kinds]
     operations = passes[0]
     if row.checkpointing == "half":
         full = passes[1].backward
         both = replace(
             operations.backward,
-            products=(operations.backward.products + full.products) / 2,
+            products=(operations.backward.matmul + full.products) / 2,
             product_bytes=(operations.backward.product_bytes + full.product_bytes) / 2,
         )
         operations = replace(operations, backward=both)
     layout = Layout(row.gpus, 1, 1, row.micro_batch, row.checkpointing)
     tokens = row_recipe.train.global_batch * row.length
-    return speed.timed(
+    return speed.speed_of_pass(
         operations,
         speed.size(row_recipe, vocab_size),
         layout,

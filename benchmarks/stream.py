@@ -257,7 +257,9 @@ class Corpora:
         manifest = manifest.measured(
             [estimate_tokens_per_byte(manifest, selection, self.encoder, 0, 1, 0)]
         )
-        order = DataOrder.of(manifest, Data(sources=[source], sequence_length=LENGTH), 0, ROWS)
+        order = DataOrder.from_manifest(
+            manifest, Data(sources=[source], sequence_length=LENGTH), 0, ROWS
+        )
         (folder / "stream.pkl").write_bytes(pickle.dumps((order, selection, self.encoder)))
         say(
             f"{size_mb} MB: {order.tokens / MB:.1f} M tokens, {order.chunks_per_epoch} chunks per "

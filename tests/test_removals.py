@@ -303,7 +303,7 @@ def test_a_run_folder_knows_what_is_its_own(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     folder = RunFolder(str(tmp_path))
-    assert folder.foreign() == sorted(theirs)
+    assert folder.other_files() == sorted(theirs)
     assert {"recipe.yaml", "checkpoints", "model"} <= set(
-        folder.taken()
-    ) and "notes.md" not in folder.taken()
+        folder.existing_outputs()
+    ) and "notes.md" not in folder.existing_outputs()

@@ -32,10 +32,10 @@ SHARDS = (".parquet",)
 def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SEVENFOLD_HOME", raising=False)
-    assert storage.locate("runs/a") == str(tmp_path / "runs/a")
-    assert storage.locate("s3://bucket/x/") == "s3://bucket/x"
+    assert storage.resolve_input("runs/a") == str(tmp_path / "runs/a")
+    assert storage.resolve_input("s3://bucket/x/") == "s3://bucket/x"
     monkeypatch.setenv("SEVENFOLD_HOME", "/elsewhere")
-    assert storage.locate("runs/a") == "/elsewhere/runs/a"
+    assert storage.resolve_input("runs/a") == "/elsewhere/runs/a"
 
 
 def test_relative_paths_in_a_ray_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,9 +43,9 @@ def test_relative_paths_in_a_ray_job(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("SEVENFOLD_HOME", raising=False)
     # In a Ray job, the working folder is temporary, so results go to the home folder.
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
-    assert storage.locate("runs/a") == os.path.expanduser("~/sevenfold/runs/a")
+    assert storage.resolve_input("runs/a") == os.path.expanduser("~/sevenfold/runs/a")
     (tmp_path / "uploaded").mkdir()
-    assert storage.locate("uploaded") == str(tmp_path / "uploaded")
+    assert storage.resolve_input("uploaded") == str(tmp_path / "uploaded")
 
 
 @pytest.mark.parametrize("root", ["{tmp}", "memory://bucket"])
@@ -74,7 +74,7 @@ def test_missing_files_are_errors(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=says):
             storage.files(str(path), SHARDS)
     with pytest.raises(InputError, match="expected a run"):
-        RunFolder.of(str(tmp_path))
+        RunFolder.existing(str(tmp_path))
 
 
 @pytest.mark.parametrize("root", ["{tmp}", "memory://shards"])
@@ -414,7 +414,7 @@ def test_s3(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert storage.files(f"{root}/x.bin", SHARDS) == [f"{root}/x.bin"]
     check_reader(f"{root}/x.bin")
     assert pq.ParquetFile(storage.open_read(f"{root}/sub/a.parquet")).read().equals(table)
-    copy = Path(storage.local(root))
+    copy = Path(storage.local_copy(root))
     assert (copy / "x.bin").read_bytes() == BYTES and (copy / "sub/a.parquet").read_bytes() == shard
     # Another process uses the same copy and does not download the folder again.
     code = f"from sevenfold import storage; print(storage.local({root!r}))"
@@ -422,8 +422,8 @@ def test_s3(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == str(copy)
     storage.write(f"{root}/x.bin", "again")
-    storage.local.cache_clear()
-    assert (Path(storage.local(root)) / "x.bin").read_text() == "again"
+    storage.local_copy.cache_clear()
+    assert (Path(storage.local_copy(root)) / "x.bin").read_text() == "again"
     assert storage.read_text(f"{root}/x.bin") == "again"
     storage.remove(f"{root}/x.bin")
     storage.remove(root)

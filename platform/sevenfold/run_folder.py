@@ -81,7 +81,7 @@ class RunFolder:
         """Returns whether the run is finished."""
         return storage.exists(self.summary)
 
-    def taken(self) -> list[str]:
+    def existing_outputs(self) -> list[str]:
         """Returns the files and folders that exist here although a new run would write to them.
 
         Returns:
@@ -90,20 +90,20 @@ class RunFolder:
         names = {path[len(self.root) + 1 :] for key, path in vars(self).items() if key != "root"}
         return sorted(names.intersection(storage.listdir(self.root)))
 
-    def foreign(self) -> list[str]:
+    def other_files(self) -> list[str]:
         """Returns the relative paths of the files here that sevenfold did not write."""
         # The endings are those of temporary files, which a killed process may have left.
         written = re.compile(rf"({'|'.join(_WRITTEN_FILES)})(\.tmp|\.\d+-[0-9a-f]{{8}}\.tmp)?")
-        return [path for path in storage.find(self.root) if not written.fullmatch(path)]
+        return [path for path in storage.find_files(self.root) if not written.fullmatch(path)]
 
     @staticmethod
-    def of(path: str) -> RunFolder:
+    def existing(path: str) -> RunFolder:
         """Returns the folder of an existing run.
 
         Raises:
             InputError: There is no run at this path.
         """
-        root = storage.locate(path)
+        root = storage.resolve_input(path)
         folder = RunFolder(root)
         if not storage.exists(folder.recipe):
             raise InputError(f"{root}: expected a run (a folder with recipe.yaml)")

@@ -72,8 +72,8 @@ def test_a_sweep_uses_nodes_that_join(tree: dict[str, Any], tmp_path: Path) -> N
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(tree))
     nodes = LocalNodes(1, dashboard=True)
     try:
-        nodes.ready(1)
-        overrides = [f"{k}={v}" for k, v in nodes.worker.items()]
+        nodes.set_count(1)
+        overrides = [f"{k}={v}" for k, v in nodes.recipe_overrides.items()]
         process = start_job("sweep", "r.yaml", "name=wide", *overrides, home=tmp_path)
         root, deadline = tmp_path / "runs/wide-sweep/trials", time.monotonic() + 200
         while (
@@ -82,7 +82,7 @@ def test_a_sweep_uses_nodes_that_join(tree: dict[str, Any], tmp_path: Path) -> N
             and process.poll() is None
         ):
             time.sleep(0.2)
-        nodes.ready(2)
+        nodes.set_count(2)
         stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
         assert "6 trials of 100 steps, 1 at a time" in stdout
@@ -106,7 +106,7 @@ def test_a_run_waits_starts_small_and_grows(tree: dict[str, Any], tmp_path: Path
 
     def start(name: str, workers: str) -> Run:
         overrides = [f"name={name}", f"cluster.num_workers={workers}", "cluster.resize_seconds=2"]
-        overrides += [f"{k}={v}" for k, v in nodes.worker.items()]
+        overrides += [f"{k}={v}" for k, v in nodes.recipe_overrides.items()]
         command = [sys.executable, str(ROOT / "jobs/pretrain.py"), "r.yaml", *overrides]
         return Run(command, {"SEVENFOLD_HOME": str(tmp_path)}, str(tmp_path))
 
@@ -121,7 +121,7 @@ def test_a_run_waits_starts_small_and_grows(tree: dict[str, Any], tmp_path: Path
 
     runs: list[Run] = []
     try:
-        nodes.ready(1)
+        nodes.set_count(1)
         runs.append(first := start("first", "1"))
         first.reach(1)
         runs.append(grown := start("grown", "[1,2]"))
@@ -131,7 +131,7 @@ def test_a_run_waits_starts_small_and_grows(tree: dict[str, Any], tmp_path: Path
         # The killed run's reservation ends after a minute, which Ray looks at every 20 seconds.
         wait_for(grown, "training with 1 worker on 1 machine", 120)
         grown.reach(3)
-        nodes.ready(2)
+        nodes.set_count(2)
         wait_for(grown, "training with 2 workers on 2 machines")
         assert grown.end() == 0, grown.lines
         runs.append(baseline := start("whole", "1"))

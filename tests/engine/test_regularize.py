@@ -154,7 +154,7 @@ def test_dropout_selects_an_attention_that_supports_it(tree: dict[str, Any]) -> 
 
     def chosen_attention(**train: Any) -> str:
         recipe = Recipe.model_validate(tree | {"train": tree["train"] | train})
-        return build.attention(recipe, cuda, build.config_of(recipe, VOCAB))
+        return build.choose_attention(recipe, cuda, build.config_of(recipe, VOCAB))
 
     assert (chosen_attention(), chosen_attention(dropout=0.0), chosen_attention(dropout=0.1)) == (
         "flex_attention",
@@ -163,7 +163,7 @@ def test_dropout_selects_an_attention_that_supports_it(tree: dict[str, Any]) -> 
     )
     tree["model"]["attention"], tree["train"]["dropout"] = "flex_attention", 0.1
     with pytest.raises(InputError, match="flex_attention does not support attention dropout"):
-        build.check(Recipe.model_validate(tree), VOCAB)
+        build.check_model(Recipe.model_validate(tree), VOCAB)
 
 
 def dropout_effects(trees: list[dict[str, Any]]) -> list[tuple[bool, bool, bool]]:
@@ -183,7 +183,7 @@ def _dropout_effect(recipe: Recipe, queries: int) -> tuple[bool, bool, bool]:
     attention.CHUNK = queries
     config = build.config_of(recipe, VOCAB)
     model: Any = build.build(
-        recipe, config, weights=True, attention=build.attention(recipe, CPU, config)
+        recipe, config, weights=True, attention=build.choose_attention(recipe, CPU, config)
     )
     assert (model.config._attn_implementation == attention.NAME) == (recipe.objective != "denoise")
     objective = OBJECTIVES[recipe.objective](SPECIAL_TOKENS, 0, 0.3, 3.0)

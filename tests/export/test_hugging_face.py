@@ -192,7 +192,7 @@ def test_exported_tensors_equal_the_checkpoint_and_can_start_a_run(
     if name != "moe":
         assert all(torch.equal(tensor, expected[key]) for key, tensor in exported.items())
 
-    kind = getattr(transformers, build.CLASSES[recipe.objective][0].__name__)
+    kind = getattr(transformers, build.MODEL_CLASSES[recipe.objective][0].__name__)
     model = kind.from_pretrained(tmp_path / "x")
     parameters = list(model.parameters())  # tied parameters are listed once
     assert all(p.dtype == torch.float32 for p in parameters) and sum(
@@ -213,7 +213,7 @@ def test_exported_tensors_equal_the_checkpoint_and_can_start_a_run(
     assert next_weights.keys() == expected.keys() and all(
         torch.equal(next_weights[key], expected[key]) for key in next_weights
     )
-    assert build.check(next_recipe, 512) == sum(map(torch.numel, parameters))
+    assert build.check_model(next_recipe, 512) == sum(map(torch.numel, parameters))
     single_file = load_file(tmp_path / "y/model.safetensors")
     assert single_file.keys() == exported.keys() and all(
         torch.equal(single_file[key], exported[key]) for key in exported

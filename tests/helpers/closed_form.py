@@ -42,7 +42,7 @@ def closed_form(recipe: Recipe, layout: Layout, vocab_size: int | None = None) -
         vocab_size: The size of the vocabulary if the recipe does not say it.
     """
     size = shape.vocabulary(recipe, vocab_size)
-    shards = Shards.of(recipe, size, layout.shard, layout.tensor)
+    shards = Shards.from_recipe(recipe, size, layout.shard, layout.tensor)
     item_bytes = 2 if recipe.train.dtype == "bfloat16" else 4
     parameters = shape.parameters(recipe, size)
     hidden = build.config_of(recipe, size).hidden_size

@@ -45,7 +45,7 @@ def train_losses(tree: dict[str, Any], micro_batch: int) -> list[float]:
     """Trains for STEPS steps on this rank's share of the rows and returns the losses."""
     recipe = Recipe.model_validate(tree)
     tensor = recipe.parallel.tensor
-    place = parallel.Place.of(
+    place = parallel.DataRank.from_rank(
         torch.distributed.get_rank(), torch.distributed.get_world_size(), tensor
     )
     rank, world = place.rank, place.world_size

@@ -80,7 +80,8 @@ def test_attention_in_chunks_equals_sdpa(
     recipe = Recipe.model_validate(tree)
     rows, results = batch(lengths), []
     assert (
-        build.attention(recipe, torch.device("cpu"), build.config_of(recipe, 512)) == attention.NAME
+        build.choose_attention(recipe, torch.device("cpu"), build.config_of(recipe, 512))
+        == attention.NAME
     )
     for name in ("sdpa", attention.NAME):
         model = build.build(recipe, build.config_of(recipe, 512), weights=True, attention=name)

@@ -41,7 +41,7 @@ def test_unsuitable_configs_are_refused(
     tree: dict[str, Any], config: dict[str, Any], says: str
 ) -> None:
     with pytest.raises(InputError) as error:
-        build.check(with_config(tree, **config), 512)
+        build.check_model(with_config(tree, **config), 512)
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -85,7 +85,7 @@ def test_an_objective_needs_a_model_of_its_family(
 ) -> None:
     tree["objective"], tree["model"] = objective, {"config": config or tree["model"]["config"]}
     with pytest.raises(InputError, match=re.escape(says)) if says else contextlib.nullcontext():
-        build.check(Recipe.model_validate(tree), 512)
+        build.check_model(Recipe.model_validate(tree), 512)
 
 
 def test_a_built_model_is_reproducible_and_has_the_expected_size(tree: dict[str, Any]) -> None:
@@ -97,7 +97,7 @@ def test_a_built_model_is_reproducible_and_has_the_expected_size(tree: dict[str,
     )
     assert (
         sum(parameter.numel() for parameter in model.parameters())
-        == build.check(recipe, 512)
+        == build.check_model(recipe, 512)
         == 37_024
     )
     assert model.lm_head.weight is model.model.embed_tokens.weight

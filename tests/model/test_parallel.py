@@ -129,7 +129,7 @@ def test_models_that_tensor_parallelism_cannot_split_are_refused(
     tree["model"]["config"] |= config
     tree |= {"parallel": {"tensor": ways}, "cluster": {"num_workers": ways}}
     with pytest.raises(InputError, match=says):
-        build.check(Recipe.model_validate(tree), VOCAB)
+        build.check_model(Recipe.model_validate(tree), VOCAB)
 
 
 def test_blocks_are_found_in_every_family() -> None:
@@ -145,7 +145,7 @@ def test_blocks_are_found_in_every_family() -> None:
         config.num_decoder_layers = 2
         config.tie_word_embeddings = True
         with torch.device("meta"):
-            model = build.CLASSES[objective][0].from_config(config)
+            model = build.MODEL_CLASSES[objective][0].from_config(config)
         blocks = parallel.blocks(model)
         assert len(blocks) == count
         embeddings = {

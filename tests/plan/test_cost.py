@@ -58,13 +58,14 @@ def test_hours_and_money() -> None:
     predicted = cost_of(recipe, fleet)
     assert predicted.tokens == recipe.steps * recipe.tokens_per_step
     assert (
-        predicted.hours == pytest.approx(100 / predicted.effective)
-        and 0.99 < predicted.effective < 1
+        predicted.hours == pytest.approx(100 / predicted.goodput) and 0.99 < predicted.goodput < 1
     )
     assert predicted.usd == pytest.approx((predicted.hours or 0) * 2 * 55.04)
-    assert predicted.mtbf == pytest.approx(50_700 / 16)
+    assert predicted.mtbf_hours == pytest.approx(50_700 / 16)
     assert cost_of(recipe, replace(fleet, hourly=None)).usd is None
-    assert predicted.asked == 4 and predicted.cores == pytest.approx(recipe.tokens_per_step / 23e6)
+    assert predicted.data_cpus == 4 and predicted.cores == pytest.approx(
+        recipe.tokens_per_step / 23e6
+    )
 
 
 def test_a_recipe_without_steps_has_no_predicted_hours() -> None:
@@ -76,15 +77,15 @@ def test_a_recipe_without_steps_has_no_predicted_hours() -> None:
 def test_goodput_falls_on_spot_machines_and_with_fewer_saves() -> None:
     recipe, fleet = small_recipe(steps=360_000).override({"checkpoint.every": "auto"}), h100(64)
     spot = replace(fleet, spot=True)
-    assert cost_of(recipe, spot).mtbf < 60 < cost_of(recipe, fleet).mtbf
+    assert cost_of(recipe, spot).mtbf_hours < 60 < cost_of(recipe, fleet).mtbf_hours
     often, seldom, never = (
-        cost_of(recipe.override({"checkpoint.every": every}), spot).effective
+        cost_of(recipe.override({"checkpoint.every": every}), spot).goodput
         for every in ("auto", 30_000, None)
     )
     assert often > seldom > never
-    assert (cost_of(recipe, spot).every or 0) < 30_000 and cost_of(
+    assert (cost_of(recipe, spot).save_every or 0) < 30_000 and cost_of(
         recipe.override({"checkpoint.every": None}), spot
-    ).every is None
+    ).save_every is None
 
 
 def test_the_closed_form_agrees_with_simulations() -> None:

@@ -93,7 +93,7 @@ def test_the_pools_of_cluster_yaml() -> None:
     )
     assert (
         spot.hourly == pytest.approx(TABLE["spot_share"] * (train.hourly or 0))
-        and "assumed" in spot.priced
+        and "assumed" in spot.price_source
     )
     # the head node and the data node
     other_nodes = TABLE["machines"]["m6i.2xlarge"]["usd"] + TABLE["machines"]["m6i.8xlarge"]["usd"]

@@ -17,7 +17,7 @@ from sevenfold.errors import InputError
 from sevenfold.plan import memory, shape
 from sevenfold.plan.layouts import Layout, layouts
 from sevenfold.plan.shards import Shards, elements
-from sevenfold.plan.trace import Held, Job, traces
+from sevenfold.plan.trace import HeldBytes, Job, traces
 from sevenfold.recipe import Adapter, Parallel, Recipe
 
 LLAMA = {
@@ -110,7 +110,7 @@ def full_trace_bytes(recipe: Recipe, layout: Layout, compiled: bool = False) -> 
         compiled=compiled,
     )
     (phases,) = traces([job])
-    shards = Shards.of(recipe, size, layout.shard, layout.tensor)
+    shards = Shards.from_recipe(recipe, size, layout.shard, layout.tensor)
     return max(held.total for held in phases.values()) + shards.optimizer
 
 
@@ -173,7 +173,7 @@ def test_shards_are_counted_to_the_byte(
     tree = recipe.model_dump(mode="json") | {"parallel": layout, "cluster": {"num_workers": 2}}
     first, second = run_ranks(2, tmp_path / "store", held_bytes, tree)
     planned = Layout(2, **layout)
-    counted = Shards.of(recipe, 515, planned.shard, planned.tensor)
+    counted = Shards.from_recipe(recipe, 515, planned.shard, planned.tensor)
     assert (counted.parameters, counted.gradients, counted.optimizer) == first
     assert sum(second) <= sum(first)
 
@@ -277,7 +277,10 @@ def test_other_model_families_are_predicted(config: dict[str, Any], objective: s
 
 def test_only_an_adapter_has_gradients_and_optimizer_states() -> None:
     recipe = recipe_of(LLAMA).model_copy(update={"adapter": Adapter(rank=4)})
-    without_adapter, shards = Shards.of(recipe_of(LLAMA), 515, 4, 1), Shards.of(recipe, 515, 4, 1)
+    without_adapter, shards = (
+        Shards.from_recipe(recipe_of(LLAMA), 515, 4, 1),
+        Shards.from_recipe(recipe, 515, 4, 1),
+    )
     adapter_bytes = shards.parameters - without_adapter.parameters  # the adapter's parameters
     assert (
         shards.gradients == adapter_bytes > 0
@@ -385,6 +388,6 @@ def test_an_unknown_vocabulary_size_is_refused() -> None:
 
 
 def test_traces_are_combined_linearly() -> None:
-    low, high = Held(activations=10.0, buffers=4.0), Held(activations=30.0, buffers=1.0)
-    assert Held.mix((0.5, low), (0.5, high)) == Held(activations=20.0, buffers=2.5)
-    assert Held.mix((-1.0, low), (2.0, high)) == Held(activations=50.0)  # clipped at 0
+    low, high = HeldBytes(activations=10.0, buffers=4.0), HeldBytes(activations=30.0, buffers=1.0)
+    assert HeldBytes.mix((0.5, low), (0.5, high)) == HeldBytes(activations=20.0, buffers=2.5)
+    assert HeldBytes.mix((-1.0, low), (2.0, high)) == HeldBytes(activations=50.0)  # clipped at 0

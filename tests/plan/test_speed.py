@@ -44,15 +44,15 @@ T5 = {
 def test_matmuls_and_attention_are_counted_to_the_flop(how: str, again: int) -> None:
     rows = 3
     tokens = rows * LENGTH
-    counted = ops.of(small_recipe(), VOCABULARY, rows, how)
-    assert counted.forward.products == 2 * tokens * BLOCK_PARAMETERS
+    counted = ops.count_operations(small_recipe(), VOCABULARY, rows, how)
+    assert counted.forward.matmul == 2 * tokens * BLOCK_PARAMETERS
     # the last matmul of a block is not recomputed: the backward pass does not need its output
     last_matmuls = LAYERS * WIDTH * FFN
-    assert counted.backward.products == 2 * tokens * (
+    assert counted.backward.matmul == 2 * tokens * (
         2 * BLOCK_PARAMETERS + again * (BLOCK_PARAMETERS - last_matmuls)
     )
-    assert counted.rest_forward.products == 2 * tokens * HEAD_PARAMETERS
-    assert counted.rest_backward.products == 4 * tokens * HEAD_PARAMETERS
+    assert counted.rest_forward.matmul == 2 * tokens * HEAD_PARAMETERS
+    assert counted.rest_backward.matmul == 4 * tokens * HEAD_PARAMETERS
     attention = LAYERS * 2 * 2 * rows * LENGTH * LENGTH * WIDTH / 2  # two matmuls, the causal half
     assert counted.forward.attention == attention
     assert counted.backward.attention == attention * (2.5 + again)
@@ -60,11 +60,12 @@ def test_matmuls_and_attention_are_counted_to_the_flop(how: str, again: int) -> 
 
 def test_recomputed_chunks_of_logits_are_counted() -> None:
     unchunked, chunked = (
-        ops.of(small_recipe(loss_chunk=chunk), VOCABULARY, 2, "none") for chunk in (None, 32)
+        ops.count_operations(small_recipe(loss_chunk=chunk), VOCABULARY, 2, "none")
+        for chunk in (None, 32)
     )
     assert (
-        chunked.rest_backward.products
-        == unchunked.rest_backward.products + 2 * 2 * LENGTH * HEAD_PARAMETERS
+        chunked.rest_backward.matmul
+        == unchunked.rest_backward.matmul + 2 * 2 * LENGTH * HEAD_PARAMETERS
     )
 
 
@@ -87,15 +88,15 @@ def test_few_layers_and_rows_predict_the_full_model(config: dict[str, Any], how:
     recipe = small_recipe().override(
         {"model.config": config | {"vocab_size": VOCABULARY}, "objective": objective}
     )
-    estimated = ops.of(recipe, VOCABULARY, 4, how)
+    estimated = ops.count_operations(recipe, VOCABULARY, 4, how)
     depth = shape.depths(shape.build.config_of(recipe, VOCABULARY))
     forward, backward = ops._run(recipe, VOCABULARY, depth, 4, how)
     for predicted, counted in (
         (estimated.forward + estimated.rest_forward, forward),
         (estimated.backward + estimated.rest_backward, backward),
     ):
-        assert counted.products > 0
-        assert predicted.products == pytest.approx(counted.products, rel=1e-9)
+        assert counted.matmul > 0
+        assert predicted.products == pytest.approx(counted.matmul, rel=1e-9)
         assert predicted.attention == pytest.approx(counted.attention, rel=1e-9)
         assert predicted.bytes == pytest.approx(counted.bytes, rel=0.02)
         assert predicted.kernels == pytest.approx(counted.kernels, rel=0.02)
@@ -213,8 +214,8 @@ def test_published_rates_are_met(row: published.Row) -> None:
 def test_a_classifying_decoder_is_counted(how: str) -> None:
     tree = small_recipe().model_dump(mode="json") | {"objective": "classify"}
     tree["data"]["classes"] = ["a", "b"]
-    counted = ops.of(Recipe.model_validate(tree), VOCABULARY, 2, how)
-    assert counted.forward.products > 0 and counted.backward.products > 0
+    counted = ops.count_operations(Recipe.model_validate(tree), VOCABULARY, 2, how)
+    assert counted.forward.matmul > 0 and counted.backward.matmul > 0
 
 
 @pytest.mark.parametrize("how", ["none", "full"])
@@ -222,5 +223,5 @@ def test_an_adapter_is_counted(how: str, tmp_path: Path) -> None:
     AutoConfig.for_model(**LLAMA).save_pretrained(tmp_path)
     recipe = small_recipe().model_dump(mode="json")
     recipe |= {"model": {"path": str(tmp_path)}, "adapter": {"rank": 4}}
-    counted = ops.of(Recipe.model_validate(recipe), VOCABULARY, 2, how)
-    assert counted.forward.products > 0 and counted.backward.products > 0
+    counted = ops.count_operations(Recipe.model_validate(recipe), VOCABULARY, 2, how)
+    assert counted.forward.matmul > 0 and counted.backward.matmul > 0

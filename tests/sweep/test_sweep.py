@@ -123,8 +123,8 @@ def test_an_interrupted_sweep_resumes(home: Path) -> None:
 def test_trials_of_a_lost_node_resume_on_another_one(apart: Path) -> None:
     nodes = LocalNodes(1, dashboard=True)
     try:
-        nodes.ready(2)
-        changes = [f"{k}={v}" for k, v in nodes.worker.items()]
+        nodes.set_count(2)
+        changes = [f"{k}={v}" for k, v in nodes.recipe_overrides.items()]
         changes += ["sweep.trials=2", "sweep.max_concurrent=2", "sweep.scheduler=none"]
         changes += ["train.steps=100", "validation.every=10"]
         words = ["r.yaml", *changes]
@@ -141,7 +141,7 @@ def test_trials_of_a_lost_node_resume_on_another_one(apart: Path) -> None:
         nodes.end(node)
         while node in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
             time.sleep(0.2)
-        nodes.ready(2)
+        nodes.set_count(2)
         stdout, stderr = process.communicate(timeout=300)
         assert process.returncode == 0, stderr
         assert "all resources released" in stdout

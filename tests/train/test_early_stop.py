@@ -72,7 +72,7 @@ def test_a_killed_run_has_the_same_result(home: Path) -> None:
     losses, metrics = results(home / "runs/whole")
     command = [sys.executable, str(ROOT / "jobs/pretrain.py"), "r.yaml", "name=killed"]
     run = Run(command, {"SEVENFOLD_HOME": str(home)}, str(home))
-    run.reach(metrics["best_step"] + 4)
+    run.wait_for_step(metrics["best_step"] + 4)
     run.kill()
     assert "resuming from step" in run_job("pretrain", "r.yaml", "name=killed", home=home)
     assert results(home / "runs/killed") == (losses, metrics)

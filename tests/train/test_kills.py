@@ -82,15 +82,15 @@ def run_with_kills(home: Path, seed: int) -> str:
         run = Killed(home, name, workers)
         if workers == 2:
             step = rng.randint(2, 12)
-            run.reach(step)
+            run.wait_for_step(step)
             run.kill_worker(rng)
             kills.append(f"worker of 2 at {run.step}")
             # The job resumes by itself.
             while not run.failed and run.process.poll() is None:
                 time.sleep(0.01)
-            run.reach(1)
+            run.wait_for_step(1)
         step = rng.randint(step + 1, step + 14)
-        run.reach(step)
+        run.wait_for_step(step)
         run.kill()
         kills.append(f"driver of {workers} at {run.step}")
     output = run_job(
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_another_recipe_is_refused(home: Path) -> None:
 @pytest.mark.slow
 def test_a_second_start_of_a_run_ends_the_first_one(home: Path) -> None:
     first = Killed(home, "twice", 2)
-    first.reach(6)
+    first.wait_for_step(6)
     # As after a network partition: the first job does not notice the second one, and continues
     # later.
     first.signal(signal.SIGSTOP)

@@ -180,7 +180,7 @@ def _read_text(text: str | None, file: str | None, option: str, file_option: str
         raise InputError(f"expected one of {option} and {file_option}, found {found}")
     if text is not None:
         return text
-    path = storage.locate(str(file))
+    path = storage.resolve_input(str(file))
     try:
         return storage.read_text(path)
     except UnicodeDecodeError as e:

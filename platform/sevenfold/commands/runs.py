@@ -25,7 +25,7 @@ def corpus(
     from sevenfold import storage
     from sevenfold.data.sources.python_corpus import build_python
 
-    built = build_python(storage.locate(out), max_mb)
+    built = build_python(storage.resolve_input(out), max_mb)
     print(
         f"{built.root}: {built.documents:,} documents ({built.text_mb:.1f} MB of text), "
         f"{built.heldout_documents:,} of them held out; {built.summaries:,} docstring summaries"

@@ -81,7 +81,7 @@ class ConversationEncoder(ExampleEncoder):
             text: A conversation, as in the field of a document. Its last reply is left out.
             room: The maximum number of ids.
         """
-        *turns, _ = formats.turns(text)
+        *turns, _ = formats.load_conversation(text)
         if _is_pair(turns):
             return self._shorten([*self.begin, *self.ids([turns[0][1]])[0]], room)
         while len(ids := self.question(turns)) > room and len(turns) - _system_turns(turns) > 1:
@@ -100,17 +100,20 @@ class ConversationEncoder(ExampleEncoder):
             return self._special_ids(self._render(turns, add_generation_prompt=True))
 
     @staticmethod
-    def asked(columns: list[list[str]]) -> list[tuple[str, str, str]]:
+    def prompts(columns: list[list[str]]) -> list[tuple[str, str, str]]:
         """Returns (input of `prompt`, prompt as readable text, reference reply) per document.
 
         Args:
             columns: For each of `fields`, the texts of all documents.
         """
-        conversations = [(text, formats.turns(text)) for text in columns[0]]
+        conversations = [(text, formats.load_conversation(text)) for text in columns[0]]
         return [(text, turns[-2][1], turns[-1][1]) for text, turns in conversations]
 
     def _examples(self, columns: list[list[str]]) -> list[Example]:
-        return [self._conversation(formats.turns(text), self._max_tokens) for text in columns[0]]
+        return [
+            self._conversation(formats.load_conversation(text), self._max_tokens)
+            for text in columns[0]
+        ]
 
     def _conversation(self, turns: Turns, max_tokens: int) -> Example:
         if _is_pair(turns):
@@ -202,7 +205,7 @@ class PreferenceEncoder(ConversationEncoder):
     def _examples(self, columns: list[list[str]]) -> list[Example]:
         examples = []
         for prompt, *answers in zip(*columns, strict=True):
-            turns = formats.turns(prompt)
+            turns = formats.load_conversation(prompt)
             role = "" if _is_pair(turns) else "assistant"
             chosen, rejected = (
                 self._conversation([*turns, (role, answer)], self._max_tokens // 2)

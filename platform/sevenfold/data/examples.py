@@ -90,8 +90,8 @@ class PairEncoder(ExampleEncoder):
         return [*self.begin, *self.ids([text])[0][: room - len(self.begin) - 1], self._eos]
 
     @staticmethod
-    def asked(columns: list[list[str]]) -> list[tuple[str, str, str]]:
-        """Returns the same as `ConversationEncoder.asked`."""
+    def prompts(columns: list[list[str]]) -> list[tuple[str, str, str]]:
+        """Returns the same as `ConversationEncoder.prompts`."""
         return [(source, source, target) for source, target in zip(*columns, strict=True)]
 
     def _examples(self, columns: list[list[str]]) -> list[Example]:
@@ -152,9 +152,9 @@ def first_pairs(
         shuffle: Takes the documents in the stream's shuffled order; see `Stream.documents`.
 
     Returns:
-        For each document the same as `ConversationEncoder.asked`.
+        For each document the same as `ConversationEncoder.prompts`.
     """
     encoder = stream.encoder
     assert isinstance(encoder, ConversationEncoder | PairEncoder)
-    pairs = (pair for columns in stream.documents(shuffle) for pair in encoder.asked(columns))
+    pairs = (pair for columns in stream.documents(shuffle) for pair in encoder.prompts(columns))
     return list(itertools.islice(pairs, limit))

@@ -50,7 +50,7 @@ class Manifest:
         sources: The sources.
         shards: Their shards.
         table: int64 [row groups, 6], the fields of a RowGroup.
-        left_out: An error message for each shard that was left out (on_bad_document: skip).
+        skipped: An error message for each shard that was left out (on_bad_document: skip).
         tokens_per_byte: Tokens per byte of text of each source, measured on a sample; () as long
             as there is no tokenizer.
     """
@@ -58,7 +58,7 @@ class Manifest:
     sources: tuple[Source, ...]
     shards: tuple[Shard, ...]
     table: np.ndarray
-    left_out: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
     tokens_per_byte: tuple[float, ...] = ()
 
     def __len__(self) -> int:
@@ -100,7 +100,7 @@ class Manifest:
             "sources": [s.model_dump(mode="json") for s in self.sources],
             "shards": [vars(s) for s in self.shards],
             "row_groups": {c: self.table[:, i].tolist() for i, c in enumerate(_COLUMNS)},
-            "left_out": list(self.left_out),
+            "left_out": list(self.skipped),
             "tokens_per_byte": list(self.tokens_per_byte),
         }
 
@@ -134,8 +134,8 @@ class Manifest:
         """
         recorded = {s.path: s.fingerprint for s in self.shards}
         current = {path for _, path in _list_files(self.sources)}
-        left_out = {message.partition(": ")[0] for message in self.left_out}
-        for path in sorted(recorded.keys() | (current - left_out)):
+        skipped = {message.partition(": ")[0] for message in self.skipped}
+        for path in sorted(recorded.keys() | (current - skipped)):
             if path not in current:
                 raise InputError(f"{path}: is gone since this run began: {CHANGED_HINT}")
             if path not in recorded:
@@ -174,10 +174,10 @@ def scan(
             bomb, or a copy of another.
     """
     files = _list_files(sources)
-    left_out: list[str] = []
+    skipped: list[str] = []
     with ThreadPoolExecutor(_THREADS) as pool:
         described = pool.map(lambda item: describe(item[1], item[0], sources[item[0]]), files)
-        shards = _without_copies(described, on_bad, left_out)
+        shards = _without_copies(described, on_bad, skipped)
         sources = [
             _recognise_columns(source, i, objective, shards) for i, source in enumerate(sources)
         ]
@@ -192,17 +192,17 @@ def scan(
         )
         for result in results:
             if isinstance(result, str):
-                _reject(result, on_bad, left_out)
+                _reject(result, on_bad, skipped)
             else:
                 groups += result
     for i, source in enumerate(sources):
         if not any(shards[g.shard].source == i for g in groups):
-            reason = f" ({left_out[0]})" if left_out else ""
+            reason = f" ({skipped[0]})" if skipped else ""
             raise InputError(
                 f"source {source.name!r}: expected documents in {source.path}, found none{reason}"
             )
     table = np.array([list(vars(g).values()) for g in groups], np.int64).reshape(-1, len(_COLUMNS))
-    return Manifest(tuple(sources), tuple(shards), table, tuple(left_out))
+    return Manifest(tuple(sources), tuple(shards), table, tuple(skipped))
 
 
 def _list_files(sources: Sequence[Source]) -> list[tuple[int, str]]:
@@ -210,12 +210,12 @@ def _list_files(sources: Sequence[Source]) -> list[tuple[int, str]]:
     return [
         (i, path)
         for i, source in enumerate(sources)
-        for path in storage.files(storage.locate(source.path), file_suffixes(source))
+        for path in storage.input_files(storage.resolve_input(source.path), file_suffixes(source))
     ]
 
 
 def _without_copies(
-    described: Iterable[Shard], on_bad: Literal["error", "skip"], left_out: list[str]
+    described: Iterable[Shard], on_bad: Literal["error", "skip"], skipped: list[str]
 ) -> list[Shard]:
     """Returns the shards without those whose content another shard has too; empty ones all stay."""
     shards: list[Shard] = []
@@ -227,7 +227,7 @@ def _without_copies(
             continue
         first = first_paths[shard.fingerprint]
         problem = "is listed twice" if first == shard.path else f"is a copy of {first}"
-        _reject(f"{shard.path}: {problem}: each file may be used only once", on_bad, left_out)
+        _reject(f"{shard.path}: {problem}: each file may be used only once", on_bad, skipped)
     return shards
 
 
@@ -255,14 +255,14 @@ def _row_groups_or_error(
         return str(e)
 
 
-def _reject(message: str, on_bad: Literal["error", "skip"], left_out: list[str]) -> None:
+def _reject(message: str, on_bad: Literal["error", "skip"], skipped: list[str]) -> None:
     """Raises InputError about a shard, or leaves the shard out.
 
     Args:
         message: What is wrong with the shard; begins with its path.
         on_bad: Whether to raise or to skip.
-        left_out: The messages about shards that are left out; this one is appended.
+        skipped: The messages about shards that are left out; this one is appended.
     """
     if on_bad == "error":
         raise InputError(f"{message}; or skip such files (data.on_bad_document=skip)")
-    left_out.append(message)
+    skipped.append(message)

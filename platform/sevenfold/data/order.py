@@ -88,7 +88,7 @@ class DataOrder:
     epochs: int | None = None
 
     @staticmethod
-    def of(manifest: Manifest, data: Data, seed: int, lanes: int) -> DataOrder:
+    def from_manifest(manifest: Manifest, data: Data, seed: int, lanes: int) -> DataOrder:
         """Returns the order that a recipe's `data` section describes."""
         stages: list[tuple[int, tuple[float, ...]]] = []
         if data.sources[0].weight is not None:

@@ -179,7 +179,7 @@ class LaneReader:
         parts = self._read_step(record=True)
         self._data_step += 1
         self._steps += 1
-        return Rows.of(parts)
+        return Rows.from_ranges(parts)
 
     @property
     def state(self) -> ReaderState:

@@ -53,10 +53,10 @@ class Rows:
 
     def part(self, begin: int, end: int) -> Rows:
         """Returns the rows begin to end - 1."""
-        return Rows.of([(self, begin, end)])
+        return Rows.from_ranges([(self, begin, end)])
 
     @staticmethod
-    def of(parts: Sequence[tuple[Rows, int, int]]) -> Rows:
+    def from_ranges(parts: Sequence[tuple[Rows, int, int]]) -> Rows:
         """Concatenates ranges of rows. The arrays are views if there is one part.
 
         Args:
@@ -80,7 +80,7 @@ class Rows:
     @staticmethod
     def concatenate(parts: Sequence[Rows]) -> Rows:
         """Concatenates rows."""
-        return Rows.of([(part, 0, len(part)) for part in parts])
+        return Rows.from_ranges([(part, 0, len(part)) for part in parts])
 
     @staticmethod
     def empty(

@@ -44,7 +44,7 @@ def _cache_key(
     return key if encoder is None else {**key, "encoder": encoder.identity()}
 
 
-def check(
+def require_cache(
     folder: str, manifest: Manifest, selection: Selection, encoder: TextEncoder | None = None
 ) -> None:
     """Checks that a folder is a finished token cache of these documents.
@@ -95,7 +95,7 @@ class TokenCache:
         Raises:
             InputError: The folder is not a finished token cache, or one of other data.
         """
-        check(folder, manifest, selection, encoder)
+        require_cache(folder, manifest, selection, encoder)
         shard_of = manifest.table[:, 0].copy()
         return TokenCache(
             folder, shard_of, np.searchsorted(shard_of, np.arange(len(manifest.shards)))

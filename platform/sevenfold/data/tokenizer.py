@@ -50,7 +50,7 @@ def sample(
         if remaining <= 0:
             return
         documents = texts(selection.read(manifest, span[int(i)]))
-        for column in map(formats.plain, selection.fields, documents):
+        for column in map(formats.tokenizer_texts, selection.fields, documents):
             remaining -= sum(map(len, column))
             yield column
 
@@ -166,7 +166,7 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            storage.local(folder), local_files_only=True, trust_remote_code=False
+            storage.local_copy(folder), local_files_only=True, trust_remote_code=False
         )
     except (OSError, ValueError) as e:
         raise InputError(

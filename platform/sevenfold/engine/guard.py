@@ -11,6 +11,16 @@ from sevenfold.recipe import Guard as Settings
 
 MEMORY = 100  # the mean of the gradient norms is a moving average over about this number of steps
 
+DIVERGENCE_ADVICE = "lower optimizer.learning_rate or raise schedule.warmup_steps"
+
+
+def describe_divergence(steps: int, step: int) -> str:
+    """Describes, for an error message, the steps in a row up to `step` that were skipped."""
+    return (
+        "training diverged: the loss or gradient was not finite, or the gradient norm spiked, in "
+        f"{steps} steps in a row, up to step {step}"
+    )
+
 
 @dataclass
 class Guard:
@@ -59,10 +69,9 @@ class Guard:
             return False
         if self.rollbacks >= self.settings.max_rollbacks:
             raise DivergedError(
-                "training diverged: the loss or gradient was not finite, or the gradient norm "
-                f"spiked, in {self.skipped_in_a_row} steps in a row, up to step {step}; rollbacks "
-                f"so far: {self.rollbacks} (the limit, guard.max_rollbacks). The last checkpoint "
-                "is good; lower optimizer.learning_rate or raise schedule.warmup_steps"
+                describe_divergence(self.skipped_in_a_row, step)
+                + f"; rollbacks so far: {self.rollbacks} (the limit, guard.max_rollbacks). The "
+                f"last checkpoint is good; {DIVERGENCE_ADVICE}"
             )
         return True
 

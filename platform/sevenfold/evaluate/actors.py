@@ -81,7 +81,7 @@ class Scorer:
         if isinstance(self._objective, Preference):
             reference = _load_model(str(recipe.model.path), recipe)
             # The numbers are those of masking and corruption, which Causal does not use.
-            causal = Causal(self._objective.words, 0, 0.5, 1)
+            causal = Causal(self._objective.special_tokens, 0, 0.5, 1)
             attach_losses(reference, causal, recipe.train.loss_chunk)
             self._objective.reference = reference
         self._losses = attach_losses(self._model, self._objective, recipe.train.loss_chunk)
@@ -191,9 +191,9 @@ class Embedding:
 def _load_model(path: str, recipe: Recipe) -> Any:
     """Loads a model in float32, on the actor's GPU if it has one; Ray hides the other GPUs."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model_class, _ = build.CLASSES[recipe.objective]
+    model_class, _ = build.MODEL_CLASSES[recipe.objective]
     model = model_class.from_pretrained(
-        storage.local(path),
+        storage.local_copy(path),
         dtype=torch.float32,
         trust_remote_code=recipe.model.trust_remote_code,
         local_files_only=True,

@@ -78,7 +78,7 @@ def _evaluate(
     path: str, verbose: bool, workers: int | None, task: str | None, new: int | None
 ) -> tuple[RunFolder, list[dict[str, Any]]]:
     """Evaluates one run; returns its folder and predictions. The arguments are those of `run`."""
-    folder = RunFolder.of(path)
+    folder = RunFolder.existing(path)
     if not folder.finished():
         raise InputError(
             f"{folder.root}: expected a finished run, found an unfinished one: "
@@ -111,7 +111,7 @@ def _evaluate(
     # The metrics are also written before lm-eval runs, since it may fail.
     storage.write(folder.metrics, json.dumps(result.metrics, indent=1, ensure_ascii=False))
     if task is not None:
-        result.metrics["harness"] = harness(storage.local(folder.model), task)
+        result.metrics["harness"] = harness(storage.local_copy(folder.model), task)
         storage.write(folder.metrics, json.dumps(result.metrics, indent=1, ensure_ascii=False))
     card = storage.join(folder.model, "README.md")
     if storage.exists(card):

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 
 from sevenfold.data.manifest import Manifest
 from sevenfold.engine.checkpoint import Checkpoint
-from sevenfold.model.build import CLASSES
+from sevenfold.model.build import MODEL_CLASSES
 from sevenfold.recipe import Recipe
 
 # The hub's pipeline tag, by objective.
@@ -42,7 +42,7 @@ def card(
         manifest: The training data.
         metrics: The metrics that were logged at the checkpoint's step.
     """
-    model_class, family = CLASSES[recipe.objective]
+    model_class, family = MODEL_CLASSES[recipe.objective]
     facts = _facts(recipe, checkpoint, metrics)
     rows = "\n".join(f"| {name} | {value} |" for name, value in facts.items())
     sources = "\n".join(f"- {source}" for source in _sources(manifest))

@@ -32,8 +32,8 @@ def run(path: str, step: int | None = None, out: str | None = None, merge: bool 
             empty, or there is no adapter to merge.
         RunError: The folder cannot be written, or the merged model's output differs.
     """
-    folder = RunFolder.of(path)
-    target = storage.place(out) if out else folder.model
+    folder = RunFolder.existing(path)
+    target = storage.resolve_output(out) if out else folder.model
     into_run = target == folder.model
     if not into_run and storage.listdir(target):
         raise InputError(

@@ -120,13 +120,13 @@ class Drill:
             "train.log_every": 1,
             "checkpoint.every": every,
             "cluster.num_workers": recipe.workers[1],
-            "storage": storage.place(recipe.storage),
+            "storage": storage.resolve_output(recipe.storage),
             "cluster.resize_seconds": 2,
             "checkpoint.keep": max(2, recipe.checkpoint.keep),
             "validation.patience": None,
         }
         if isinstance(nodes, LocalNodes):
-            changes |= nodes.worker
+            changes |= nodes.recipe_overrides
         self.recipe = recipe.override(changes)
         self.nodes = nodes
         self.steps = steps
@@ -173,7 +173,7 @@ class Drill:
         self._set_nodes(0)
         baseline = self.start("drill")
         try:
-            if baseline.end():
+            if baseline.wait():
                 raise RunError(f"{name}, the baseline run, failed: {baseline.last_lines()}")
         finally:
             baseline.kill()
@@ -207,11 +207,11 @@ class Drill:
             with CheckpointWatch(folder.checkpoints) as watch:
                 # by then two checkpoints are committed, and saving the third has begun
                 earliest = 3 * self.every + 1
-                scene.run.reach(rng.randint(earliest, max(earliest, self.steps // 2)))
+                scene.run.wait_for_step(rng.randint(earliest, max(earliest, self.steps // 2)))
                 committed = list(scene.committed())
                 injection = _Injection(scene.run.step, time.monotonic(), committed)
                 fault.inject(scene)
-                exit_code = scene.run.end()
+                exit_code = scene.run.wait()
         except (RunError, InputError, RayError) as e:
             return Outcome(name, fault.description, allowed, injection.step, error=str(e))
         finally:
@@ -299,7 +299,7 @@ class Drill:
     def _set_nodes(self, spare: int) -> None:
         """Gives a local cluster one node per worker and some spare ones (may be negative)."""
         if isinstance(self.nodes, LocalNodes):
-            self.nodes.ready(self.recipe.workers[1] + spare)
+            self.nodes.set_count(self.recipe.workers[1] + spare)
 
 
 def _clear(folder: RunFolder) -> None:
@@ -314,7 +314,7 @@ def _clear(folder: RunFolder) -> None:
             f"{folder.root}: expected no folder or an earlier drill's run, found another run: give "
             "the recipe another name"
         )
-    if foreign := folder.foreign():
+    if foreign := folder.other_files():
         raise InputError(
             f"{folder.root}: the drill would replace this folder, but it contains files that no "
             f"drill wrote ({', '.join(foreign[:3])}): move them elsewhere, or give the recipe "

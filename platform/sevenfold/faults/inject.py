@@ -90,7 +90,7 @@ class Run:
         since = max([0.0, *self.failed, *(when for when, _ in self.resumed)])
         return steps[-1][1] if steps and steps[-1][0] > since else 0
 
-    def reach(self, step: int) -> None:
+    def wait_for_step(self, step: int) -> None:
         """Waits until the job has logged this step or a later one.
 
         Raises:
@@ -101,7 +101,7 @@ class Run:
                 raise RunError(f"step {step} was not reached: {self.last_lines()}")
             time.sleep(0.01)
 
-    def end(self) -> int:
+    def wait(self) -> int:
         """Waits for the job's end and returns its exit code; kills it if it hangs."""
         while self.process.poll() is None:
             if self._hangs():
@@ -224,7 +224,7 @@ def _kill_driver(scene: Scene) -> None:
 
 
 def _kill_node(scene: Scene) -> None:
-    scene.nodes.end(scene.random_node())
+    scene.nodes.kill_node(scene.random_node())
 
 
 def _freeze_node(scene: Scene) -> None:
@@ -236,18 +236,18 @@ def _preempt_node(scene: Scene) -> None:
     scene.nodes.agent(node_id)  # Ray starts no new actor on a node that is being drained
     scene.nodes.drain(node_id, NOTICE)
     time.sleep(NOTICE)
-    scene.nodes.end(node_id)
+    scene.nodes.kill_node(node_id)
 
 
 def _add_node(scene: Scene) -> None:
     assert isinstance(scene.nodes, LocalNodes)
-    scene.nodes.ready(len(scene.workers()) + 1)
+    scene.nodes.set_count(len(scene.workers()) + 1)
 
 
 def _kill_head(scene: Scene) -> None:
     assert isinstance(scene.nodes, LocalNodes)
     scene.nodes.kill_head()
-    scene.run.end()
+    scene.run.wait()
     scene.nodes.restart()
     scene.resubmit()
 

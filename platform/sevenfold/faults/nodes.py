@@ -103,7 +103,7 @@ class Nodes:
             ray.get(agent.ready.remote())
         return self._agents[node_id]
 
-    def end(self, node_id: str) -> None:
+    def kill_node(self, node_id: str) -> None:
         """Kills a node's raylet, and with it all of Ray's processes there."""
         self.agent(node_id).kill_raylet.remote()
 
@@ -184,7 +184,7 @@ class LocalNodes(Nodes):
         super().__init__()
 
     @property
-    def worker(self) -> dict[str, Any]:
+    def recipe_overrides(self) -> dict[str, Any]:
         """Changes to a recipe with which a node has room for exactly one worker."""
         return {"cluster.cpus_per_worker": self._cpus - 0.5, "cluster.gpus_per_worker": 0}
 
@@ -210,7 +210,7 @@ class LocalNodes(Nodes):
         connect.connect()
         self._others: list[Any] = []
 
-    def ready(self, count: int) -> None:
+    def set_count(self, count: int) -> None:
         """Adds or removes nodes until there are `count` besides the head, with an agent on each."""
         alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
         for node in list(self._others):
@@ -233,7 +233,7 @@ class LocalNodes(Nodes):
         self.close()
         self._start()
         super().__init__()
-        self.ready(count)
+        self.set_count(count)
 
     def close(self) -> None:
         """Disconnects from the cluster and ends it."""

@@ -163,7 +163,7 @@ class Conversation:
         Returns:
             The file and the row's number, for people.
         """
-        file = storage.place(path)
+        file = storage.resolve_output(path)
         text = storage.read_text(file) if storage.exists(file) else ""
         if text and not text.endswith("\n"):
             text += "\n"

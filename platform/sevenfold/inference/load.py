@@ -86,7 +86,7 @@ def load(path: str, *, head: bool = True, attention: str | None = None) -> Loade
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     location = model_path(path)
-    folder = storage.local(location)
+    folder = storage.local_copy(location)
     has_gpu = torch.cuda.is_available()
     kwargs: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:

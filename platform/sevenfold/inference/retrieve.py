@@ -103,10 +103,13 @@ def _rows(corpus: str, text: str | None, key: str | None) -> Iterator[tuple[str,
                 raise ValueError(
                     f"expected a column {key!r}, found {', '.join(record.columns) or 'none'}"
                 )
-            yield str(record.columns[key]) if key else record.place, record.text(text, whole=False)
+            yield (
+                str(record.columns[key]) if key else record.location,
+                record.text(text, whole=False),
+            )
         except ValueError as e:
             raise InputError(
-                f"{record.place}: {e}: name the columns with --text and --id, or fix the row"
+                f"{record.location}: {e}: name the columns with --text and --id, or fix the row"
             ) from None
 
 

@@ -49,7 +49,7 @@ def run(
             except ValueError as e:
                 bad_rows += 1
                 if len(first_errors) < PLACES:
-                    first_errors.append(f"{record.place}: {e}")
+                    first_errors.append(f"{record.location}: {e}")
             if rows % 100 == 0:
                 show_count(rows)
     if rows == bad_rows:
@@ -64,8 +64,8 @@ def run(
     }
     _show(report)
     if out:
-        storage.write(storage.place(out), json.dumps(report, ensure_ascii=False, indent=1))
-        say(f"full report: {storage.place(out)}")
+        storage.write(storage.resolve_output(out), json.dumps(report, ensure_ascii=False, indent=1))
+        say(f"full report: {storage.resolve_output(out)}")
     return report
 
 

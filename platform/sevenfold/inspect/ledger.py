@@ -102,7 +102,7 @@ def replay(path: str, step: int, out: str | None = None) -> None:
     """
     replayer, draws, recipe = _open(path, step, out, ".safetensors")
     rows = replayer.rows(draws)
-    tokenizer = load_tokenizer(RunFolder.of(path).tokenizer)
+    tokenizer = load_tokenizer(RunFolder.existing(path).tokenizer)
     config = build.config_of(recipe, len(tokenizer), tokenizer)
     batch = build_objective(recipe, tokenizer, config).collate(rows, step - 1)
     say(
@@ -123,7 +123,7 @@ def _open(path: str, step: int, out: str | None, suffix: str) -> _Step:
     """Opens a run's step, after checking that `out` can be written and has the suffix."""
     if out and not (out.endswith(suffix) and os.path.isdir(os.path.dirname(out) or ".")):
         raise InputError(f"--out {out}: expected a {suffix} file in an existing folder")
-    folder = RunFolder.of(path)
+    folder = RunFolder.existing(path)
     draws = Ledger(folder.ledger).step(step)
     recipe = read_recipe(folder)
     stream, _ = open_streams(folder, recipe)

@@ -90,8 +90,8 @@ def run(
     report["tokens"] = rows
     _show(loaded, report)
     if out:
-        storage.write(storage.place(out), json.dumps(report, ensure_ascii=False, indent=1))
-        say(f"full report: {storage.place(out)}")
+        storage.write(storage.resolve_output(out), json.dumps(report, ensure_ascii=False, indent=1))
+        say(f"full report: {storage.resolve_output(out)}")
     return report
 
 

@@ -35,11 +35,11 @@ from sevenfold.model.parallel import tensor_plan
 from sevenfold.recipe import Recipe
 
 __all__ = [
-    "CLASSES",
+    "MODEL_CLASSES",
     "Family",
-    "attention",
     "build",
-    "check",
+    "check_model",
+    "choose_attention",
     "config_of",
     "dropouts",
     "family",
@@ -54,7 +54,7 @@ _FAMILY_NAMES: dict[Family, str] = {
     "encoder-decoder": "an encoder-decoder",
 }
 # by objective: transformers' class, and the kind of model that it is, for error messages
-CLASSES: dict[str, Any] = {
+MODEL_CLASSES: dict[str, Any] = {
     "causal": (AutoModelForCausalLM, "decoder"),
     "sft": (AutoModelForCausalLM, "decoder"),
     "masked": (AutoModelForMaskedLM, "encoder"),
@@ -66,7 +66,7 @@ CLASSES: dict[str, Any] = {
 }
 
 
-def check(recipe: Recipe, vocab_size: int) -> int:
+def check_model(recipe: Recipe, vocab_size: int) -> int:
     """Checks that the recipe's model, and its adapter, can be built.
 
     It builds them on the meta device, which allocates no memory.
@@ -82,7 +82,7 @@ def check(recipe: Recipe, vocab_size: int) -> int:
         InputError: The model cannot be built or does not fit the recipe.
     """
     config = config_of(recipe, vocab_size)
-    model_class, kind = CLASSES[recipe.objective]
+    model_class, kind = MODEL_CLASSES[recipe.objective]
     _check_family(recipe, config)
     if recipe.train.loss_chunk and getattr(config, "final_logit_softcapping", None):
         raise InputError(
@@ -120,7 +120,7 @@ def _check_family(recipe: Recipe, config: PreTrainedConfig) -> None:
     elif recipe.objective == "embed":
         expected = ("encoder", "decoder")
     else:
-        expected = (CLASSES[recipe.objective][1],)
+        expected = (MODEL_CLASSES[recipe.objective][1],)
     found = family(config)
     # the family of a model with code of its own is not known
     if found not in expected and not recipe.model.trust_remote_code:
@@ -136,7 +136,7 @@ def _has_attention_dropout(config: PreTrainedConfig) -> bool:
     return any(getattr(config, name) for name in dropouts(config) if "att" in name)
 
 
-def attention(recipe: Recipe, device: torch.device, config: PreTrainedConfig) -> str:
+def choose_attention(recipe: Recipe, device: torch.device, config: PreTrainedConfig) -> str:
     """Chooses the fastest attention implementation that keeps packed documents apart.
 
     FlexAttention does not support attention dropout. Attention in chunks supports neither compiled
@@ -147,7 +147,7 @@ def attention(recipe: Recipe, device: torch.device, config: PreTrainedConfig) ->
     """
     if recipe.model.attention != "auto":
         return recipe.model.attention
-    kind = CLASSES[recipe.objective][1]
+    kind = MODEL_CLASSES[recipe.objective][1]
     if recipe.objective in ("classify", "embed"):
         return "sdpa"  # each row is one padded document
     if device.type == "cuda":
@@ -169,7 +169,7 @@ def build(
         attention: The attention implementation, from `attention`.
     """
     torch.manual_seed(recipe.seed)
-    model_class: Any = CLASSES[recipe.objective][0]
+    model_class: Any = MODEL_CLASSES[recipe.objective][0]
     kwargs: dict[str, Any] = {
         "attn_implementation": "sdpa" if attention == SDPA_IN_CHUNKS else attention,
         "dtype": torch.float32,
@@ -177,7 +177,7 @@ def build(
     }
     model: PreTrainedModel
     if weights and recipe.model.path is not None:
-        folder = storage.local(model_path(recipe.model.path))
+        folder = storage.local_copy(model_path(recipe.model.path))
         with _quiet_transformers():  # it warns that a new head is not among the base's weights
             model = model_class.from_pretrained(
                 folder,
@@ -205,7 +205,7 @@ def _generation_config(recipe: Recipe, config: PreTrainedConfig) -> GenerationCo
     """
     if recipe.model.path is not None:
         with contextlib.suppress(OSError):  # not every model has one
-            folder = storage.local(model_path(recipe.model.path))
+            folder = storage.local_copy(model_path(recipe.model.path))
             return GenerationConfig.from_pretrained(folder, local_files_only=True)
     return GenerationConfig.from_model_config(config)
 

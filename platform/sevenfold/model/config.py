@@ -27,7 +27,7 @@ def model_path(path: str) -> str:
     Raises:
         InputError: The path is neither.
     """
-    folder = storage.locate(path)
+    folder = storage.resolve_input(path)
     run_model = RunFolder(folder).model
     if storage.exists(storage.join(run_model, "config.json")):
         return run_model
@@ -52,7 +52,7 @@ def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrai
     """
     try:
         if recipe.model.path is not None:
-            folder = storage.local(model_path(recipe.model.path))
+            folder = storage.local_copy(model_path(recipe.model.path))
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
             )

@@ -52,7 +52,7 @@ SAVED = {
 
 
 @dataclass(frozen=True)
-class Place:
+class DataRank:
     """A rank's position among the data-parallel ranks.
 
     The ranks of one tensor-parallel group have the same position: they read the same rows.
@@ -66,9 +66,9 @@ class Place:
     world_size: int
 
     @staticmethod
-    def of(rank: int, world_size: int, tensor: int) -> Place:
+    def from_rank(rank: int, world_size: int, tensor: int) -> DataRank:
         """Returns the position of a rank, given the number of tensor-parallel ranks."""
-        return Place(rank // tensor, world_size // tensor)
+        return DataRank(rank // tensor, world_size // tensor)
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:

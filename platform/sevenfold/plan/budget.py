@@ -194,7 +194,7 @@ def train(usd: float, fleets: Sequence[Fleet]) -> list[Trained]:
     priced = [fleet for fleet in fleets if fleet.hourly is not None]
     if not priced:
         raise InputError(
-            f"--budget: no price is known ({fleets[0].priced}); set one with --hardware FILE"
+            f"--budget: no price is known ({fleets[0].price_source}); set one with --hardware FILE"
         )
     results: list[Trained] = []
     for width in WIDTHS:
@@ -208,7 +208,7 @@ def train(usd: float, fleets: Sequence[Fleet]) -> list[Trained]:
             results.append(max(options, key=lambda t: t.tokens))
     if not results:
         gpu = priced[0].gpu
-        speed.check(gpu, "bfloat16")
+        speed.require_dtype(gpu, "bfloat16")
         raise InputError(
             f"--budget: even the smallest decoder (width {WIDTHS[0]}, bfloat16) does not fit on "
             f"{gpu.name} with {gpu.memory / GIB:.1f} GiB"
@@ -220,7 +220,7 @@ def _trained(usd: float, width: int, fleet: Fleet) -> Trained | None:
     """Uses as few machines as hold the model and finish within a week; None if it does not fit."""
     result = None
     for nodes in _node_counts(fleet):
-        part = fleet.of(min(fleet.gpus, nodes * fleet.gpus_per_node))
+        part = fleet.with_gpus(min(fleet.gpus, nodes * fleet.gpus_per_node))
         larger = _trained_on(usd, width, part)
         if larger is None:
             continue
@@ -247,7 +247,7 @@ def _trained_on(usd: float, width: int, fleet: Fleet) -> Trained | None:
     layout, estimate = fastest
     assert fleet.usd_per_hour is not None
     hours = usd / fleet.usd_per_hour
-    goodput = cost.cost(recipe, size, estimate, layout, fleet).effective
+    goodput = cost.cost(recipe, size, estimate, layout, fleet).goodput
     tokens = hours * 3600 * goodput * estimate.tokens
     return Trained(
         config=recipe.model.config or {},

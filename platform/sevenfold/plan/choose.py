@@ -79,7 +79,7 @@ def candidates(recipe: Recipe, vocab_size: int, fleet: Fleet) -> list[Candidate]
     Raises:
         InputError: As layouts.layouts and speed.check.
     """
-    speed.check(fleet.gpu, recipe.train.dtype)
+    speed.require_dtype(fleet.gpu, recipe.train.dtype)
     all_layouts = layouts.layouts(recipe, fleet.gpus, fleet.gpus_per_node, vocab_size)
     unsplit = [layout for layout in all_layouts if layout.tensor == 1]
     split = [layout for layout in all_layouts if layout.tensor > 1]

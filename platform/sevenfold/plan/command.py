@@ -99,7 +99,7 @@ def vocabulary(recipe: Recipe) -> tuple[int, list[str]]:
         from sevenfold.data.tokenizer import load_tokenizer
 
         with contextlib.suppress(InputError, OSError, ValueError):
-            from_tokenizer = len(load_tokenizer(storage.locate(recipe.tokenizer.path)))
+            from_tokenizer = len(load_tokenizer(storage.resolve_input(recipe.tokenizer.path)))
     size = shape.vocabulary(recipe, from_tokenizer or VOCABULARY)
     unknown = from_tokenizer is None and shape.vocabulary(recipe, -1) == -1
     if not unknown:
@@ -132,7 +132,7 @@ def _plan(recipe: Recipe, fleets: list[Fleet], table: Table) -> Candidate:
     failure: InputError | None = None
     for fleet in fleets:
         on_fleet = choose.fitted(recipe, fleet)
-        used = fleet.of(on_fleet.workers[1])
+        used = fleet.with_gpus(on_fleet.workers[1])
         try:
             found = choose.candidates(on_fleet, vocab_size, used)
             chosen = choose.best(found, on_fleet, table)

@@ -79,25 +79,25 @@ class Cost:
             tokens the data has.
         hours: Hours to train on them, including failures; None if tokens is None.
         usd: The price of all machines for these hours; None if hours or price are not known.
-        effective: The expected goodput: the share of time spent on steps that are kept.
+        goodput: The expected goodput: the share of time spent on steps that are kept.
         checkpoint: Bytes of one checkpoint.
-        best: Steps between saves that lose the least time.
-        every: Steps between saves in the recipe; None if it saves only at the end.
-        mtbf: Mean hours between failures of the run.
+        best_save_every: Steps between saves that lose the least time.
+        save_every: Steps between saves in the recipe; None if it saves only at the end.
+        mtbf_hours: Mean hours between failures of the run.
         cores: Busy CPU cores that prepare the data.
-        asked: Logical CPUs that the data tasks request from Ray.
+        data_cpus: Logical CPUs that the data tasks request from Ray.
     """
 
     tokens: int | None
     hours: float | None
     usd: float | None
-    effective: float
+    goodput: float
     checkpoint: int
-    best: int
-    every: int | None
-    mtbf: float
+    best_save_every: int
+    save_every: int | None
+    mtbf_hours: float
     cores: float
-    asked: float
+    data_cpus: float
 
 
 def checkpoint_bytes(model: Size) -> int:
@@ -140,7 +140,7 @@ def cost(recipe: Recipe, model: Size, speed: Speed, layout: Layout, fleet: Fleet
         layout: How the model is distributed.
         fleet: The machines.
     """
-    fleet = fleet.of(layout.gpus)
+    fleet = fleet.with_gpus(layout.gpus)
     checkpoint = checkpoint_bytes(model)
     mtbf = mean_seconds_between_failures(recipe, fleet)
     best = policy(checkpoint, fleet, mtbf)
@@ -163,11 +163,11 @@ def cost(recipe: Recipe, model: Size, speed: Speed, layout: Layout, fleet: Fleet
         tokens=tokens,
         hours=hours,
         usd=usd,
-        effective=goodput,
+        goodput=goodput,
         checkpoint=checkpoint,
-        best=best_steps,
-        every=saves_every,
-        mtbf=mtbf / HOUR,
+        best_save_every=best_steps,
+        save_every=saves_every,
+        mtbf_hours=mtbf / HOUR,
         cores=speed.tokens / TOKENS_PER_CORE,
-        asked=layout.gpus * TASK_CPUS if recipe.data.executor == "ray" else 0.0,
+        data_cpus=layout.gpus * TASK_CPUS if recipe.data.executor == "ray" else 0.0,
     )

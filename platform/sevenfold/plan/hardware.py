@@ -57,8 +57,8 @@ class Fleet:
         hourly: The price of a node in USD per hour; None if it is not known.
         spot: Whether nodes are spot instances, which can be taken away.
         name: The name of the cluster's pool or the machine.
-        priced: The price and its source, as text.
-        beside: The price of the head node and the data node together, in USD per hour.
+        price_source: The price and its source, as text.
+        other_nodes_usd: The price of the head node and the data node together, in USD per hour.
     """
 
     gpu: Gpu
@@ -69,8 +69,8 @@ class Fleet:
     hourly: float | None = None
     spot: bool = False
     name: str = ""
-    priced: str = ""
-    beside: float = 0.0
+    price_source: str = ""
+    other_nodes_usd: float = 0.0
 
     @property
     def nodes(self) -> int:
@@ -80,9 +80,9 @@ class Fleet:
     @property
     def usd_per_hour(self) -> float | None:
         """The price of all machines; a partly used node is paid for in full."""
-        return None if self.hourly is None else self.hourly * self.nodes + self.beside
+        return None if self.hourly is None else self.hourly * self.nodes + self.other_nodes_usd
 
-    def of(self, gpus: int) -> Fleet:
+    def with_gpus(self, gpus: int) -> Fleet:
         """Returns the fleet with this number of GPUs."""
         return replace(self, gpus=gpus)
 
@@ -194,7 +194,7 @@ def of_gpus(table: Table, name: str, gpus: int) -> Fleet:
             link=table["gpus"][kind.name].get("link_gbs", PCIE_GBS) * 1e9,
             network=ETHERNET,
             name=kind.name,
-            priced=f"{kind.name}: no price is known",
+            price_source=f"{kind.name}: no price is known",
         )
     needed = min(gpus, GPUS_PER_NODE)
     smallest = next(
@@ -240,7 +240,7 @@ def machine(table: Table, kind: str, gpus: int, spot: bool, name: str | None = N
         hourly=hourly,
         spot=spot,
         name=name or kind,
-        priced=priced,
+        price_source=priced,
     )
 
 
@@ -289,7 +289,7 @@ def of_cluster(
         except InputError as e:
             raise InputError(f"{where}: available_node_types.{name}: {e}") from None
         beside = _price_of_other_machines(table, config, recipe)
-        fleets.append(replace(fleet, gpus_per_node=gpus, beside=beside))
+        fleets.append(replace(fleet, gpus_per_node=gpus, other_nodes_usd=beside))
     if not fleets:
         with_labels = f" with the labels {labels}" if labels else ""
         raise InputError(

@@ -17,7 +17,7 @@ from sevenfold.plan import shape
 from sevenfold.plan.hardware import GIB
 from sevenfold.plan.layouts import Layout, micro_batches
 from sevenfold.plan.shards import Shards
-from sevenfold.plan.trace import Held, Job, Phases, traces
+from sevenfold.plan.trace import HeldBytes, Job, Phases, traces
 from sevenfold.recipe import Parallel, Recipe
 
 # The numbers of blocks, sequences and ranks that are traced.
@@ -110,7 +110,9 @@ def all_measured(
         InputError: As shape.vocabulary and build.config_of, or the model cannot be split.
     """
     size = shape.vocabulary(recipe, vocab_size)
-    families = {layout: _Family.of(recipe, layout, size, device) for layout in list(layouts)}
+    families = {
+        layout: _Family.from_recipe(recipe, layout, size, device) for layout in list(layouts)
+    }
     jobs = [job for layout, family in families.items() for job in family.jobs(layout.micro_batch)]
     _run_traces(jobs, trace)
     return {layout: _peak(recipe, layout, family, trace) for layout, family in families.items()}
@@ -141,7 +143,7 @@ class _Family:
     compiled: bool
 
     @staticmethod
-    def of(recipe: Recipe, layout: Layout, vocab_size: int, device: str) -> _Family:
+    def from_recipe(recipe: Recipe, layout: Layout, vocab_size: int, device: str) -> _Family:
         """Returns the family of a layout."""
         shard = min(layout.shard, TRACED_RANKS)
         train = recipe.train.model_copy(
@@ -220,10 +222,12 @@ def _peak(recipe: Recipe, layout: Layout, family: _Family, trace: Tracer) -> Mem
     }
     low, high = by_rows[min(by_rows)], by_rows[max(by_rows)]
     weight = (layout.micro_batch - 1) / (TRACED_ROWS - 1) if len(by_rows) > 1 else 0.0
-    phases = {name: Held.mix((1 - weight, low[name]), (weight, high[name])) for name in low}
+    phases = {name: HeldBytes.mix((1 - weight, low[name]), (weight, high[name])) for name in low}
 
-    traced = Shards.of(recipe, family.vocab_size, family.ranks // layout.tensor, layout.tensor)
-    shards = Shards.of(recipe, family.vocab_size, layout.shard, layout.tensor)
+    traced = Shards.from_recipe(
+        recipe, family.vocab_size, family.ranks // layout.tensor, layout.tensor
+    )
+    shards = Shards.from_recipe(recipe, family.vocab_size, layout.shard, layout.tensor)
     ratio = shards.gradients / max(1, traced.gradients)
     by_phase = []
     for name, held in phases.items():
@@ -256,7 +260,7 @@ def _at_full_depth(family: _Family, rows: int, trace: Tracer) -> Phases:
     few, *one_more = (_TRACED[_cache_key(job), trace] for job in family.at(rows))
     missing = [n - TRACED_BLOCKS for _, n in family.depths if n > TRACED_BLOCKS + 1]
     return {
-        name: Held.mix(
+        name: HeldBytes.mix(
             (1 - sum(missing), held),
             *((n, deeper[name]) for n, deeper in zip(missing, one_more, strict=True)),
         )

@@ -60,17 +60,17 @@ class Work:
     """The operations of a part of a step.
 
     Attributes:
-        products: FLOPs of matrix multiplications.
+        matmul: FLOPs of matrix multiplications.
         attention: FLOPs of attention.
-        product_bytes: Bytes that matrix multiplications read and write.
+        matmul_bytes: Bytes that matrix multiplications read and write.
         bytes: Bytes that all other operations read and write, each on its own (without
             torch.compile).
         kernels: The number of operations.
     """
 
-    products: float = 0.0
+    matmul: float = 0.0
     attention: float = 0.0
-    product_bytes: float = 0.0
+    matmul_bytes: float = 0.0
     bytes: float = 0.0
     kernels: float = 0.0
 
@@ -107,7 +107,7 @@ class Pass:
         return Pass(*(getattr(self, f.name) * factor for f in fields(self)))
 
 
-def of(recipe: Recipe, vocab_size: int, micro_batch: int, checkpointing: str) -> Pass:
+def count_operations(recipe: Recipe, vocab_size: int, micro_batch: int, checkpointing: str) -> Pass:
     """Returns the operations of a micro-batch on one GPU, without tensor parallelism.
 
     Args:
@@ -157,7 +157,10 @@ def _run(
             shape.add_adapter(model, recipe)
         _cast(model, parallel.DTYPES[recipe.train.dtype])
         model.train()
-        if build.CLASSES[recipe.objective][1] == "decoder" and model._can_set_attn_implementation():
+        if (
+            build.MODEL_CLASSES[recipe.objective][1] == "decoder"
+            and model._can_set_attn_implementation()
+        ):
             model.set_attn_implementation(_ATTENTION)
         parallel.recompute(model, checkpointing)
         losses = _losses(recipe, model, rows)
@@ -244,7 +247,7 @@ class _Counter(TorchDispatchMode):
         elif func in _MATMULS:
             a, b = inputs[-2:]  # addmm and baddbmm have the bias first
             flops = 2.0 * a.numel() * b.shape[-1]
-            self.work += Work(products=flops, product_bytes=_bytes([a, b, *outputs]), kernels=1)
+            self.work += Work(matmul=flops, matmul_bytes=_bytes([a, b, *outputs]), kernels=1)
         elif not func.is_view and name not in _NO_MEMORY and outputs:
             self.work += Work(bytes=_bytes_accessed(name, inputs, outputs), kernels=1)
         return result

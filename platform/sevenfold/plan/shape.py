@@ -221,7 +221,7 @@ def meta(recipe: Recipe, vocab_size: int) -> Any:
     """
     config = build.config_of(recipe, vocab_size)
     with torch.device("meta"):
-        model = build.CLASSES[recipe.objective][0].from_config(
+        model = build.MODEL_CLASSES[recipe.objective][0].from_config(
             config, trust_remote_code=recipe.model.trust_remote_code
         )
         model.tie_weights()

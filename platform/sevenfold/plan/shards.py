@@ -28,7 +28,7 @@ class Shards:
     muon: int
 
     @staticmethod
-    def of(recipe: Recipe, vocab_size: int, shard: int, tensor: int) -> Shards:
+    def from_recipe(recipe: Recipe, vocab_size: int, shard: int, tensor: int) -> Shards:
         """Returns the shards of a recipe's model.
 
         All are float32, as model.parallel.shard makes them. AdamW has two states of a parameter's

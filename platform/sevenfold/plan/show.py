@@ -129,18 +129,18 @@ def costs(recipe: Recipe, plans: Sequence[tuple[Candidate, Cost]]) -> None:
                 f"{candidate.speed.tokens:,.0f} +-{speed.SPREAD:.0%}",
                 _with_range(cost.hours, "h"),
                 _with_range(cost.usd, "USD"),
-                f"{cost.effective:.2%}",
-                f"{cost.mtbf:,.0f} h",
+                f"{cost.goodput:.2%}",
+                f"{cost.mtbf_hours:,.0f} h",
             ]
         )
     tokens = plans[0][1].tokens
     amount = f"{tokens:,} tokens" if tokens else "all its data (size not known to the plan)"
     columns = ("machines", "tokens/s", "time", "cost", "goodput", "MTBF")
     table(f"{recipe.name}: {amount}", columns, rows)
-    for priced in dict.fromkeys(candidate.fleet.priced for candidate, _ in plans):
+    for priced in dict.fromkeys(candidate.fleet.price_source for candidate, _ in plans):
         say(f"price: {priced}")
     priced_fleets = [c.fleet for c, _ in plans if c.fleet.hourly is not None]
-    for usd in {fleet.beside for fleet in priced_fleets if fleet.beside}:
+    for usd in {fleet.other_nodes_usd for fleet in priced_fleets if fleet.other_nodes_usd}:
         say(f"price: head node and data node {usd:,.2f} USD per hour, included in the cost")
 
 
@@ -160,14 +160,14 @@ def checkpoints_and_data(cost: Cost, step: float) -> None:
         cost: What the run costs.
         step: Seconds per step.
     """
-    saves = f"every {cost.every:,} steps" if cost.every else "only at the end"
+    saves = f"every {cost.save_every:,} steps" if cost.save_every else "only at the end"
     say(
-        f"checkpoint: {cost.checkpoint / 1e9:,.3g} GB; best interval {cost.best:,} steps "
-        f"({cost.best * step / 60:,.1f} min); the recipe saves {saves}"
+        f"checkpoint: {cost.checkpoint / 1e9:,.3g} GB; best interval {cost.best_save_every:,} "
+        f"steps ({cost.best_save_every * step / 60:,.1f} min); the recipe saves {saves}"
     )
     where = (
-        f"the data tasks request {cost.asked:g} CPUs from Ray"
-        if cost.asked
+        f"the data tasks request {cost.data_cpus:g} CPUs from Ray"
+        if cost.data_cpus
         else "the workers prepare the data themselves"
     )
     say(f"data: keeps {cost.cores:.3f} CPU cores busy; {where}")
@@ -221,7 +221,7 @@ def pretraining(usd: float, found: Sequence[budget.Trained]) -> None:
         f"(arXiv 2203.15556, approach 1): {text(by_ratio)}"
     )
     say(f"lowest predicted loss (arXiv 2404.10102, refit of approach 3): {text(by_loss)}")
-    for priced in dict.fromkeys(result.fleet.priced for result in found):
+    for priced in dict.fromkeys(result.fleet.price_source for result in found):
         say(f"price: {priced}")
 
 

@@ -131,12 +131,12 @@ def estimate(recipe: Recipe, vocab_size: int, layout: Layout, fleet: Fleet) -> S
         InputError: As `check`.
     """
     checkpointing = layout.activation_checkpointing
-    passed = ops.of(recipe, vocab_size, layout.micro_batch, checkpointing)
+    passed = ops.count_operations(recipe, vocab_size, layout.micro_batch, checkpointing)
     if recipe.objective == "dpo":  # the reference model runs a forward pass, too
         passed = ops.Pass(
             passed.forward * 2, passed.backward, passed.rest_forward * 2, passed.rest_backward
         )
-    return timed(
+    return speed_of_pass(
         passed,
         size(recipe, vocab_size),
         layout,
@@ -145,11 +145,11 @@ def estimate(recipe: Recipe, vocab_size: int, layout: Layout, fleet: Fleet) -> S
         recipe.train.compile,
         micro_batches(recipe, layout),
         recipe.tokens_per_step,
-        again=int(checkpointing != "none"),
+        recomputations=int(checkpointing != "none"),
     )
 
 
-def timed(
+def speed_of_pass(
     passed: ops.Pass,
     model: Size,
     layout: Layout,
@@ -158,7 +158,7 @@ def timed(
     compiled: bool,
     micro_batches: int,
     tokens: int,
-    again: int = 0,
+    recomputations: int = 0,
 ) -> Speed:
     """Returns the speed of training with these operations.
 
@@ -171,14 +171,14 @@ def timed(
         compiled: Whether blocks are compiled.
         micro_batches: Micro-batches per step.
         tokens: Tokens per step of all GPUs.
-        again: How often the forward pass of a block is recomputed, which repeats the communication
-            of tensor parallelism.
+        recomputations: How often the forward pass of a block is recomputed, which repeats the
+            communication of tensor parallelism.
 
     Raises:
         InputError: As `check`.
     """
     gpu = fleet.gpu
-    check(gpu, dtype)
+    require_dtype(gpu, dtype)
     forward = _seconds(passed.forward, gpu, dtype, compiled, layout.tensor)
     backward = _seconds(passed.backward, gpu, dtype, compiled, layout.tensor)
     rest = _seconds(passed.rest_forward + passed.rest_backward, gpu, dtype, False, layout.tensor)
@@ -195,7 +195,7 @@ def timed(
     # Gradients are only reduced in the last micro-batch.
     last = forward_gather + _exposed(gather + reduce, backward_seconds, model)
     tokens_per_rank = tokens / micro_batches / layout.readers
-    tensor = _tensor_seconds(model, layout, fleet, tokens_per_rank, dtype, again)
+    tensor = _tensor_seconds(model, layout, fleet, tokens_per_rank, dtype, recomputations)
     parts["communication"] = (micro_batches - 1) * each + last + micro_batches * tensor
     parts["optimizer"] = _optimizer_seconds(model, layout, gpu, fleet)
 
@@ -210,7 +210,7 @@ def timed(
     )
 
 
-def check(gpu: Gpu, dtype: str) -> None:
+def require_dtype(gpu: Gpu, dtype: str) -> None:
     """Checks that a GPU has fast matmuls in a dtype.
 
     Raises:
@@ -230,7 +230,7 @@ def _seconds(work: Work, gpu: Gpu, dtype: str, compiled: bool, tensor: int) -> d
     """
     peak, memory_rate = gpu.flops[dtype], gpu.bandwidth * MEMORY
     memory_share = REPLICATED + (1 - REPLICATED) / tensor
-    matmul = work.products / (peak * gpu.gemm) + work.product_bytes / memory_rate
+    matmul = work.matmul / (peak * gpu.gemm) + work.matmul_bytes / memory_rate
     result = {
         "products": matmul / tensor,
         "attention": work.attention / (peak * gpu.attention) / tensor,
@@ -286,7 +286,7 @@ def _fsdp_seconds(model: Size, layout: Layout, fleet: Fleet) -> tuple[float, flo
 
 
 def _tensor_seconds(
-    model: Size, layout: Layout, fleet: Fleet, tokens: float, dtype: str, again: int
+    model: Size, layout: Layout, fleet: Fleet, tokens: float, dtype: str, recomputations: int
 ) -> float:
     """Returns the seconds that a micro-batch's all-reduces of tensor parallelism take.
 
@@ -297,7 +297,7 @@ def _tensor_seconds(
         return 0.0
     size = tokens * model.hidden * (2 if dtype == "bfloat16" else 4)
     each = 2 * size * (layout.tensor - 1) / layout.tensor / (fleet.link * SENT)
-    return model.blocks * (4 + 2 * again) * each
+    return model.blocks * (4 + 2 * recomputations) * each
 
 
 def _copy_seconds(model: Size, layout: Layout, gpu: Gpu, dtype: str, micro_batches: int) -> float:

@@ -37,10 +37,10 @@ from sevenfold.engine.objectives import (
 )
 from sevenfold.model import attention, build, parallel
 from sevenfold.plan import shape
-from sevenfold.plan.tracker import Held, Phases, Tracker, follow_backward, keep_linear_inputs
+from sevenfold.plan.tracker import HeldBytes, Phases, Tracker, follow_backward, keep_linear_inputs
 from sevenfold.recipe import Recipe
 
-__all__ = ["Held", "Job", "Phases", "processes", "trace", "traces"]
+__all__ = ["HeldBytes", "Job", "Phases", "processes", "trace", "traces"]
 
 # Attention kernels that are replaced by SDPA without a mask: FlexAttention's block masks are small,
 # and attention in chunks needs real numbers to know what it can leave out.
@@ -169,7 +169,7 @@ def _build(job: Job, mesh: DeviceMesh) -> tuple[Any, Any]:
     """Returns the sharded model and its objective, built as train.worker builds them."""
     recipe = job.recipe
     config = shape.config_at(recipe, job.vocab_size, dict(job.depths))
-    kernel = build.attention(recipe, torch.device(job.device), config)
+    kernel = build.choose_attention(recipe, torch.device(job.device), config)
     replaced = kernel in _REPLACED_KERNELS
     model: Any = build.build(
         recipe, config, weights=False, attention="sdpa" if replaced else kernel

@@ -36,7 +36,7 @@ ENDS = 2  # the number of blocks at each end of a stack that are phases of their
 
 
 @dataclass(frozen=True)
-class Held:
+class HeldBytes:
     """Bytes that a GPU holds at one moment.
 
     Attributes:
@@ -63,21 +63,21 @@ class Held:
         return float(sum(astuple(self)))
 
     @staticmethod
-    def mix(*terms: tuple[float, Held]) -> Held:
+    def mix(*terms: tuple[float, HeldBytes]) -> HeldBytes:
         """Returns a weighted sum, in which no part is below 0.
 
         Args:
             terms: Pairs of a weight and what it is multiplied with.
         """
-        return Held(
+        return HeldBytes(
             **{
                 f.name: max(0.0, sum(weight * getattr(held, f.name) for weight, held in terms))
-                for f in fields(Held)
+                for f in fields(HeldBytes)
             }
         )
 
 
-Phases = dict[str, Held]  # the peak of each phase of a step
+Phases = dict[str, HeldBytes]  # the peak of each phase of a step
 
 
 class Tracker(FSDPMemTracker):
@@ -193,11 +193,11 @@ class _NoModuleStats:
         return None
 
 
-def _held(snapshot: dict[Any, float]) -> Held:
+def _held(snapshot: dict[Any, float]) -> HeldBytes:
     """Converts a snapshot of torch's tracker."""
     kind = _FSDPRefType
     buffers = (kind.UNSHARDED_PARAM, kind.ALL_GATHER, kind.REDUCE_SCATTER, kind.BUFFER)
-    return Held(
+    return HeldBytes(
         parameters=snapshot[kind.SHARDED_PARAM],
         gradients=snapshot[kind.SHARDED_GRAD],
         unsharded_gradients=snapshot[kind.UNSHARDED_GRAD],

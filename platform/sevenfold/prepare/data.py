@@ -54,7 +54,7 @@ def with_classes(recipe: Recipe, manifest: Manifest) -> Recipe:
     """
     if recipe.objective != "classify" or recipe.data.classes:
         return recipe
-    selection = Selection.of(recipe.data, ENCODERS["classify"].fields)
+    selection = Selection.from_data(recipe.data, ENCODERS["classify"].fields)
     classes = {
         label
         for documents in iter_documents(selection, manifest)
@@ -99,7 +99,7 @@ def missing_corpus(recipe: Recipe) -> str | None:
 
     The result is None if the recipe uses no built-in corpus, or if it exists already.
     """
-    root = storage.locate("corpus/python")
+    root = storage.resolve_input("corpus/python")
     return root if recipe.data.corpus and not storage.exists(root) else None
 
 
@@ -132,8 +132,8 @@ def find_inputs(recipe: Recipe) -> Inputs:
     max_group_bytes = 2 * min(stage_tokens, default=2**62) // chunks
     train = scan(data.sources, objective, chunks, data.on_bad_document, max_group_bytes)
     inputs = Inputs(train, validation, test)
-    DataOrder.of(train, data, recipe.seed, recipe.lanes).segments  # noqa: B018 (checks the stages)
-    skipped_files = [file for manifest in inputs.all.values() for file in manifest.left_out]
+    DataOrder.from_manifest(train, data, recipe.seed, recipe.lanes).segments  # noqa: B018 (checks the stages)
+    skipped_files = [file for manifest in inputs.all.values() for file in manifest.skipped]
     if skipped_files:
         say(f"skipped {len(skipped_files)} files; the first: {skipped_files[0]}")
     return inputs
@@ -178,7 +178,7 @@ def check_documents(recipe: Recipe, split: str, manifest: Manifest) -> None:
             all of the documents.
     """
     data = recipe.data
-    selection = replace(Selection.of(data, ENCODERS[recipe.objective].fields), held_out=0.0)
+    selection = replace(Selection.from_data(data, ENCODERS[recipe.objective].fields), held_out=0.0)
     fraction = data.held_out if split == "train" else 0.0
     total = held_out_total = bad = 0
     for documents in iter_documents(selection, manifest):

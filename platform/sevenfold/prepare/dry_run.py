@@ -36,7 +36,7 @@ def describe(recipe: Recipe) -> str:
         f"per worker: at most {rows} sequences per step, in {micro_batches} micro-batches",
         *data,
         "needs: " + ", ".join(f"{amount:g} {name}" for name, amount in resources if amount),
-        f"run folder: {storage.join(storage.place(recipe.storage), recipe.name)}",
+        f"run folder: {storage.join(storage.resolve_output(recipe.storage), recipe.name)}",
     ]
     return recipe.to_yaml() + "".join(f"# {line}\n" for line in figures)
 
@@ -47,7 +47,7 @@ def _describe_data(recipe: Recipe, inputs: Inputs) -> list[str]:
     There is no tokenizer yet: numbers of tokens are estimated as one per 4 bytes of text.
     """
     train, validation = inputs.train, inputs.validation
-    order = DataOrder.of(train, recipe.data, recipe.seed, recipe.lanes)
+    order = DataOrder.from_manifest(train, recipe.data, recipe.seed, recipe.lanes)
     documents = f"{train.documents:,}" if train.documents else "number not known yet"
     held_out = ""
     if validation:

@@ -90,7 +90,7 @@ def prepare_job(
     """
     if storage.exists(folder.recipe):
         claim_folder(folder, recipe)
-    elif taken := folder.taken():
+    elif taken := folder.existing_outputs():
         raise InputError(
             f"{folder.root}: expected a new folder for this run, found {', '.join(taken)} in it "
             "without a recipe.yaml: move these files elsewhere, or choose another name (name=...)"
@@ -107,8 +107,8 @@ def prepare_job(
     build_missing_corpus(recipe)
     inputs = inputs or find_inputs(recipe)
     if recipe.data.cache:
-        selection = Selection.of(recipe.data, ENCODERS[recipe.objective].fields)
-        token_cache.check(storage.locate(recipe.data.cache), inputs.train, selection)
+        selection = Selection.from_data(recipe.data, ENCODERS[recipe.objective].fields)
+        token_cache.require_cache(storage.resolve_input(recipe.data.cache), inputs.train, selection)
     inputs = _write_folder(folder, recipe, resolved, inputs)
     train, validation = build_streams(resolved, inputs, folder.tokenizer)
     if not resolved.steps:

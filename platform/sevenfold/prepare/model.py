@@ -28,7 +28,7 @@ def check_model(recipe: Recipe) -> tuple[Recipe, int]:
     if recipe.model.path:
         changes["model.path"] = build.model_path(recipe.model.path)
     if recipe.tokenizer.path:
-        changes["tokenizer.path"] = storage.locate(recipe.tokenizer.path)
+        changes["tokenizer.path"] = storage.resolve_input(recipe.tokenizer.path)
     resolved = recipe.override(changes)
     if resolved.tokenizer.chat_template:
         load_chat_template(resolved.tokenizer.chat_template)
@@ -38,9 +38,9 @@ def check_model(recipe: Recipe) -> tuple[Recipe, int]:
         # both raise InputError if the tokenizer lacks a token that the objective needs
         encoder_class = ENCODERS[resolved.objective]
         encoder_class(tokenizer, resolved.data.sequence_length, classes=resolved.data.classes)
-        SpecialTokens.of(tokenizer, resolved.objective)
+        SpecialTokens.from_tokenizer(tokenizer, resolved.objective)
         vocab_size = len(tokenizer)
-    return resolved, build.check(resolved, vocab_size)
+    return resolved, build.check_model(resolved, vocab_size)
 
 
 def load_chat_template(setting: str) -> str:
@@ -55,7 +55,7 @@ def load_chat_template(setting: str) -> str:
     if setting == "plain":
         return PLAIN_TEMPLATE
     try:
-        return storage.read_text(storage.locate(setting))
+        return storage.read_text(storage.resolve_input(setting))
     except (InputError, OSError) as e:
         raise InputError(
             "tokenizer.chat_template: expected plain, or a file with a Jinja template, "

@@ -61,11 +61,11 @@ def build_streams(recipe: Recipe, inputs: Inputs, tokenizer: str) -> tuple[Strea
     """
     data = recipe.data
     encoder = load_encoder(recipe, tokenizer)
-    order = DataOrder.of(inputs.train, data, recipe.seed, recipe.lanes)
-    selection = Selection.of(data, encoder.fields)
+    order = DataOrder.from_manifest(inputs.train, data, recipe.seed, recipe.lanes)
+    selection = Selection.from_data(data, encoder.fields)
     cache = None
     if data.cache:
-        cache = TokenCache.open(storage.locate(data.cache), inputs.train, selection, encoder)
+        cache = TokenCache.open(storage.resolve_input(data.cache), inputs.train, selection, encoder)
     train = Stream(
         order,
         selection,
@@ -82,7 +82,7 @@ def build_streams(recipe: Recipe, inputs: Inputs, tokenizer: str) -> tuple[Strea
         held_out_selection = replace(selection, held_out=0)
     elif data.held_out:
         held_out_order = DataOrder(inputs.train, seed=0, lanes=1)
-        held_out_selection = Selection.of(data, encoder.fields, "held_out")
+        held_out_selection = Selection.from_data(data, encoder.fields, "held_out")
     else:
         return train, None
     held_out = Stream(

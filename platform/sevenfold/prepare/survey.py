@@ -27,7 +27,7 @@ def survey_examples(
 
     Returns:
         For each split, the number of "examples", of their "tokens", of "targets" among the tokens,
-        of examples that were "cut" to data.sequence_length, and of bad examples "left_out".
+        of examples that were "cut" to data.sequence_length, and of bad examples "skipped".
 
     Raises:
         InputError: An example is bad (see `Selection.read`), or no token is a target.
@@ -35,8 +35,8 @@ def survey_examples(
     encoder = build_encoder(recipe, tokenizer, backend)
     counts = {}
     for split, manifest in inputs.all.items():
-        selection = replace(Selection.of(recipe.data, encoder.fields), held_out=0.0)
-        count = {"examples": 0, "tokens": 0, "targets": 0, "cut": 0, "left_out": 0}
+        selection = replace(Selection.from_data(recipe.data, encoder.fields), held_out=0.0)
+        count = {"examples": 0, "tokens": 0, "targets": 0, "cut": 0, "skipped": 0}
         size = 0
         for group in range(len(manifest)):
             (encoded,) = encoder.encode([selection.read(manifest, group)])
@@ -46,7 +46,7 @@ def survey_examples(
             count["tokens"] += tokens
             count["targets"] += tokens if encoded.targets is None else int(encoded.targets.sum())
             count["cut"] += encoded.cut
-            count["left_out"] += encoded.skipped.count
+            count["skipped"] += encoded.skipped.count
             if size > SURVEY_MB * 1e6:
                 break
         if not count["targets"]:
@@ -63,7 +63,7 @@ def _show(split: str, count: dict[str, int]) -> None:
     """Shows the counts of a split to the user."""
     mean_tokens = count["tokens"] / count["examples"]
     masked = 1 - count["targets"] / count["tokens"]
-    bad = f"; {count['left_out']:,} bad examples skipped" if count["left_out"] else ""
+    bad = f"; {count['skipped']:,} bad examples skipped" if count["skipped"] else ""
     say(
         f"{split} data: {count['examples']:,} examples of {mean_tokens:.0f} tokens on average, "
         f"{masked:.1%} of them masked; {count['cut']:,} examples are truncated to "

@@ -69,7 +69,7 @@ def _save_tokenizer(recipe: Recipe, manifest: Manifest, folder: str) -> None:
     if settings.vocab_size:
         tokenizer: Any = train_tokenizer(
             manifest,
-            Selection.of(recipe.data, ENCODERS[recipe.objective].fields),
+            Selection.from_data(recipe.data, ENCODERS[recipe.objective].fields),
             settings.vocab_size,
             settings.train_mb,
             recipe.seed,
@@ -96,7 +96,7 @@ def _choose_encoder(recipe: Recipe, manifest: Manifest, folder: str) -> dict[str
         The encoder's "backend" and "identity", the reason for the backend ("why"), and the
         "tokens_per_byte" of each source.
     """
-    selection = Selection.of(recipe.data, ENCODERS[recipe.objective].fields)
+    selection = Selection.from_data(recipe.data, ENCODERS[recipe.objective].fields)
     sources = range(len(manifest.sources))
     texts = [
         text

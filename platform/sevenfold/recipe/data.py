@@ -45,7 +45,7 @@ class Source(Section):
 
     path: str = Field(
         description="File, folder or glob. A relative path starts at the current folder; in a "
-        "submitted Ray job, see storage.locate"
+        "submitted Ray job, see storage.resolve_input"
     )
     name: str = Field(
         "",

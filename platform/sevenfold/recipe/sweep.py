@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from sevenfold.recipe.data import Section
-from sevenfold.recipe.training import least
+from sevenfold.recipe.training import is_lower_better
 
 # Settings that may differ when a sweep is resumed: they are not part of a recipe's identity.
 BUDGETS = (
@@ -172,7 +172,7 @@ class Sweep(Section):
     @property
     def best(self) -> Literal["min", "max"]:
         """Whether the lowest or the highest value of the metric is the best."""
-        return self.mode or ("min" if least(self.metric) else "max")
+        return self.mode or ("min" if is_lower_better(self.metric) else "max")
 
     @model_validator(mode="after")
     def _check(self) -> Sweep:

@@ -263,12 +263,12 @@ class Validation(Section):
         return self.keep_best or self.patience is not None
 
     @property
-    def least(self) -> bool:
+    def lower_is_better(self) -> bool:
         """Whether the lowest value of the metric is the best."""
-        return self.mode == "min" if self.mode else least(self.metric)
+        return self.mode == "min" if self.mode else is_lower_better(self.metric)
 
 
-def least(metric: str) -> bool:
+def is_lower_better(metric: str) -> bool:
     """Returns whether the lowest value of a metric is the best, judging by the metric's name."""
     return any(part in metric for part in ("loss", "perplexity", "bits"))
 

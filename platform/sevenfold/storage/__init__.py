@@ -6,8 +6,8 @@ All operations are retried if the storage fails temporarily: see `sevenfold.stor
 from sevenfold.storage.files import (
     copy,
     exists,
-    files,
-    find,
+    find_files,
+    input_files,
     listdir,
     makedirs,
     open_read,
@@ -18,31 +18,31 @@ from sevenfold.storage.files import (
     size,
     write,
 )
-from sevenfold.storage.folders import local, new_folder, temporary_folder_beside, upload
-from sevenfold.storage.paths import home, in_ray_job, is_url, join, locate, place
+from sevenfold.storage.folders import local_copy, new_folder, temporary_folder_beside, upload
+from sevenfold.storage.paths import home, in_ray_job, is_url, join, resolve_input, resolve_output
 from sevenfold.storage.reader import Reader
 
 __all__ = [
     "Reader",
     "copy",
     "exists",
-    "files",
-    "find",
+    "find_files",
     "home",
     "in_ray_job",
+    "input_files",
     "is_url",
     "join",
     "listdir",
-    "local",
-    "locate",
+    "local_copy",
     "makedirs",
     "new_folder",
     "open_read",
-    "place",
     "read_json",
     "read_text",
     "remove",
     "remove_empty",
+    "resolve_input",
+    "resolve_output",
     "size",
     "temporary_folder_beside",
     "upload",

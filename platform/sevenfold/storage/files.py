@@ -19,7 +19,7 @@ from sevenfold.storage.reader import Reader
 from sevenfold.storage.retry import with_retries
 
 
-def files(path: str, suffixes: tuple[str, ...]) -> list[str]:
+def input_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     """Returns the files that a path or URL of a file, folder or glob stands for, sorted.
 
     Args:
@@ -95,7 +95,7 @@ def listdir(path: str) -> list[str]:
     return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in paths)
 
 
-def find(path: str) -> list[str]:
+def find_files(path: str) -> list[str]:
     """Returns the files in a folder at any depth, relative to it; [] if there is no folder."""
     fs, root = filesystem(path)
     paths = with_retries(path, "listed", lambda: fs.find(root)) if exists(path) else []

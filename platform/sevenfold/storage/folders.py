@@ -19,7 +19,7 @@ import filelock
 import psutil
 
 from sevenfold.errors import InputError
-from sevenfold.storage.files import find, open_read, remove
+from sevenfold.storage.files import find_files, open_read, remove
 from sevenfold.storage.filesystem import filesystem, stat
 from sevenfold.storage.paths import is_url, join
 from sevenfold.storage.retry import with_retries
@@ -29,7 +29,7 @@ _VERSION_KEYS = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified", "cr
 
 
 @functools.cache
-def local(folder: str) -> str:
+def local_copy(folder: str) -> str:
     """Returns a local folder with the files of `folder`.
 
     A local folder is returned as it is. A remote one is copied to the temporary folder, once per
@@ -112,7 +112,7 @@ def new_folder(path: str, replaced: re.Pattern[str] | None = None) -> Iterator[s
 
 def _upload_over(folder: str, url: str, replaced: re.Pattern[str] | None) -> None:
     """Uploads a folder to a URL, then removes the earlier files there that it replaces."""
-    earlier = find(url)
+    earlier = find_files(url)
     if replaced is None and earlier:
         raise _not_empty_error(url)
     upload(folder, url)

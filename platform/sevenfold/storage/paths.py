@@ -27,7 +27,7 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
-def locate(path: str) -> str:
+def resolve_input(path: str) -> str:
     """Returns the absolute form of an input's path or URL.
 
     In a submitted Ray job, a relative path that exists in the job's working directory, because it
@@ -37,10 +37,10 @@ def locate(path: str) -> str:
         return path.rstrip("/")
     if in_ray_job() and os.path.exists(os.path.expanduser(path)):
         return os.path.abspath(os.path.expanduser(path))
-    return place(path)
+    return resolve_output(path)
 
 
-def place(path: str) -> str:
+def resolve_output(path: str) -> str:
     """Returns the absolute form of an output's path or URL.
 
     Unlike `locate`, it never refers to a job's working directory, which is deleted after the job.

@@ -28,7 +28,7 @@ class SweepCallback(tune.Callback):
     itself does not save (ray#30838).
 
     Attributes:
-        gate: The limit on the number of running trials.
+        limit: The limit on the number of running trials.
         worker_hours: Hours times workers that the sweep has used, earlier processes included.
         hours: Hours that the sweep has taken, earlier processes included.
     """
@@ -37,7 +37,7 @@ class SweepCallback(tune.Callback):
         self,
         sweep: Sweep,
         scheduler: TrialScheduler,
-        gate: TrialLimit,
+        limit: TrialLimit,
         pool: WorkerPool,
         lease: Lease,
         resume: bool,
@@ -47,12 +47,12 @@ class SweepCallback(tune.Callback):
         Args:
             sweep: The sweep's settings.
             scheduler: Its scheduler.
-            gate: See the attribute.
+            limit: See the attribute.
             pool: Its worker pool.
             lease: This driver's lease on the sweep's folder.
             resume: Whether Tune has to restore the state of an earlier process.
         """
-        self.gate = gate
+        self.limit = limit
         self.worker_hours = 0.0
         self.hours = 0.0
         self._sweep = sweep
@@ -95,7 +95,7 @@ class SweepCallback(tune.Callback):
         The scheduler's state follows in `on_step_begin`, when Tune has added all trials again.
         """
         self._restored_state = state
-        self.gate.paused = set(state["paused"])
+        self.limit.paused = set(state["paused"])
         self.worker_hours, self.hours = state["spent"]
         self._last_points = state["seen"]
         self._needs_restore = False
@@ -117,9 +117,9 @@ class SweepCallback(tune.Callback):
             raise RunError("another driver has taken over this sweep and continues it: stopping")
         if self._restored_state is not None:
             state = self._restored_state["scheduler"]
-            schedulers.restore_state(self._scheduler, state, trials, self.gate)
+            schedulers.restore_state(self._scheduler, state, trials, self.limit)
             self._restored_state = None
-            self.gate.paused = set()
+            self.limit.paused = set()
         self._measure_use()
         running = {t.trial_id for t in trials if t.status == Trial.RUNNING}
         if stopped := self._running - running:
@@ -152,7 +152,7 @@ class SweepCallback(tune.Callback):
             say(f"{title}: continuing from the weights of a better trial: {values}")
         self._last_points[trial.trial_id] = dict(trial.config)
         # Without this, a killed sweep could forget a trial that has started, and start it again.
-        self.gate.controller.checkpoint(force=True, wait=True)
+        self.limit.controller.checkpoint(force=True, wait=True)
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any

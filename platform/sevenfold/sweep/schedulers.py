@@ -69,19 +69,19 @@ class _Limited(TrialScheduler):
     """A mixin that makes a scheduler of Tune respect a limit.
 
     Attributes:
-        gate: The limit.
+        limit: The limit.
         score: The name of the metric that trials are compared by.
         worst: The value that replaces a value of the metric that is not finite.
     """
 
-    gate: TrialLimit
+    limit: TrialLimit
     score = ""
     worst = math.inf
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
-        self.gate.controller = tune_controller
+        self.limit.controller = tune_controller
         # Tune makes a paused trial of an earlier process pending, as if it had been running.
-        if trial.status == Trial.PENDING and trial.trial_id in self.gate.paused:
+        if trial.status == Trial.PENDING and trial.trial_id in self.limit.paused:
             trial.set_status(Trial.PAUSED)
         super().on_trial_add(tune_controller, trial)
 
@@ -92,7 +92,7 @@ class _Limited(TrialScheduler):
         return str(super().on_trial_result(tune_controller, trial, result))
 
     def choose_trial_to_run(self, tune_controller: Any, *args: Any, **kwargs: Any) -> Trial | None:
-        if self.gate.room() <= 0:
+        if self.limit.room() <= 0:
             return None
         return super().choose_trial_to_run(tune_controller, *args, **kwargs)
 
@@ -137,10 +137,10 @@ class _Population(_Limited, PopulationBasedTraining):
         if trial in self._trial_state:  # a retry after a failure
             return
         if trial.status == Trial.PENDING and (
-            trial.trial_id in self.gate.paused or self.gate.room() <= 0
+            trial.trial_id in self.limit.paused or self.limit.room() <= 0
         ):
             trial.set_status(Trial.PAUSED)
-        self.gate.controller = tune_controller
+        self.limit.controller = tune_controller
         self._trial_state[trial] = ray_private.pbt_trial_state(trial)
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
@@ -149,13 +149,13 @@ class _Population(_Limited, PopulationBasedTraining):
         Ray's method pauses a trial whenever another one waits, even if there is room for both.
         """
         decision: str = super().on_trial_result(tune_controller, trial, result)
-        if decision == TrialScheduler.PAUSE and self.gate.fits():
+        if decision == TrialScheduler.PAUSE and self.limit.fits():
             return TrialScheduler.CONTINUE
         return decision
 
 
 def build_scheduler(
-    sweep: Sweep, steps: int, reports: int, seed: int, gate: TrialLimit
+    sweep: Sweep, steps: int, reports: int, seed: int, limit: TrialLimit
 ) -> TrialScheduler:
     """Builds the scheduler that a sweep names.
 
@@ -164,7 +164,7 @@ def build_scheduler(
         steps: The number of steps of a trial that is not stopped early.
         reports: The number of reports of such a trial.
         seed: The seed of PBT's random changes. PBT uses the global generators of random and NumPy.
-        gate: The limit that the scheduler respects.
+        limit: The limit that the scheduler respects.
     """
     grace_steps = max(1, round(sweep.grace * steps))
     scheduler: Any
@@ -197,7 +197,7 @@ def build_scheduler(
         )
     else:
         scheduler = _NoStopping()
-    scheduler.gate = gate
+    scheduler.limit = limit
     scheduler.score = sweep.metric
     scheduler.worst = WORST_SCORE if sweep.best == "min" else -WORST_SCORE
     return scheduler
@@ -241,13 +241,13 @@ def dump_state(scheduler: TrialScheduler) -> bytes:
         def persistent_id(self, obj: Any) -> Any:
             return obj.trial_id if isinstance(obj, Trial) else None
 
-    state = {k: v for k, v in vars(scheduler).items() if k != "gate" and not callable(v)}
+    state = {k: v for k, v in vars(scheduler).items() if k != "limit" and not callable(v)}
     Pickler(stream).dump(state)
     return stream.getvalue()
 
 
 def restore_state(
-    scheduler: TrialScheduler, state: bytes, trials: Iterable[Trial], gate: TrialLimit
+    scheduler: TrialScheduler, state: bytes, trials: Iterable[Trial], limit: TrialLimit
 ) -> None:
     """Restores the state that `dump_state` has saved.
 
@@ -258,7 +258,7 @@ def restore_state(
         scheduler: A new scheduler, to which all `trials` have been added.
         state: The saved state.
         trials: Tune's trials, which replace the ids in the state.
-        gate: The limit that the scheduler respects.
+        limit: The limit that the scheduler respects.
     """
     trials_by_id = {t.trial_id: t for t in trials}
 
@@ -266,7 +266,7 @@ def restore_state(
         def persistent_load(self, trial_id: str) -> Trial | str:
             return trials_by_id.get(trial_id, trial_id)  # an id remains if Tune has no such trial
 
-    controller = gate.controller
+    controller = limit.controller
     vars(scheduler).update(Unpickler(io.BytesIO(state)).load())
     # Remove the trials that Tune does not have.
     if isinstance(scheduler, _HyperBand):

@@ -62,7 +62,7 @@ SPENT = "spent.json"  # the file with the worker hours, hours and trials of a sw
 
 def sweep_folder(recipe: Recipe) -> RunFolder:
     """Returns the folder of a recipe's sweep, beside the one that the recipe's own run has."""
-    return RunFolder(storage.join(storage.place(recipe.storage), f"{recipe.name}-sweep"))
+    return RunFolder(storage.join(storage.resolve_output(recipe.storage), f"{recipe.name}-sweep"))
 
 
 def run(recipe: Recipe, verbose: bool = False) -> RunFolder:

@@ -76,7 +76,7 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
         StoppedError: The run was asked to stop, and has saved a checkpoint.
         RunError: The run failed.
     """
-    folder = RunFolder(storage.join(storage.place(recipe.storage), recipe.name))
+    folder = RunFolder(storage.join(storage.resolve_output(recipe.storage), recipe.name))
     start = time.time()
     need = required_resources(recipe)
     job = prepare_job(recipe, folder, need, f"{recipe.name} ({recipe.workers[0]} workers)", verbose)

@@ -22,7 +22,7 @@ from sevenfold.engine.checkpoint import Checkpoint, CheckpointManager
 from sevenfold.engine.checkpoint.best import BestTracker
 from sevenfold.engine.guard import Guard
 from sevenfold.errors import RunError
-from sevenfold.model.parallel import Place
+from sevenfold.model.parallel import DataRank
 from sevenfold.prepare.job import Job
 from sevenfold.run_folder import RunFolder
 
@@ -43,7 +43,7 @@ class RunState:
         manager: Writes the checkpoints; the worker sets it once the model is built.
     """
 
-    def __init__(self, job: Job, place: Place, rank: int, say: Callable[[str], None]):
+    def __init__(self, job: Job, place: DataRank, rank: int, say: Callable[[str], None]):
         self._job, self._place, self._rank, self._say = job, place, rank, say
         self._ledger = Ledger(RunFolder(job.folder).ledger)
         # ranges (first, last) of data steps that the guard skips

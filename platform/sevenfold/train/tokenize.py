@@ -45,7 +45,7 @@ def run(recipe: Recipe, verbose: bool = False) -> str:
             f"{recipe.name}: data.cache is not set: "
             "add data.cache=FOLDER, the folder for the token cache"
         )
-    folder = storage.place(recipe.data.cache)
+    folder = storage.resolve_output(recipe.data.cache)
     token_cache.require_usable_folder(folder)
     inputs = None if missing_corpus(recipe) else find_inputs(recipe)
     resolved, _ = check_model(recipe if inputs is None else with_classes(recipe, inputs.train))
@@ -55,7 +55,7 @@ def run(recipe: Recipe, verbose: bool = False) -> str:
     build_missing_corpus(recipe)
     inputs = prepare_tokenizer(resolved, inputs or find_inputs(resolved), tokenizer)
     encoder = load_encoder(resolved, tokenizer)
-    selection = Selection.of(resolved.data, encoder.fields)
+    selection = Selection.from_data(resolved.data, encoder.fields)
     if token_cache.begin(folder, inputs.train, selection, encoder):
         say(f"{folder}: already finished; nothing to do")
         return folder

@@ -17,7 +17,7 @@ from sevenfold.engine.decode import Sampling, generate, generation_config
 from sevenfold.engine.objectives import Objective
 from sevenfold.engine.step import evaluate
 from sevenfold.evaluate.metrics import bits_per_byte, bleu, classification, rouge
-from sevenfold.model.parallel import Place
+from sevenfold.model.parallel import DataRank
 from sevenfold.prepare.job import Job
 
 SAMPLES = 5  # number of generated answers shown in TensorBoard
@@ -43,7 +43,7 @@ class Validator:
         model: Any,
         objective: Objective,
         tokenizer: Any,
-        place: Place,
+        place: DataRank,
         device: torch.device,
     ):
         self._recipe, self._stream = job.recipe, job.validation
@@ -75,7 +75,7 @@ class Validator:
             metrics |= self._generated(show)
         return metrics
 
-    def _held_out_batches(self, place: Place, device: torch.device) -> list[Batch]:
+    def _held_out_batches(self, place: DataRank, device: torch.device) -> list[Batch]:
         """Returns this rank's part of the held-out rows.
 
         The number of micro-batches is the same on every rank.

@@ -27,6 +27,7 @@ from sevenfold.engine.checkpoint import (
 )
 from sevenfold.engine.checkpoint.best import UnknownMetricError
 from sevenfold.engine.checkpoint.interval import Interval, is_due
+from sevenfold.engine.guard import DIVERGENCE_ADVICE, describe_divergence
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import (
     Causal,
@@ -74,13 +75,15 @@ class Worker:
         context = ray.train.get_context()
         self.job, self.recipe, self.folder = job, job.recipe, RunFolder(job.folder)
         self.rank, self.world = context.get_world_rank(), context.get_world_size()
-        self.place = parallel.Place.of(self.rank, self.world, self.recipe.parallel.tensor)
+        self.data_rank = parallel.DataRank.from_rank(
+            self.rank, self.world, self.recipe.parallel.tensor
+        )
         self.device = ray.train.torch.get_device()
         cpu.prepare(
             threads=max(1, min(int(self.recipe.cluster.cpus_per_worker), os.cpu_count() or 1))
         )
         self.tokenizer = load_tokenizer(job.tokenizer)
-        self.state = RunState(job, self.place, self.rank, self._send)
+        self.state = RunState(job, self.data_rank, self.rank, self._send)
         self.signals = SignalReceiver(job, self.rank)
         self.last_report: dict[str, Any] = {}
         self.ranks: list[dict[str, Any]] = []
@@ -133,7 +136,7 @@ class Worker:
         )
         self.interval = Interval(recipe.checkpoint, self.world, start, self.manager, self._say)
         self.validator = Validator(
-            self.job, self.model, self.objective, self.tokenizer, self.place, self.device
+            self.job, self.model, self.objective, self.tokenizer, self.data_rank, self.device
         )
         if self.rank == 0:
             self.run_log = RunLog(self.folder, start, self._send)
@@ -172,7 +175,7 @@ class Worker:
             # not state.reader itself, since a rollback replaces it
             rows=iter(lambda: next(state.reader), None),  # type: ignore[arg-type]
             rows_per_rank=max_rows_per_rank(
-                recipe.train.global_batch, self.place.world_size, recipe.lanes
+                recipe.train.global_batch, self.data_rank.world_size, recipe.lanes
             ),
             device=self.device,
             meter=Meter(flops_per_token, peak, self.world, self.device),
@@ -185,7 +188,7 @@ class Worker:
         """Returns the objective, the model sharded over the ranks, and the FLOPs per token."""
         recipe = self.recipe
         config = build.config_of(recipe, len(self.tokenizer), self.tokenizer)
-        kernel = build.attention(recipe, self.device, config)
+        kernel = build.choose_attention(recipe, self.device, config)
         model = build.build(recipe, config, weights=self.rank == 0, attention=kernel)
         if recipe.adapter is not None:
             build.with_adapter(model, recipe)
@@ -203,9 +206,9 @@ class Worker:
         It is the model that the run started from.
         """
         recipe = self.recipe
-        kernel = build.attention(recipe, self.device, config)
+        kernel = build.choose_attention(recipe, self.device, config)
         model = build.build(recipe, config, weights=self.rank == 0, attention=kernel)
-        attach_losses(model, Causal(objective.words, 0, 0.5, 1), recipe.train.loss_chunk)
+        attach_losses(model, Causal(objective.special_tokens, 0, 0.5, 1), recipe.train.loss_chunk)
         settings = recipe.train.model_copy(update={"activation_checkpointing": "none"})
         return parallel.shard(
             model.requires_grad_(False), self.device, settings, recipe.parallel
@@ -272,9 +275,8 @@ class Worker:
         checkpoint = self._latest_checkpoint()
         if checkpoint is None:
             raise DivergedError(
-                "training diverged: the loss or gradient was not finite, or the gradient norm "
-                f"spiked, in {steps} steps in a row, up to step {step}, and there is no checkpoint "
-                "to roll back to: lower optimizer.learning_rate or raise schedule.warmup_steps"
+                describe_divergence(steps, step)
+                + f", and there is no checkpoint to roll back to: {DIVERGENCE_ADVICE}"
             )
         self.state.close()
         self.manager.resume_from(checkpoint)

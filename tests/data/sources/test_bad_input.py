@@ -167,8 +167,8 @@ def test_bad_shards_are_named_or_skipped(tmp_path: Path, make: object, says: str
     (tmp_path / "good.txt").write_text("a good one")
     manifest = scan([source(tmp_path)], "causal", on_bad="skip")
     assert (
-        len(manifest.left_out) == 1
-        and says in manifest.left_out[0]
+        len(manifest.skipped) == 1
+        and says in manifest.skipped[0]
         and "a good one" in read(manifest)
     )
 

@@ -66,7 +66,7 @@ def read(
 
 
 def conversation(*messages: tuple[str, str]) -> str:
-    return formats.conversation(list(messages))
+    return formats.dump_conversation(list(messages))
 
 
 CHAT = conversation(("user", "Hi there"), ("assistant", "Hello"))

@@ -172,7 +172,7 @@ def test_folders_globs_and_files_have_spans_of_row_groups(tmp_path: Path) -> Non
         [0, 1],
         [2],
     ]
-    assert manifest.left_out == (
+    assert manifest.skipped == (
         f"{tmp_path}/one/a.txt: is listed twice: each file may be used only once",
     )
     manifest = scan([source(tmp_path / "two"), source(tmp_path / "single.txt")], "causal", 4)
@@ -185,10 +185,10 @@ def test_folders_globs_and_files_have_spans_of_row_groups(tmp_path: Path) -> Non
         and restored.hash() == manifest.hash()
         and np.array_equal(restored.table, manifest.table)
     )
-    assert (restored.sources, restored.shards, restored.left_out) == (
+    assert (restored.sources, restored.shards, restored.skipped) == (
         manifest.sources,
         manifest.shards,
-        manifest.left_out,
+        manifest.skipped,
     )
 
 

@@ -41,7 +41,7 @@ from sevenfold.engine.checkpoint import (
 from sevenfold.engine.step import train_step
 from sevenfold.errors import RunError
 from sevenfold.faults.inject import DAMAGES, damage
-from sevenfold.model.parallel import Place
+from sevenfold.model.parallel import DataRank
 from sevenfold.recipe import Recipe
 
 
@@ -51,7 +51,9 @@ def train_steps(tree: dict[str, Any], folder: str, stop: int, save_at: list[int]
 
     recipe = Recipe.model_validate(tree)
     tensor = recipe.parallel.tensor
-    place = Place.of(torch.distributed.get_rank(), torch.distributed.get_world_size(), tensor)
+    place = DataRank.from_rank(
+        torch.distributed.get_rank(), torch.distributed.get_world_size(), tensor
+    )
     rank, world = place.rank, place.world_size
     model = sharded_model(recipe)
     optimizer = optim.build(model, recipe.optimizer)

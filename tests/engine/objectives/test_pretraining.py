@@ -21,7 +21,7 @@ from sevenfold.recipe import Recipe
 def test_masking_has_the_rates_of_bert() -> None:
     rng, ids = np.random.default_rng(0), np.arange(100_000) % 400 + 30
     hideable = np.arange(len(ids)) % 10 > 0
-    inputs, is_masked = masking.masked(rng, ids, hideable, 0.15, 3, VOCAB)
+    inputs, is_masked = masking.mask_tokens(rng, ids, hideable, 0.15, 3, VOCAB)
     assert not is_masked[~hideable].any() and (inputs == ids)[~is_masked].all()
     assert abs(is_masked[hideable].mean() - 0.15) < 0.005
     assert (
@@ -32,7 +32,7 @@ def test_masking_has_the_rates_of_bert() -> None:
 
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 7, 20, 500])
 def test_spans_mask_the_expected_number_of_tokens(length: int) -> None:
-    noise = masking.spans(np.random.default_rng(length), length, 0.15, 3.0, 100)
+    noise = masking.select_spans(np.random.default_rng(length), length, 0.15, 3.0, 100)
     assert len(noise) == length and noise.sum() == (
         0 if length < 2 else min(max(round(0.15 * length), 1), length - 1)
     )
@@ -41,13 +41,13 @@ def test_spans_mask_the_expected_number_of_tokens(length: int) -> None:
         first = noise & ~np.concatenate([[False], noise[:-1]])
         assert first.sum() == max(1, round(noise.sum() / 3))
     # few sentinels: the spans are longer
-    assert masking.spans(np.random.default_rng(1), 1000, 0.5, 1.0, 7).sum() == 500
+    assert masking.select_spans(np.random.default_rng(1), 1000, 0.5, 1.0, 7).sum() == 500
 
 
 def test_inputs_and_targets_of_denoising_restore_the_text() -> None:
     ids = np.arange(100, 140)
-    noise = masking.spans(np.random.default_rng(3), 40, 0.3, 3.0, 20)
-    inputs, target = masking.denoise(ids, noise, np.arange(4, 24), 1)
+    noise = masking.select_spans(np.random.default_rng(3), 40, 0.3, 3.0, 20)
+    inputs, target = masking.replace_spans(ids, noise, np.arange(4, 24), 1)
     assert target[-1] == 1 and set(inputs) & set(range(4, 24)) == set(target) & set(range(4, 24))
     spans = {}
     for token in target[:-1]:

@@ -102,7 +102,7 @@ class Selection:
     classes: tuple[str, ...] = ()
 
     @staticmethod
-    def of(
+    def from_data(
         data: Data, fields: tuple[str, ...], split: Literal["train", "held_out"] = "train"
     ) -> Selection:
         """Returns the selection that a recipe describes.

@@ -54,17 +54,17 @@ class Shape:
     optional: tuple[str, ...] = ()
 
 
-def conversation(turns: Turns) -> str:
+def dump_conversation(turns: Turns) -> str:
     """Returns a conversation as a string (JSON)."""
     return json.dumps(turns, ensure_ascii=False)
 
 
-def turns(text: str) -> Turns:
+def load_conversation(text: str) -> Turns:
     """Returns the messages of a conversation that `conversation` converted to a string."""
     return [(role, content) for role, content in json.loads(text)]
 
 
-def plain(field: str, column: list[str]) -> list[str]:
+def tokenizer_texts(field: str, column: list[str]) -> list[str]:
     """Returns the text in a field of converted rows, to train a tokenizer on.
 
     Args:
@@ -79,7 +79,7 @@ def plain(field: str, column: list[str]) -> list[str]:
         return []
     if field not in ("conversation", "prompt"):
         return column
-    return ["\n".join(content for _, content in turns(text)) for text in column]
+    return ["\n".join(content for _, content in load_conversation(text)) for text in column]
 
 
 def validate_conversation(messages: Any) -> Turns:
@@ -151,23 +151,25 @@ def _read_messages(text: str) -> tuple[str, ...]:
     messages = _as_messages(text)
     if messages is None:
         raise ValueError(f"expected a list of messages, found {text[:40]!r}")
-    return (conversation(validate_conversation(messages)),)
+    return (dump_conversation(validate_conversation(messages)),)
 
 
 def _read_pair(prompt: str, completion: str) -> tuple[str, ...]:
     if _as_messages(prompt) is None and _as_messages(completion) is None:
         prompt = _require_text(prompt, "prompt")
         completion = _require_text(completion, "completion")
-        return (conversation([("", prompt), ("", completion)]),)
+        return (dump_conversation([("", prompt), ("", completion)]),)
     messages = [*_messages_or_text("user", prompt), *_messages_or_text("assistant", completion)]
-    return (conversation(validate_conversation(messages)),)
+    return (dump_conversation(validate_conversation(messages)),)
 
 
 def _read_alpaca(instruction: str, output: str, context: str = "") -> tuple[str, ...]:
     question = _require_text(instruction, "instruction")
     if context.strip():
         question += f"\n\n{context}"
-    return (conversation([("user", question), ("assistant", _require_text(output, "output"))]),)
+    return (
+        dump_conversation([("user", question), ("assistant", _require_text(output, "output"))]),
+    )
 
 
 def _read_preference(prompt: str, chosen: str, rejected: str) -> tuple[str, ...]:
@@ -179,7 +181,7 @@ def _read_preference(prompt: str, chosen: str, rejected: str) -> tuple[str, ...]
         chosen = _require_text(chosen, "chosen")
         rejected = _require_text(rejected, "rejected")
         _require_different(chosen, rejected, "chosen and rejected")
-        return conversation([("", _require_text(prompt, "prompt"))]), chosen, rejected
+        return dump_conversation([("", _require_text(prompt, "prompt"))]), chosen, rejected
     good, bad = (
         validate_conversation(
             [*_messages_or_text("user", prompt), *_messages_or_text("assistant", text)]
@@ -200,7 +202,7 @@ def _split_replies(chosen: Turns, rejected: Turns) -> tuple[str, ...]:
     if chosen[:-1] != rejected[:-1]:
         raise ValueError("expected chosen and rejected to differ only in their last message")
     _require_different(chosen[-1][1], rejected[-1][1], "chosen and rejected")
-    return conversation(chosen[:-1]), chosen[-1][1], rejected[-1][1]
+    return dump_conversation(chosen[:-1]), chosen[-1][1], rejected[-1][1]
 
 
 def _read_label(text: str, label: str) -> tuple[str, ...]:

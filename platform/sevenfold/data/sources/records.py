@@ -38,7 +38,7 @@ class Record:
     error: str = ""
 
     @property
-    def place(self) -> str:
+    def location(self) -> str:
         """The file and the number of the row, for messages."""
         return f"{self.file}: row {self.row}"
 
@@ -82,7 +82,7 @@ def records(path: str) -> Iterator[Record]:
         RunError: The storage keeps failing.
     """
     source = Source(path=path)
-    for file in storage.files(storage.locate(path), file_suffixes(source)):
+    for file in storage.input_files(storage.resolve_input(path), file_suffixes(source)):
         shard = describe(file, 0, source)
         try:
             yield from _parquet_rows(file) if shard.format == "parquet" else _lines(shard)

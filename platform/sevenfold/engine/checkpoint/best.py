@@ -109,7 +109,7 @@ class BestTracker:
                 f"this recipe reports: {', '.join(sorted(metrics))}"
             )
         self.last_step, value = step, float(metrics[name])
-        sign = 1 if self.settings.least else -1
+        sign = 1 if self.settings.lower_is_better else -1
         if math.isfinite(value) and (self.best is None or sign * value < sign * self.best.value):
             self.previous = self.best
             self.best = BestValidation(step, value, metrics)

@@ -36,7 +36,7 @@ class Objective:
     Which tokens are targets comes with the rows.
 
     Args:
-        words: The tokenizer's special tokens.
+        special_tokens: The tokenizer's special tokens.
         seed: The seed of the random draws.
         rate: The fraction of tokens that is masked or removed (masked, denoise).
         mean_span: The mean length of a removed span, in tokens (denoise).
@@ -47,8 +47,13 @@ class Objective:
 
     has_predictions = False
 
-    def __init__(self, words: SpecialTokens, seed: int, rate: float, mean_span: float):
-        self.words, self.seed, self.rate, self.mean_span = words, seed, rate, mean_span
+    def __init__(self, special_tokens: SpecialTokens, seed: int, rate: float, mean_span: float):
+        self.special_tokens, self.seed, self.rate, self.mean_span = (
+            special_tokens,
+            seed,
+            rate,
+            mean_span,
+        )
 
     def collate(self, rows: Rows, step: int) -> Batch:
         """Builds the batch of some rows.

@@ -25,7 +25,7 @@ class Classify(Objective):
     def collate(self, rows: Rows, step: int) -> Batch:
         """Builds a batch of padded documents; labels are class indices [documents]."""
         documents = [ids for row in documents_of(rows) for ids, _ in row]
-        batch = padded_batch([ids[:-1] for ids in documents], self.words.pad)
+        batch = padded_batch([ids[:-1] for ids in documents], self.special_tokens.pad)
         labels = torch.tensor([int(ids[-1]) for ids in documents] or [IGNORE])
         return replace(batch, labels=labels)
 

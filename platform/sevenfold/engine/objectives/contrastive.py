@@ -42,11 +42,11 @@ class Contrastive(Objective):
         ]
         if not pairs:
             empty = np.zeros(0, np.int64)
-            batch = padded_batch([empty, empty], self.words.pad)
+            batch = padded_batch([empty, empty], self.special_tokens.pad)
             return replace(batch, labels=torch.tensor([IGNORE]))
         queries = [query for query, _ in pairs]
         documents = [document for _, document in pairs]
-        batch = padded_batch(queries + documents, self.words.pad)
+        batch = padded_batch(queries + documents, self.special_tokens.pad)
         return replace(batch, labels=torch.arange(len(pairs)))
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:

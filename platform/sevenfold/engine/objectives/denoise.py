@@ -27,13 +27,15 @@ class Denoise(Objective):
         targets = [[target for _, target in row] for row in pairs]
         # pretraining batches have one width; fine-tuning batches are as wide as their longest row
         width = rows.tokens.shape[1] if rows.targets is None else _longest(sources)
-        input_ids, documents = pack_documents(sources, width, self.words.pad)
+        input_ids, documents = pack_documents(sources, width, self.special_tokens.pad)
         labels, label_documents = pack_documents(targets, _longest(targets), IGNORE)
 
         # the decoder reads the labels shifted by one; each document starts with the start token
-        decoder_ids = np.full_like(labels, self.words.pad)
-        decoder_ids[:, 1:] = np.where(labels[:, :-1] == IGNORE, self.words.pad, labels[:, :-1])
-        decoder_ids[_starts(label_documents) & (label_documents >= 0)] = self.words.start
+        decoder_ids = np.full_like(labels, self.special_tokens.pad)
+        decoder_ids[:, 1:] = np.where(
+            labels[:, :-1] == IGNORE, self.special_tokens.pad, labels[:, :-1]
+        )
+        decoder_ids[_starts(label_documents) & (label_documents >= 0)] = self.special_tokens.start
 
         edges = np.flatnonzero(_starts(documents).reshape(-1))  # padding counts as a document
         edges = np.append(edges, input_ids.size)
@@ -60,14 +62,16 @@ class Denoise(Objective):
         self, rng: np.random.Generator, ids: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Returns a document without random spans, and the spans; special tokens always stay."""
-        removable = np.flatnonzero(~np.isin(ids, self.words.special))
+        removable = np.flatnonzero(~np.isin(ids, self.special_tokens.special))
         noise = np.zeros(len(ids), bool)
-        noise[removable] = masking.spans(
-            rng, len(removable), self.rate, self.mean_span, len(self.words.sentinels)
+        noise[removable] = masking.select_spans(
+            rng, len(removable), self.rate, self.mean_span, len(self.special_tokens.sentinels)
         )
         if not noise.any():
             return ids, ids[:0]
-        return masking.denoise(ids, noise, np.array(self.words.sentinels), self.words.end)
+        return masking.replace_spans(
+            ids, noise, np.array(self.special_tokens.sentinels), self.special_tokens.end
+        )
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Runs the model on a batch and returns the decoder's logits."""

@@ -23,20 +23,20 @@ class Masked(Objective):
     def collate(self, rows: Rows, step: int) -> Batch:
         """Builds a batch in which random tokens are masked; these are its labels."""
         batch = to_batch(rows)
-        assert self.words.mask is not None
+        assert self.special_tokens.mask is not None
         input_ids = batch.input_ids.numpy()
         labels = np.full(batch.labels.shape, IGNORE, np.int64)
         for i, tokens in enumerate(rows.tokens):
-            maskable = ~np.isin(tokens, self.words.special)
+            maskable = ~np.isin(tokens, self.special_tokens.special)
             maskable[int(rows.used[i]) :] = False
             ids = input_ids[i]
-            masked_ids, selected = masking.masked(
+            masked_ids, selected = masking.mask_tokens(
                 self._generator(tokens, step),
                 ids,
                 maskable,
                 self.rate,
-                self.words.mask,
-                self.words.vocab_size,
+                self.special_tokens.mask,
+                self.special_tokens.vocab_size,
             )
             labels[i, selected] = ids[selected]
             input_ids[i] = masked_ids  # shares its memory with batch.input_ids

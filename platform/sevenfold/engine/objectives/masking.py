@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 
-def masked(
+def mask_tokens(
     rng: np.random.Generator,
     ids: np.ndarray,
     maskable: np.ndarray,
@@ -38,7 +38,7 @@ def masked(
     return np.where(random, rng.integers(0, vocab_size, len(ids)), input_ids), selected
 
 
-def spans(
+def select_spans(
     rng: np.random.Generator, length: int, rate: float, mean_span: float, max_spans: int
 ) -> np.ndarray:
     """Selects the tokens to remove, in spans: T5's random_spans_noise_mask (arXiv 1910.10683).
@@ -74,7 +74,7 @@ def _random_partition(rng: np.random.Generator, total: int, count: int) -> np.nd
     return np.diff(np.concatenate([[0], cuts, [total]]))
 
 
-def denoise(
+def replace_spans(
     ids: np.ndarray, noise: np.ndarray, sentinels: np.ndarray, end: int | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Replaces each noise span of a document by a sentinel.

@@ -34,7 +34,7 @@ class SpecialTokens:
     start: int = 0
 
     @staticmethod
-    def of(tokenizer: Any, objective: str, start: int | None = None) -> SpecialTokens:
+    def from_tokenizer(tokenizer: Any, objective: str, start: int | None = None) -> SpecialTokens:
         """Reads the ids from a tokenizer.
 
         Args:

@@ -40,13 +40,13 @@ def build_objective(recipe: Recipe, tokenizer: Any, config: Any) -> Objective:
     Raises:
         InputError: The tokenizer lacks a token that the objective needs.
     """
-    words = SpecialTokens.of(
+    special_tokens = SpecialTokens.from_tokenizer(
         tokenizer, recipe.objective, getattr(config, "decoder_start_token_id", None)
     )
     if getattr(config, "pad_token_id", None) is not None:
-        words = replace(words, pad=config.pad_token_id)
+        special_tokens = replace(special_tokens, pad=config.pad_token_id)
     objective = OBJECTIVES[recipe.objective](
-        words, recipe.seed, recipe.corruption.rate, recipe.corruption.mean_span
+        special_tokens, recipe.seed, recipe.corruption.rate, recipe.corruption.mean_span
     )
     if isinstance(objective, Preference):
         objective.beta = recipe.preference.beta
