@@ -260,7 +260,7 @@ def _missing(need: dict[str, float], have: dict[str, float]) -> list[str]:
 
 def _format(need: dict[str, float], amounts: dict[str, float] | None = None) -> str:
     """Formats the needed resources, or other amounts of the same resources: "2 CPU, 1 GPU"."""
-    amounts = amounts or need
+    amounts = need if amounts is None else amounts
     return ", ".join(f"{amounts.get(key, 0):g} {key}" for key in need)
 
 

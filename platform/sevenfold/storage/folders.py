@@ -69,7 +69,8 @@ def upload(folder: str, to: str) -> None:
     paths = [p for p in Path(folder).rglob("*") if p.is_file()]
     for path in sorted(paths, key=lambda p: (p.suffix == ".json", p)):
         target = f"{root}/{path.relative_to(folder).as_posix()}"
-        fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+        parent = target.rsplit("/", 1)[0]
+        with_retries(to, "created", functools.partial(fs.makedirs, parent, exist_ok=True))
         with_retries(to, "written", functools.partial(fs.put_file, str(path), target))
 
 
