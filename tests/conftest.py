@@ -30,6 +30,8 @@ import yaml
 
 for variable in ("RAY_ADDRESS", "SEVENFOLD_HOME"):
     os.environ.pop(variable, None)
+# A shell that starts the tests with `&` makes them ignore SIGINT, and so all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Several test processes share the cores, so each library gets one thread.
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
     os.environ.setdefault(variable, "1")

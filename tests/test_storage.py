@@ -56,9 +56,9 @@ def test_write_read_list_remove(root: str, tmp_path: Path) -> None:
     storage.write(storage.join(folder, "b.parquet"), b"1")
     assert storage.read_json(storage.join(folder, "a.json")) == {"x": 1}
     assert storage.listdir(folder) == ["a.json", "b.parquet"]
-    shards = storage.files(folder, SHARDS)
+    shards = storage.input_files(folder, SHARDS)
     assert [p.rsplit("/", 1)[-1] for p in shards] == ["b.parquet"]
-    matches = storage.files(storage.join(folder, "*.json"), SHARDS)
+    matches = storage.input_files(storage.join(folder, "*.json"), SHARDS)
     assert [p.rsplit("/", 1)[-1] for p in matches] == ["a.json"]
     storage.remove(folder)
     assert not storage.exists(storage.join(folder, "a.json"))
@@ -72,7 +72,7 @@ def test_missing_files_are_errors(tmp_path: Path) -> None:
         (tmp_path / "*.x", "matches"),
     ):
         with pytest.raises(InputError, match=says):
-            storage.files(str(path), SHARDS)
+            storage.input_files(str(path), SHARDS)
     with pytest.raises(InputError, match="expected a run"):
         RunFolder.existing(str(tmp_path))
 
@@ -90,12 +90,12 @@ def test_files_searches_recursively_and_skips_hidden_ones(root: str, tmp_path: P
         "f.md",
     ):
         storage.write(storage.join(root, *name.split("/")), b"1")
-    paths = storage.files(root, (".parquet", ".jsonl"))
+    paths = storage.input_files(root, (".parquet", ".jsonl"))
     assert [p.split("/")[-1] for p in paths] == ["c.jsonl", "b.parquet"] and paths == sorted(paths)
     with pytest.raises(
         InputError, match=r"expected files \(\*\.txt, \*\.json\) in this folder, found none"
     ):
-        storage.files(root, (".txt", ".json"))
+        storage.input_files(root, (".txt", ".json"))
 
 
 def check_reader(path: str) -> None:
@@ -250,7 +250,7 @@ def parquet_table(rows: int = 50_000) -> tuple[pa.Table, bytes]:
 
 def test_http_reads_ranges(served: Served) -> None:
     for path in ("/x.bin", "/get?id=5&part=1"):
-        assert storage.files(served.url(path), SHARDS) == [served.url(path)]
+        assert storage.input_files(served.url(path), SHARDS) == [served.url(path)]
         served.requests.clear()
         with storage.open_read(served.url(path)) as f:
             f.seek(9 << 20)
@@ -277,14 +277,14 @@ def test_http_has_no_folders(served: Served) -> None:
         with pytest.raises(
             InputError, match="expected the URL of one file, found a folder or glob"
         ):
-            storage.files(served.url(path), SHARDS)
+            storage.input_files(served.url(path), SHARDS)
 
 
 def test_http_missing_or_forbidden(served: Served) -> None:
     start = time.monotonic()
     missing = served.url("/none.parquet")
     assert not storage.exists(missing)
-    for function in (storage.open_read, storage.size, lambda p: storage.files(p, SHARDS)):
+    for function in (storage.open_read, storage.size, lambda p: storage.input_files(p, SHARDS)):
         with pytest.raises(InputError, match=r"expected a file.*found none"):
             function(missing)
     served.status = 403
@@ -324,7 +324,7 @@ def test_http_outage_in_a_read(
     for function, expected in (
         (storage.size, len(BYTES)),
         (storage.exists, True),
-        (lambda p: storage.files(p, SHARDS), [served.url("/x.bin")]),
+        (lambda p: storage.input_files(p, SHARDS), [served.url("/x.bin")]),
     ):
         timer = outage(served, 0.5)
         assert function(served.url("/x.bin")) == expected
@@ -405,19 +405,19 @@ def test_s3(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     storage.upload(str(folder), root)
     assert storage.listdir(root) == ["_temporary", "sub", "x.bin"]
     assert storage.listdir(f"{bucket}/none") == []
-    assert storage.files(root, SHARDS) == [f"{root}/sub/a.parquet"]
-    assert storage.files(f"{bucket}/corpus", SHARDS) == [
+    assert storage.input_files(root, SHARDS) == [f"{root}/sub/a.parquet"]
+    assert storage.input_files(f"{bucket}/corpus", SHARDS) == [
         f"{bucket}/corpus/v/b.parquet",
         f"{root}/sub/a.parquet",
     ]
-    assert storage.files(f"{bucket}/corpus/v/*.parquet", SHARDS) == [f"{bucket}/corpus/v/b.parquet"]
-    assert storage.files(f"{root}/x.bin", SHARDS) == [f"{root}/x.bin"]
+    assert storage.input_files(f"{bucket}/corpus/v/*.parquet", SHARDS) == [f"{bucket}/corpus/v/b.parquet"]
+    assert storage.input_files(f"{root}/x.bin", SHARDS) == [f"{root}/x.bin"]
     check_reader(f"{root}/x.bin")
     assert pq.ParquetFile(storage.open_read(f"{root}/sub/a.parquet")).read().equals(table)
     copy = Path(storage.local_copy(root))
     assert (copy / "x.bin").read_bytes() == BYTES and (copy / "sub/a.parquet").read_bytes() == shard
     # Another process uses the same copy and does not download the folder again.
-    code = f"from sevenfold import storage; print(storage.local({root!r}))"
+    code = f"from sevenfold import storage; print(storage.local_copy({root!r}))"
     command = [sys.executable, "-c", code]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == str(copy)
@@ -441,12 +441,12 @@ def test_s3_missing_or_forbidden(
         storage.open_read,
         storage.size,
         storage.read_text,
-        lambda p: storage.files(p, SHARDS),
+        lambda p: storage.input_files(p, SHARDS),
     ):
         for path in (f"{bucket}/none", "s3://no-such-bucket/x"):
             with pytest.raises(InputError, match=r"expected a file.*found none"):
                 function(path)
-    for function in (lambda p: storage.files(p + "*", SHARDS), lambda p: storage.write(p, b"1")):
+    for function in (lambda p: storage.input_files(p + "*", SHARDS), lambda p: storage.write(p, b"1")):
         with pytest.raises(InputError, match="expected a bucket of this name, found none"):
             function("s3://no-such-bucket/x")
     ask("POST", f"{moto[1]}/moto-api/reset-auth", b"0")

@@ -123,19 +123,19 @@ def test_a_run_waits_starts_small_and_grows(tree: dict[str, Any], tmp_path: Path
     try:
         nodes.set_count(1)
         runs.append(first := start("first", "1"))
-        first.reach(1)
+        first.wait_for_step(1)
         runs.append(grown := start("grown", "[1,2]"))
         wait_for(grown, "waiting for CPU: grown (1 workers) needs ")
         assert not has_logged(grown, "training with")
         first.kill()
         # The killed run's reservation ends after a minute, which Ray looks at every 20 seconds.
         wait_for(grown, "training with 1 worker on 1 machine", 120)
-        grown.reach(3)
+        grown.wait_for_step(3)
         nodes.set_count(2)
         wait_for(grown, "training with 2 workers on 2 machines")
-        assert grown.end() == 0, grown.lines
+        assert grown.wait() == 0, grown.lines
         runs.append(baseline := start("whole", "1"))
-        assert baseline.end() == 0, baseline.lines
+        assert baseline.wait() == 0, baseline.lines
     finally:
         for run in runs:
             run.kill()

@@ -84,7 +84,7 @@ time.sleep(60)
     run.wait_for_step(3)
     run.kill()
     assert [s for _, s in run.steps] == [1, 2, 2, 3] and [s for _, s in run.resumed] == [1]
-    assert len(run.failed) == 1 and run.end() == -9
+    assert len(run.failed) == 1 and run.wait() == -9
 
 
 @pytest.mark.parametrize(

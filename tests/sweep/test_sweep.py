@@ -138,7 +138,7 @@ def test_trials_of_a_lost_node_resume_on_another_one(apart: Path) -> None:
             time.sleep(0.2)
         trial = early[0]
         node = node_of(apart, "lost", trial)
-        nodes.end(node)
+        nodes.kill_node(node)
         while node in {n["NodeID"] for n in ray.nodes() if n["Alive"]}:
             time.sleep(0.2)
         nodes.set_count(2)

@@ -196,7 +196,7 @@ def test_a_second_start_of_a_run_ends_the_first_one(home: Path) -> None:
     expected = read_ledger(home / "runs/whole")
     checkpoints = sorted((home / "runs/twice/checkpoints").iterdir())
     first.signal(signal.SIGCONT)
-    assert first.end() == 1, first.lines
+    assert first.wait() == 1, first.lines
     assert any("was started again" in line for line in first.lines), first.lines
     assert read_ledger(home / "runs/twice") == expected
     assert sorted((home / "runs/twice/checkpoints").iterdir()) == checkpoints
