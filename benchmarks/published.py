@@ -197,8 +197,8 @@ def predicted(row: Row) -> speed.Speed:
         full = passes[1].backward
         both = replace(
             operations.backward,
-            products=(operations.backward.matmul + full.products) / 2,
-            product_bytes=(operations.backward.product_bytes + full.product_bytes) / 2,
+            matmul=(operations.backward.matmul + full.matmul) / 2,
+            matmul_bytes=(operations.backward.matmul_bytes + full.product_bytes) / 2,
         )
         operations = replace(operations, backward=both)
     layout = Layout(row.gpus, 1, 1, row.micro_batch, row.checkpointing)
