@@ -198,7 +198,7 @@ def predicted(row: Row) -> speed.Speed:
         both = replace(
             operations.backward,
             matmul=(operations.backward.matmul + full.matmul) / 2,
-            matmul_bytes=(operations.backward.matmul_bytes + full.product_bytes) / 2,
+            matmul_bytes=(operations.backward.matmul_bytes + full.matmul_bytes) / 2,
         )
         operations = replace(operations, backward=both)
     layout = Layout(row.gpus, 1, 1, row.micro_batch, row.checkpointing)
