@@ -410,7 +410,9 @@ def test_s3(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         f"{bucket}/corpus/v/b.parquet",
         f"{root}/sub/a.parquet",
     ]
-    assert storage.input_files(f"{bucket}/corpus/v/*.parquet", SHARDS) == [f"{bucket}/corpus/v/b.parquet"]
+    assert storage.input_files(f"{bucket}/corpus/v/*.parquet", SHARDS) == [
+        f"{bucket}/corpus/v/b.parquet"
+    ]
     assert storage.input_files(f"{root}/x.bin", SHARDS) == [f"{root}/x.bin"]
     check_reader(f"{root}/x.bin")
     assert pq.ParquetFile(storage.open_read(f"{root}/sub/a.parquet")).read().equals(table)
@@ -446,7 +448,10 @@ def test_s3_missing_or_forbidden(
         for path in (f"{bucket}/none", "s3://no-such-bucket/x"):
             with pytest.raises(InputError, match=r"expected a file.*found none"):
                 function(path)
-    for function in (lambda p: storage.input_files(p + "*", SHARDS), lambda p: storage.write(p, b"1")):
+    for function in (
+        lambda p: storage.input_files(p + "*", SHARDS),
+        lambda p: storage.write(p, b"1"),
+    ):
         with pytest.raises(InputError, match="expected a bucket of this name, found none"):
             function("s3://no-such-bucket/x")
     ask("POST", f"{moto[1]}/moto-api/reset-auth", b"0")

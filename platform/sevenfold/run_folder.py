@@ -10,7 +10,7 @@ from sevenfold.errors import InputError
 # Patterns of the relative paths of all files that sevenfold writes into a run folder. Some are
 # written by drills, evaluations and sweeps.
 _WRITTEN_FILES = (
-    r"(recipe|best)\.yaml",
+    r"identity|(recipe|best)\.yaml",
     r"(manifest|workers|summary|metrics|trials|spent|driver|drill|descent|reports)\.json",
     r"(metrics|predictions)\.jsonl",
     r"trials\.csv",
@@ -23,6 +23,7 @@ _WRITTEN_FILES = (
     r"(model|adapter)/(model|adapter_model)(-\d+-of-\d+)?\.safetensors",
     r"(model|adapter)/model\.safetensors\.index\.json",
     r"(model|adapter|tokenizer)/([a-z_]+\.(json|jinja|txt|model)|README\.md)",
+    r"(model|adapter|tokenizer)/additional_chat_templates/[^/]+\.jinja",
     r"model/[12]_\w+/config\.json",
 )
 
@@ -33,6 +34,7 @@ class RunFolder:
     Attributes:
         root: The run folder, an absolute path or a URL.
         recipe: The recipe, with all defaults.
+        identity: The hash of the first recipe, if a later one has another train.micro_batch.
         manifest: The manifest: the data files that the run reads.
         ledger: The folder of the ledger: which documents each step read.
         workers: The workers, and the nodes that they run on.
@@ -57,6 +59,7 @@ class RunFolder:
         """
         self.root = root
         self.recipe = storage.join(root, "recipe.yaml")
+        self.identity = storage.join(root, "identity")
         self.manifest = storage.join(root, "manifest.json")
         self.ledger = storage.join(root, "ledger")
         self.workers = storage.join(root, "workers.json")

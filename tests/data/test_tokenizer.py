@@ -12,7 +12,7 @@ from sevenfold.data import encode
 from sevenfold.data.examples import ConversationEncoder
 from sevenfold.data.manifest import scan
 from sevenfold.data.sources.documents import Documents, Selection, Skipped
-from sevenfold.data.sources.formats import dump_conversation
+from sevenfold.data.sources.messages import pair
 from sevenfold.data.tokenizer import load_tokenizer, save_tokenizer, token_bytes, train_tokenizer
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
@@ -81,7 +81,7 @@ def test_the_fast_encoder_is_used_only_where_it_agrees(tokenizer: PreTrainedToke
 def test_only_completions_are_targets(tokenizer: PreTrainedTokenizerFast) -> None:
     encoder = ConversationEncoder(tokenizer, 24)
     conversations = [
-        dump_conversation([("", prompt), ("", completion)])
+        pair(prompt, completion).dump()
         for prompt, completion in (("short: ", "answer"), ("word " * 200, "the answer"))
     ]
     (encoded,) = encoder.encode([documents(conversations)])

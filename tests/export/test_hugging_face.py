@@ -343,3 +343,35 @@ def test_a_full_disk_keeps_the_previous_export(runs: Path, tmp_path: Path) -> No
     assert {p: p.read_bytes() for p in (tmp_path / "x").iterdir()} == before and len(
         list(tmp_path.iterdir())
     ) == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        # of Vicuna 1.5, which has settings of sampling without do_sample
+        ({"temperature": 0.9, "top_p": 0.6, "max_length": 4096}, {"do_sample": True}),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"do_sample": True}),
+        ({"temperature": 0.0}, {}),
+        ({"num_beams": 1, "num_return_sequences": 3}, {}),
+    ],
+)
+def test_a_base_whose_generation_config_is_invalid_is_exported(
+    runs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+    expected: dict[str, Any],
+) -> None:
+    base = tmp_path / "base"
+    export_run(runs, "llama", base, 10**9)
+    (base / "generation_config.json").write_text(json.dumps(settings))
+    shutil.copytree(runs / "llama", tmp_path / "tuned")
+    recipe = yaml.safe_load((runs / "llama/recipe.yaml").read_text())
+    recipe |= {"model": {"path": str(base)}, "tokenizer": {"path": str(base)}}
+    (tmp_path / "tuned/recipe.yaml").write_text(yaml.safe_dump(recipe))
+    capsys.readouterr()
+    export_run(tmp_path, "tuned", tmp_path / "exported", 10**9)
+    assert "generation_config.json" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "exported/generation_config.json").read_text())
+    assert expected.items() <= saved.items() and saved.get("temperature") != 0
+    transformers.GenerationConfig(**saved).validate(strict=True)

@@ -93,9 +93,9 @@ def run_with_kills(home: Path, seed: int) -> str:
         run.wait_for_step(step)
         run.kill()
         kills.append(f"driver of {workers} at {run.step}")
-    output = run_job(
-        "pretrain", "pretrain.yaml", f"name={name}", "cluster.num_workers=4", home=home
-    )
+    # also with smaller micro-batches, as after a worker that was out of memory
+    overrides = (f"name={name}", "cluster.num_workers=4", "train.micro_batch=2")
+    output = run_job("pretrain", "pretrain.yaml", *overrides, home=home)
     assert "resuming from step" in output
     return ", ".join(kills)
 

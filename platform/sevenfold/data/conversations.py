@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
-import tokenizers
-
+from sevenfold.data.chat_template import ChatTemplate, no_template_error
 from sevenfold.data.encode import REFERENCE
-from sevenfold.data.example_encoder import Example, ExampleEncoder, prompt_and_reply, short_hash
-from sevenfold.data.sources import formats
-from sevenfold.data.sources.formats import Turns
+from sevenfold.data.example_encoder import Example, ExampleEncoder, short_hash
+from sevenfold.data.sources.documents import UnusableExampleError
+from sevenfold.data.sources.messages import Conversation, Message
 from sevenfold.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# The chat template of `tokenizer.chat_template: plain`. It has no special tokens that the model
-# would have to learn first.
-PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] }}: "
-    "{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' else '' }}\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}assistant: {% endif %}"
-)
-
-
-class _Part(NamedTuple):
-    """The tokens of a conversation up to a reply, or those of the reply."""
-
-    ids: list[int]
-    is_reply: bool
 
 
 class ConversationEncoder(ExampleEncoder):
@@ -40,12 +22,11 @@ class ConversationEncoder(ExampleEncoder):
 
     Pairs of prompt and completion are encoded as BOS prompt completion EOS, without the template.
 
-    The targets are the assistant's messages, each with what the template puts at its end; of a
-    pair, completion and EOS.
+    The targets are the assistant's messages, each with the token that ends it; of a pair,
+    completion and EOS.
 
     A conversation that is too long loses its oldest exchanges, then the middle of its last prompt,
-    so that the whole last reply stays; only a reply that is longer than a row is cut. Prompts and
-    replies are tokenized separately, as they are when the model generates a reply.
+    so that the whole last reply stays; only a reply that is longer than a row is cut.
     """
 
     fields: tuple[str, ...] = ("conversation",)
@@ -56,21 +37,17 @@ class ConversationEncoder(ExampleEncoder):
         sequence_length: int,
         backend: str = REFERENCE,
         classes: Sequence[str] = (),
+        today: str | None = None,
     ):
-        super().__init__(tokenizer, sequence_length, backend)
+        super().__init__(tokenizer, sequence_length, backend, classes, today)
         self._template = (
-            tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None
+            ChatTemplate(tokenizer, today, self._serialized) if tokenizer.chat_template else None
         )
-        self._special_tokens = {
-            name: str(token)
-            for name, token in tokenizer.special_tokens_map.items()
-            if isinstance(token, str)
-        }
 
     def identity(self) -> str:
         """Returns the hash of `TextEncoder.identity`, extended by one of the chat template."""
         base = super().identity()
-        return base if self._template is None else f"{base}-{short_hash(self._template)}"
+        return base if self._template is None else f"{base}-{short_hash(self._template.identity())}"
 
     def prompt(self, text: str, room: int) -> list[int]:
         """Returns the ids after which the model generates a conversation's last reply.
@@ -81,23 +58,34 @@ class ConversationEncoder(ExampleEncoder):
             text: A conversation, as in the field of a document. Its last reply is left out.
             room: The maximum number of ids.
         """
-        *turns, _ = formats.load_conversation(text)
-        if _is_pair(turns):
-            return self._shorten([*self.begin, *self.ids([turns[0][1]])[0]], room)
-        while len(ids := self.question(turns)) > room and len(turns) - _system_turns(turns) > 1:
-            turns = _without_oldest_exchange(turns)
+        conversation = Conversation.load(text)
+        asked = conversation.with_messages(conversation.messages[:-1])
+        if conversation.is_pair:
+            return self._shorten([*self.begin, *self.ids([asked.messages[0]["content"]])[0]], room)
+        while len(ids := self.question(asked)) > room:
+            shorter = asked.without_oldest_exchange()
+            if shorter is None:
+                break
+            asked = shorter
         return self._shorten(ids, room)
 
-    def question(self, turns: Turns) -> list[int]:
+    def question(self, conversation: Conversation) -> list[int]:
         """Returns the ids of a conversation that the model is to reply to.
 
-        They are the ids that training would use, unless the template does not allow to render a
-        conversation turn by turn.
+        Raises:
+            InputError: The template rejects the conversation.
         """
         try:
-            return [token for part in self._parts(turns) for token in part.ids]
-        except _UnstablePrefixError:
-            return self._special_ids(self._render(turns, add_generation_prompt=True))
+            return self.template.ids(conversation, add_generation_prompt=True)
+        except UnusableExampleError as e:
+            raise InputError(str(e)) from None
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template. Raises InputError if the tokenizer has none."""
+        if self._template is None:
+            raise no_template_error()
+        return self._template
 
     @staticmethod
     def prompts(columns: list[list[str]]) -> list[tuple[str, str, str]]:
@@ -106,170 +94,121 @@ class ConversationEncoder(ExampleEncoder):
         Args:
             columns: For each of `fields`, the texts of all documents.
         """
-        conversations = [(text, formats.load_conversation(text)) for text in columns[0]]
-        return [(text, turns[-2][1], turns[-1][1]) for text, turns in conversations]
-
-    def _examples(self, columns: list[list[str]]) -> list[Example]:
+        conversations = [(text, Conversation.load(text).messages) for text in columns[0]]
         return [
-            self._conversation(formats.load_conversation(text), self._max_tokens)
-            for text in columns[0]
+            (text, messages[-2]["content"], messages[-1]["content"])
+            for text, messages in conversations
         ]
 
-    def _conversation(self, turns: Turns, max_tokens: int) -> Example:
-        if _is_pair(turns):
-            prompt, completion = self.ids([text for _, text in turns])
-            return self._fitted([*self.begin, *prompt], [*completion, self._eos], max_tokens)
-        total_turns = len(turns)
-        while True:
-            parts = self._parts(turns)
-            length = sum(len(part.ids) for part in parts)
-            if length <= max_tokens or len(turns) - _system_turns(turns) <= 2:
-                break
-            turns = _without_oldest_exchange(turns)
-        if length > max_tokens:  # a single exchange is left
-            return self._fitted(parts[0].ids, parts[1].ids, max_tokens)
-        return Example(
-            [token for part in parts for token in part.ids],
-            [part.is_reply for part in parts for _ in part.ids],
-            len(turns) < total_turns,
-        )
+    def _examples(self, columns: list[list[str]]) -> list[Example | UnusableExampleError]:
+        results: list[Example | UnusableExampleError] = []
+        for texts in zip(*columns, strict=True):
+            try:
+                results.append(self._example(*texts))
+            except UnusableExampleError as e:
+                results.append(e)
+        return results
 
-    def _fitted(self, prompt: list[int], reply: list[int], max_tokens: int) -> Example:
+    def _example(self, *fields: str) -> Example:
+        """Returns the example of one document, given the texts of its `fields`."""
+        (text,) = fields
+        return self._fitted(Conversation.load(text), self._max_tokens)
+
+    def _fitted(self, conversation: Conversation, max_tokens: int) -> Example:
+        """Returns the example of a conversation, shortened to a number of tokens."""
+        kept: Conversation | None = conversation
+        while kept is not None:
+            ids, targets = self._ids_and_targets(kept)
+            if len(ids) <= max_tokens and any(targets):
+                return Example(ids, targets, kept is not conversation)
+            kept = kept.without_oldest_exchange()
+        # a single exchange is left: its reply begins with the first target
+        if True not in targets:
+            raise UnusableExampleError("the last reply is excluded from training, the rest is cut")
+        begin = targets.index(True)
+        prompt, reply = ids[:begin], ids[begin:]
         kept_reply = reply[: max_tokens - 1]
         kept_prompt = self._shorten(prompt, max_tokens - len(kept_reply))
-        cut = len(kept_prompt) + len(kept_reply) < len(prompt) + len(reply)
-        return prompt_and_reply(kept_prompt, kept_reply, cut)
+        return Example(
+            kept_prompt + kept_reply,
+            [False] * len(kept_prompt) + targets[begin:][: len(kept_reply)],
+            True,
+        )
 
-    def _parts(self, turns: Turns) -> list[_Part]:
-        """Returns prompts and replies in turn, each tokenized separately.
+    def _ids_and_targets(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        if not conversation.is_pair:
+            return self.template.ids_and_targets(conversation)
+        prompt, completion = (m["content"] for m in conversation.messages)
+        prompt_ids = [*self.begin, *self.ids([prompt])[0]]
+        reply_ids = [*self._continuation(completion), self._eos]
+        return prompt_ids + reply_ids, [False] * len(prompt_ids) + [True] * len(reply_ids)
 
-        The last prompt may have no reply.
+    def _continuation(self, text: str) -> list[int]:
+        """Returns the ids of a text that follows another one.
+
+        Tokenizers like Llama 2's put a space before a text, which must not come between a prompt
+        and its completion.
         """
-        parts: list[_Part] = []
-        rendered = ""
-        for i, (role, _) in enumerate([*turns, ("", "")]):
-            is_reply = role == "assistant"
-            is_open_end = i == len(turns) and turns[-1][0] != "assistant"
-            # the new part of the text is what follows the text rendered so far
-            if is_reply or is_open_end:
-                text = self._render(turns[:i], add_generation_prompt=True)
-                parts.append(_Part(self._special_ids(_after(rendered, text)), False))
-                rendered = text
-            if is_reply:
-                text = self._render(turns[: i + 1], add_generation_prompt=False)
-                parts.append(_Part(self._special_ids(_after(rendered, text)), True))
-                rendered = text
-        return parts
+        anchored, anchor, alone = self.ids([f"\n{text}", "\n", text])
+        has_anchor = len(anchor) > 0 and anchored[: len(anchor)] == anchor
+        return anchored[len(anchor) :] if has_anchor and self._prefixes_space else alone
 
-    def _render(self, turns: Turns, add_generation_prompt: bool) -> str:
-        if self._template is None:
-            raise InputError(
-                "conversations need a chat template, and the tokenizer has none: set "
-                "tokenizer.chat_template (`plain` or a file), or use data with the columns prompt "
-                "and completion"
-            )
-        # imported here because it imports torch, which other encoders do without
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        messages = [{"role": role, "content": content} for role, content in turns]
-        special: dict[str, Any] = self._special_tokens
-        try:
-            rendered: Any = render_jinja_template(
-                [messages],
-                chat_template=self._template,
-                add_generation_prompt=add_generation_prompt,
-                **special,
-            )
-        except TemplateError as e:
-            start = json.dumps(messages[0], ensure_ascii=False)[:80]
-            raise InputError(
-                f"the tokenizer's chat template rejects the conversation that begins {start}: {e}"
-            ) from None
-        return str(rendered[0][0])
-
-    def _special_ids(self, text: str) -> list[int]:
-        """Returns ids of a text in which special tokens are written out, as templates do."""
-        return list(_special_tokenizer(self._serialized).encode(text, add_special_tokens=False).ids)
+    @functools.cached_property
+    def _prefixes_space(self) -> bool:
+        """Whether a text has other ids at the beginning than behind a line break."""
+        anchored, anchor, alone = self.ids(["\na", "\n", "a"])
+        return anchored[: len(anchor)] == anchor and anchored[len(anchor) :] != alone
 
 
 class PreferenceEncoder(ConversationEncoder):
     """Encodes preferences, as two conversations (or two pairs) one after the other.
 
     The first consists of prompt and chosen answer, the second of prompt and rejected answer. Both
-    answers are targets. Each of the two has at most half a row.
+    answers are targets. Each of the two has at most half a row, and both have the same prompt: it
+    is shortened so that the longer answer fits.
     """
 
     fields = ("prompt", "chosen", "rejected")
 
-    def _examples(self, columns: list[list[str]]) -> list[Example]:
-        examples = []
-        for prompt, *answers in zip(*columns, strict=True):
-            turns = formats.load_conversation(prompt)
-            role = "" if _is_pair(turns) else "assistant"
-            chosen, rejected = (
-                self._conversation([*turns, (role, answer)], self._max_tokens // 2)
+    def _example(self, *fields: str) -> Example:
+        text, *answers = fields
+        prompt = Conversation.load(text)
+        role, room = "" if prompt.is_pair else "assistant", self._max_tokens // 2
+        kept: Conversation | None = prompt
+        while kept is not None:
+            halves = [
+                self._prompt_and_answer(kept, {"role": role, "content": answer})
                 for answer in answers
-            )
-            examples.append(
-                Example(
-                    chosen.ids + rejected.ids,
-                    _last_run(chosen.targets) + _last_run(rejected.targets),
-                    chosen.cut or rejected.cut,
-                )
-            )
-        return examples
-
-
-class _UnstablePrefixError(InputError):
-    """The template renders the beginning of a conversation differently if more messages follow."""
-
-
-def _after(rendered: str, text: str) -> str:
-    """Returns what follows `rendered` in `text`."""
-    if not text.startswith(rendered):
-        raise _UnstablePrefixError(
-            "the tokenizer's chat template renders the beginning of a conversation differently if "
-            "more messages follow, so that the assistant's tokens cannot be located: use another "
-            "template (tokenizer.chat_template)"
+            ]
+            if all(len(before) + len(answer) <= room for before, answer in halves):
+                break
+            kept = kept.without_oldest_exchange()
+        replies = [answer[: room - 1] for _, answer in halves]
+        # the tokens before the answers may differ where an answer's text begins within a token
+        prompt_room = room - max(map(len, replies))
+        prompts = [self._shorten(before, prompt_room) for before, _ in halves]
+        cut = kept is not prompt or any(
+            len(before) + len(answer) < len(half[0]) + len(half[1])
+            for before, answer, half in zip(prompts, replies, halves, strict=True)
         )
-    return text[len(rendered) :]
+        return Example(
+            [token for half in zip(prompts, replies, strict=True) for ids in half for token in ids],
+            [
+                is_answer
+                for half in zip(prompts, replies, strict=True)
+                for is_answer, ids in zip((False, True), half, strict=True)
+                for _ in ids
+            ],
+            cut,
+        )
 
-
-def _is_pair(turns: Turns) -> bool:
-    """Returns whether these are a prompt and its completion. They have no roles."""
-    return not turns[0][0]
-
-
-def _system_turns(turns: Turns) -> int:
-    """Returns the number of system messages at the beginning: 0 or 1."""
-    return 1 if turns[0][0] == "system" else 0
-
-
-def _without_oldest_exchange(turns: Turns) -> Turns:
-    """Returns a conversation without its first user message and the reply to it.
-
-    The system message stays.
-    """
-    first = _system_turns(turns)
-    return turns[:first] + turns[first + 2 :]
-
-
-def _last_run(targets: list[bool]) -> list[bool]:
-    """Sets all targets to False but the last run of True.
-
-    Earlier replies belong to the prompt of a preference.
-    """
-    begin = len(targets) - 1
-    while begin and targets[begin - 1]:
-        begin -= 1
-    return [False] * begin + [True] * (len(targets) - begin)
-
-
-@functools.lru_cache(maxsize=4)
-def _special_tokenizer(serialized: str) -> Any:
-    """Returns a tokenizer that encodes the spelling of a special token as that token."""
-    backend = tokenizers.Tokenizer.from_str(serialized)
-    backend.no_truncation()
-    backend.no_padding()
-    return backend
+    def _prompt_and_answer(
+        self, prompt: Conversation, answer: Message
+    ) -> tuple[list[int], list[int]]:
+        """Returns the ids of the prompt, and those of the answer, which is the last reply."""
+        ids, targets = self._ids_and_targets(prompt.with_messages([*prompt.messages, answer]))
+        begin = len(targets) - targets[::-1].index(True)
+        while begin and targets[begin - 1]:
+            begin -= 1
+        stop = len(ids) if prompt.is_pair else len(targets) - targets[::-1].index(True)
+        return ids[:begin], ids[begin:stop]

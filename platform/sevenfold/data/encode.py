@@ -89,6 +89,8 @@ class TextEncoder:
         backend: FAST or REFERENCE.
         classes: The labels of a classification task. Used by `ClassEncoder` alone; all encoders
             take the same arguments.
+        today: The date (ISO 8601) for chat templates that write it. Default: the current date.
+            Used by the encoders of conversations alone.
 
     Raises:
         InputError: The tokenizer has no EOS token.
@@ -109,6 +111,7 @@ class TextEncoder:
         sequence_length: int,
         backend: str = REFERENCE,
         classes: Sequence[str] = (),
+        today: str | None = None,
     ):
         self._max_tokens = sequence_length
         end = eos_id(tokenizer)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from sevenfold.data.encode import REFERENCE, Encoded, TextEncoder
-from sevenfold.data.sources.documents import Documents, texts
+from sevenfold.data.sources.documents import Documents, UnusableExampleError, texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,30 +38,38 @@ class ExampleEncoder(TextEncoder):
         sequence_length: int,
         backend: str = REFERENCE,
         classes: Sequence[str] = (),
+        today: str | None = None,
     ):
-        super().__init__(tokenizer, sequence_length, backend)
+        super().__init__(tokenizer, sequence_length, backend, classes, today)
         self.begin = [] if self._bos is None else [self._bos]
         self.head = self.tail = None
 
     def encode(self, groups: Sequence[Documents]) -> list[Encoded]:
-        """Encodes the examples of each row group."""
+        """Encodes the examples of each row group.
+
+        Raises:
+            BadDocumentsError: A document cannot be encoded, and is not to be skipped.
+        """
         return [self._encode_group(documents) for documents in groups]
 
     def _encode_group(self, documents: Documents) -> Encoded:
-        examples = self._examples(texts(documents))
+        results = self._examples(texts(documents))
+        bad = [(i, str(r)) for i, r in enumerate(results) if isinstance(r, UnusableExampleError)]
+        skipped = documents.reject(bad)
+        examples = [r for r in results if not isinstance(r, UnusableExampleError)]
         offsets = np.cumsum([0, *(len(e.ids) for e in examples)], dtype=np.int64)
         total = int(offsets[-1])
         return Encoded(
             np.fromiter((i for e in examples for i in e.ids), np.uint32, total),
             offsets,
             np.fromiter((t for e in examples for t in e.targets), bool, total),
-            documents.origin,
-            documents.skipped,
+            np.delete(documents.origin, [i for i, _ in bad]),
+            skipped,
             sum(e.cut for e in examples),
         )
 
-    def _examples(self, columns: list[list[str]]) -> list[Example]:
-        """Returns one example per document.
+    def _examples(self, columns: list[list[str]]) -> Sequence[Example | UnusableExampleError]:
+        """Returns one example per document, or the reason why it cannot be encoded.
 
         Args:
             columns: For each of `fields`, the texts of all documents.

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from sevenfold.data.conversations import PLAIN_TEMPLATE, ConversationEncoder, PreferenceEncoder
+from sevenfold.data.conversations import ConversationEncoder, PreferenceEncoder
 from sevenfold.data.encode import REFERENCE, TextEncoder
 from sevenfold.data.example_encoder import Example, ExampleEncoder, prompt_and_reply, short_hash
 from sevenfold.errors import InputError
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ENCODERS",
-    "PLAIN_TEMPLATE",
     "ClassEncoder",
     "ConversationEncoder",
     "ExampleEncoder",
@@ -48,8 +47,9 @@ class ClassEncoder(ExampleEncoder):
         sequence_length: int,
         backend: str = REFERENCE,
         classes: Sequence[str] = (),
+        today: str | None = None,
     ):
-        super().__init__(tokenizer, sequence_length, backend)
+        super().__init__(tokenizer, sequence_length, backend, classes, today)
         self.classes = list(classes)
         if len(self.classes) > self.vocab_size:  # the class is stored as if it was a token
             raise InputError(

@@ -153,6 +153,7 @@ def scan(
     chunks: int = 1,
     on_bad: Literal["error", "skip"] = "error",
     most: int = TARGET_BYTES,
+    ignored_columns: Sequence[str] = (),
 ) -> Manifest:
     """Examines the files of all sources and splits them into row groups.
 
@@ -167,6 +168,7 @@ def scan(
             small enough for it.
         on_bad: What to do about a bad shard: raise an error, or leave it out.
         most: The maximum size of a row group to aim for, bytes of text.
+        ignored_columns: Columns that are not read although a format knows their names.
 
     Raises:
         InputError: A source contains no files or no documents. If `on_bad` is "error", also: a
@@ -179,7 +181,8 @@ def scan(
         described = pool.map(lambda item: describe(item[1], item[0], sources[item[0]]), files)
         shards = _without_copies(described, on_bad, skipped)
         sources = [
-            _recognise_columns(source, i, objective, shards) for i, source in enumerate(sources)
+            _recognise_columns(source, i, objective, shards, ignored_columns)
+            for i, source in enumerate(sources)
         ]
         total = sum(shard.file_bytes for shard in shards)
         minimum = _MIN_EXAMPLE_BYTES if objective in formats.SHAPES else _MIN_BYTES
@@ -232,14 +235,20 @@ def _without_copies(
 
 
 def _recognise_columns(
-    source: Source, index: int, objective: str, shards: Sequence[Shard]
+    source: Source,
+    index: int,
+    objective: str,
+    shards: Sequence[Shard],
+    ignored_columns: Sequence[str],
 ) -> Source:
     """Returns a source with its shape and columns filled in from its first shard."""
     first = next((shard for shard in shards if shard.source == index), None)
     if first is None or objective not in formats.SHAPES:
         return source
     more = first.format == "jsonl"  # the keys of its first line; other lines may have more
-    return formats.recognise(source, objective, column_names(first), first.path, more)
+    return formats.recognise(
+        source, objective, column_names(first), first.path, more, ignored_columns
+    )
 
 
 def _row_groups_or_error(

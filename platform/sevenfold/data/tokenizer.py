@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,9 +148,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
         storage.makedirs(folder)
-        for name in sorted(os.listdir(temporary), key=lambda n: (n == LAST_WRITTEN, n)):
-            with open(os.path.join(temporary, name), "rb") as f:
-                storage.write(storage.join(folder, name), f.read())
+        files = [p for p in Path(temporary).rglob("*") if p.is_file()]
+        for path in sorted(files, key=lambda p: (p.name == LAST_WRITTEN, p)):
+            parts = path.relative_to(temporary).parts
+            if len(parts) > 1:  # further chat templates are in a folder of their own
+                storage.makedirs(storage.join(folder, *parts[:-1]))
+            storage.write(storage.join(folder, *parts), path.read_bytes())
 
 
 def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:

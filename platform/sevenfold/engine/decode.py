@@ -21,6 +21,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from sevenfold.data.chat_template import reply_end_tokens
 from sevenfold.errors import InputError
 
 TEMPERATURE = 0.8  # the default of interactive use
@@ -90,9 +91,14 @@ class Sampling:
 def end_tokens(
     config: PreTrainedConfig | GenerationConfig, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
-    """Returns the ids that end a text: those that the config names, and the tokenizer's own."""
+    """Returns the ids that end a text.
+
+    They are those that the config names, the tokenizer's own, and those with which its chat
+    template ends a reply, such as <|im_end|>.
+    """
     ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    return sorted({int(i) for i in (*ids, tokenizer.eos_token_id) if i is not None})
+    ends = (*ids, tokenizer.eos_token_id, *reply_end_tokens(tokenizer))
+    return sorted({int(i) for i in ends if i is not None})
 
 
 def decoder_start(model: Any, tokenizer: PreTrainedTokenizerBase) -> int:

@@ -15,13 +15,12 @@ import torch
 
 from sevenfold import storage
 from sevenfold.data.examples import ConversationEncoder
+from sevenfold.data.sources.messages import Conversation, Message
 from sevenfold.engine import decode
 from sevenfold.engine.decode import Sampling, generation_config
 from sevenfold.errors import InputError
 from sevenfold.inference.load import Loaded, load
 from sevenfold.report.console import say
-
-Message = dict[str, str]  # with the keys "role" and "content"
 
 
 def generate(path: str, prompt: str, sampling: Sampling) -> str:
@@ -81,7 +80,7 @@ def chat(
         InputError: The model is not a decoder, its tokenizer has no chat template, the template
             rejects the conversation, or one of `prompts` is longer than the model's positions.
     """
-    conversation = Conversation(load(path), system, sampling)
+    conversation = ChatSession(load(path), system, sampling)
     if prompts:
         for prompt in prompts:
             say(f"> {prompt}")
@@ -91,7 +90,7 @@ def chat(
     return conversation.messages
 
 
-class Conversation:
+class ChatSession:
     """A conversation with a model.
 
     Args:
@@ -173,7 +172,7 @@ class Conversation:
 
     def _ids(self, messages: list[Message]) -> list[int]:
         try:
-            return self._encoder.question([(m["role"], m["content"]) for m in messages])
+            return self._encoder.question(Conversation(list(messages)))
         except InputError as e:
             raise InputError(f"{self._loaded.path}: {e}") from None
 
@@ -245,7 +244,7 @@ def fitted(
     return ids, dropped
 
 
-def _read_and_answer(conversation: Conversation) -> None:
+def _read_and_answer(conversation: ChatSession) -> None:
     """Answers messages and runs commands from standard input until /exit or its end."""
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401 (importing it gives input() line editing and a history)

@@ -33,6 +33,7 @@ from sevenfold.model.attention import NAME as SDPA_IN_CHUNKS
 from sevenfold.model.config import Family, config_of, dropouts, family, model_path
 from sevenfold.model.parallel import tensor_plan
 from sevenfold.recipe import Recipe
+from sevenfold.report.console import say
 
 __all__ = [
     "MODEL_CLASSES",
@@ -104,6 +105,8 @@ def check_model(recipe: Recipe, vocab_size: int) -> int:
                 f"{recipe.model.path or 'model.config'}: transformers cannot build the {kind}: "
                 f"{first_line(e)}"
             ) from None
+        if model.can_generate():
+            generation_config(recipe, config)  # tells the user now if it is left out
         count = sum(p.numel() for p in model.parameters())
         if recipe.adapter is not None:
             with_adapter(model, recipe)
@@ -191,22 +194,27 @@ def build(
             model = model_class.from_config(config, **kwargs)
         model.tie_weights()
     if model.can_generate():
-        model.generation_config = _generation_config(recipe, config)
+        model.generation_config = generation_config(recipe, config)
     # a model whose implementation cannot be set calls SDPA in its own code
     if attention == SDPA_IN_CHUNKS and model._can_set_attn_implementation():
         model.set_attn_implementation(attention)
     return model
 
 
-def _generation_config(recipe: Recipe, config: PreTrainedConfig) -> GenerationConfig:
+def generation_config(recipe: Recipe, config: PreTrainedConfig) -> GenerationConfig:
     """Returns the base model's generation config, which may name several end tokens.
 
-    Ranks that do not load the weights need it too.
+    Ranks that do not load the weights need it too. A config that transformers refuses is left out,
+    and the user is told.
     """
     if recipe.model.path is not None:
-        with contextlib.suppress(OSError):  # not every model has one
-            folder = storage.local_copy(model_path(recipe.model.path))
+        folder = storage.local_copy(model_path(recipe.model.path))
+        try:
             return GenerationConfig.from_pretrained(folder, local_files_only=True)
+        except OSError:  # not every model has one
+            pass
+        except (ValueError, TypeError) as e:
+            say(f"{folder}/generation_config.json is left out: {first_line(e)}")
     return GenerationConfig.from_model_config(config)
 
 

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from sevenfold import storage
 from sevenfold.data.examples import ENCODERS
 from sevenfold.data.manifest import Manifest, scan
 from sevenfold.data.order import CHUNKS_PER_LANE, MAX_GROUPS_PER_CHUNK, DataOrder
-from sevenfold.data.sources import python_corpus
+from sevenfold.data.sources import formats, python_corpus
 from sevenfold.data.sources.documents import BadDocumentsError, Documents, Selection, held_out
+from sevenfold.data.sources.reading import column_names
 from sevenfold.errors import InputError
 from sevenfold.recipe import PRETRAINING, Recipe
 from sevenfold.report.console import say
@@ -119,7 +120,14 @@ def find_inputs(recipe: Recipe) -> Inputs:
     """
     data, objective = recipe.data, recipe.objective
     validation, test = (
-        scan(sources, objective, on_bad=data.on_bad_document) if sources else None
+        scan(
+            sources,
+            objective,
+            on_bad=data.on_bad_document,
+            ignored_columns=data.ignore_columns,
+        )
+        if sources
+        else None
         for sources in (data.validation, data.test)
     )
     chunks = recipe.lanes * CHUNKS_PER_LANE
@@ -130,13 +138,37 @@ def find_inputs(recipe: Recipe) -> Inputs:
     stage_starts = [0, *(stage.at_tokens for stage in data.curriculum)]
     stage_tokens = (stop - start for start, stop in itertools.pairwise(stage_starts))
     max_group_bytes = 2 * min(stage_tokens, default=2**62) // chunks
-    train = scan(data.sources, objective, chunks, data.on_bad_document, max_group_bytes)
+    train = scan(
+        data.sources,
+        objective,
+        chunks,
+        data.on_bad_document,
+        max_group_bytes,
+        data.ignore_columns,
+    )
     inputs = Inputs(train, validation, test)
     DataOrder.from_manifest(train, data, recipe.seed, recipe.lanes).segments  # noqa: B018 (checks the stages)
     skipped_files = [file for manifest in inputs.all.values() for file in manifest.skipped]
     if skipped_files:
         say(f"skipped {len(skipped_files)} files; the first: {skipped_files[0]}")
+    for split, manifest in inputs.all.items():
+        _report_unread_columns(split, manifest, data.ignore_columns)
     return inputs
+
+
+def _report_unread_columns(split: str, manifest: Manifest, ignored: Sequence[str]) -> None:
+    """Shows the columns of fine-tuning data that are not read, unless they are to be ignored."""
+    for index, source in enumerate(manifest.sources):
+        if source.shape is None:
+            continue
+        shard = next(s for s in manifest.shards if s.source == index)
+        read = {*formats.columns_to_read(source), *(rule.column for rule in source.filters)}
+        unread = [name for name in column_names(shard) if name not in read | set(ignored)]
+        if unread:
+            say(
+                f"{split} data: {shard.path} has columns that are not read: {', '.join(unread)} "
+                "(data.ignore_columns hides this line)"
+            )
 
 
 def load_unchanged_inputs(folder: RunFolder) -> Inputs | None:

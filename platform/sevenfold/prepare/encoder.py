@@ -16,21 +16,25 @@ def load_encoder(recipe: Recipe, tokenizer: str) -> TextEncoder:
         recipe: The recipe.
         tokenizer: The tokenizer's folder.
     """
-    backend = storage.read_json(encoder_file(tokenizer))["backend"]
-    return build_encoder(recipe, tokenizer, backend)
+    description = storage.read_json(encoder_file(tokenizer))
+    # runs of earlier versions have no date
+    return build_encoder(recipe, tokenizer, description["backend"], description.get("today"))
 
 
-def build_encoder(recipe: Recipe, tokenizer: str, backend: str) -> TextEncoder:
+def build_encoder(recipe: Recipe, tokenizer: str, backend: str, today: str | None) -> TextEncoder:
     """Returns the encoder of the recipe's objective.
 
     Args:
         recipe: The recipe.
         tokenizer: The tokenizer's folder.
         backend: The tokenizer backend, see `sevenfold.data.encode`.
+        today: The date (ISO 8601) of the run's start, for chat templates that write it.
     """
     data = recipe.data
     encoder_class = ENCODERS[recipe.objective]
-    return encoder_class(load_tokenizer(tokenizer), data.sequence_length, backend, data.classes)
+    return encoder_class(
+        load_tokenizer(tokenizer), data.sequence_length, backend, data.classes, today
+    )
 
 
 def encoder_file(tokenizer: str) -> str:

@@ -88,14 +88,14 @@ def prepare_job(
         InputError: The recipe, its data or its model cannot be used. Nothing was written.
         RunError: Other jobs hold the cluster's resources.
     """
+    identity = recipe.hash()
     if storage.exists(folder.recipe):
-        claim_folder(folder, recipe)
+        identity = claim_folder(folder, recipe)
     elif taken := folder.existing_outputs():
         raise InputError(
             f"{folder.root}: expected a new folder for this run, found {', '.join(taken)} in it "
             "without a recipe.yaml: move these files elsewhere, or choose another name (name=...)"
         )
-    identity = recipe.hash()
     inputs = (
         None if missing_corpus(recipe) else load_unchanged_inputs(folder) or find_inputs(recipe)
     )
@@ -196,25 +196,37 @@ def required_resources(recipe: Recipe) -> dict[str, float]:
     }
 
 
-def claim_folder(folder: RunFolder, recipe: Recipe) -> None:
+def claim_folder(folder: RunFolder, recipe: Recipe) -> str:
     """Writes the recipe into a run's folder.
 
     If the folder has a recipe, the new one replaces it, provided that both describe the same run.
+    They may differ in train.micro_batch, which changes results by rounding only: a run that is out
+    of memory is resumed with a smaller one.
+
+    Returns:
+        The identity by which the run's checkpoints know it: the hash of its first recipe.
 
     Raises:
         InputError: The folder belongs to a run of another recipe.
     """
-    if storage.exists(folder.recipe):
-        stored = loads(storage.read_text(folder.recipe), folder.recipe)
-        if stored.hash() != recipe.hash():
+    if not storage.exists(folder.recipe):
+        storage.write(folder.recipe, recipe.to_yaml())
+        return recipe.hash()
+    stored = loads(storage.read_text(folder.recipe), folder.recipe)
+    has_identity = storage.exists(folder.identity)
+    identity = storage.read_text(folder.identity) if has_identity else stored.hash()
+    if stored.hash() != recipe.hash():
+        micro_batch = {"train.micro_batch": stored.train.micro_batch}
+        if stored.hash() != recipe.override(micro_batch).hash():
             raise InputError(
                 f"{folder.root}: a run of this name exists with another recipe "
                 f"({_differences(stored, recipe)}): "
                 "use its recipe to resume it, or choose another name (name=...)"
             )
-        if stored == recipe:
-            return
-    storage.write(folder.recipe, recipe.to_yaml())
+        storage.write(folder.identity, identity)
+    if stored != recipe:
+        storage.write(folder.recipe, recipe.to_yaml())
+    return identity
 
 
 def _differences(stored: Recipe, recipe: Recipe) -> str:

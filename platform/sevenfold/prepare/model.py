@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 from sevenfold import storage
-from sevenfold.data.examples import ENCODERS, PLAIN_TEMPLATE
+from sevenfold.data.chat_template import PLAIN_TEMPLATE
+from sevenfold.data.examples import ENCODERS
 from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.errors import InputError
 from sevenfold.recipe import Recipe
@@ -30,11 +32,12 @@ def check_model(recipe: Recipe) -> tuple[Recipe, int]:
     if recipe.tokenizer.path:
         changes["tokenizer.path"] = storage.resolve_input(recipe.tokenizer.path)
     resolved = recipe.override(changes)
-    if resolved.tokenizer.chat_template:
-        load_chat_template(resolved.tokenizer.chat_template)
-    vocab_size = resolved.tokenizer.vocab_size
-    if vocab_size is None:
+    vocab_size, template = resolved.tokenizer.vocab_size, resolved.tokenizer.chat_template
+    if vocab_size is not None:
+        set_chat_template(SimpleNamespace(chat_template=None), template)  # only checks the setting
+    else:
         tokenizer = load_tokenizer(resolved.tokenizer.path or str(resolved.model.path))
+        set_chat_template(tokenizer, template)
         # both raise InputError if the tokenizer lacks a token that the objective needs
         encoder_class = ENCODERS[resolved.objective]
         encoder_class(tokenizer, resolved.data.sequence_length, classes=resolved.data.classes)
@@ -43,21 +46,31 @@ def check_model(recipe: Recipe) -> tuple[Recipe, int]:
     return resolved, build.check_model(resolved, vocab_size)
 
 
-def load_chat_template(setting: str) -> str:
-    """Returns the chat template that `tokenizer.chat_template` refers to.
+def set_chat_template(tokenizer: Any, setting: str | None) -> None:
+    """Gives a tokenizer the chat template that `tokenizer.chat_template` refers to.
 
     Args:
-        setting: "plain", or the path of a file with a Jinja template.
+        tokenizer: The tokenizer. It keeps its own template without a setting, or if the setting is
+            plain; the setting may name one of several templates that it has.
+        setting: A name, "plain", or the path of a file with a Jinja template.
 
     Raises:
-        InputError: The file cannot be read.
+        InputError: There is no such template.
     """
+    own: Any = tokenizer.chat_template
+    named: dict[str, str] = own if isinstance(own, dict) else {}
+    if setting is None or (setting == "plain" and own):
+        return
     if setting == "plain":
-        return PLAIN_TEMPLATE
-    try:
-        return storage.read_text(storage.resolve_input(setting))
-    except (InputError, OSError) as e:
-        raise InputError(
-            "tokenizer.chat_template: expected plain, or a file with a Jinja template, "
-            f"found {setting}: {e}"
-        ) from None
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    elif setting in named:
+        tokenizer.chat_template = {**named, "default": named[setting]}
+    else:
+        names = f"one of the tokenizer's own ({', '.join(sorted(named))}), " if named else ""
+        try:
+            tokenizer.chat_template = storage.read_text(storage.resolve_input(setting))
+        except (InputError, OSError) as e:
+            raise InputError(
+                f"tokenizer.chat_template: expected {names}plain, or a file with a Jinja template, "
+                f"found {setting}: {e}"
+            ) from None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
+from sevenfold.data.encode import TextEncoder
 from sevenfold.data.sources.documents import Selection
 from sevenfold.errors import InputError
 from sevenfold.prepare.data import Inputs
-from sevenfold.prepare.encoder import build_encoder
 from sevenfold.recipe import Recipe
 from sevenfold.report.console import say
 
@@ -15,15 +16,14 @@ SURVEY_MB = 64.0  # MB of text per split after which the survey stops
 
 
 def survey_examples(
-    recipe: Recipe, inputs: Inputs, tokenizer: str, backend: str
+    recipe: Recipe, inputs: Inputs, encoder: TextEncoder
 ) -> dict[str, dict[str, int]]:
     """Encodes examples of each split and shows what share of their tokens is trained on.
 
     Args:
         recipe: The recipe.
         inputs: The input files.
-        tokenizer: The tokenizer's folder.
-        backend: The tokenizer backend, see `sevenfold.data.encode`.
+        encoder: The encoder of the recipe's objective.
 
     Returns:
         For each split, the number of "examples", of their "tokens", of "targets" among the tokens,
@@ -32,14 +32,16 @@ def survey_examples(
     Raises:
         InputError: An example is bad (see `Selection.read`), or no token is a target.
     """
-    encoder = build_encoder(recipe, tokenizer, backend)
     counts = {}
     for split, manifest in inputs.all.items():
         selection = replace(Selection.from_data(recipe.data, encoder.fields), held_out=0.0)
         count = {"examples": 0, "tokens": 0, "targets": 0, "cut": 0, "skipped": 0}
         size = 0
+        unknown_keys: Counter[str] = Counter()
         for group in range(len(manifest)):
-            (encoded,) = encoder.encode([selection.read(manifest, group)])
+            documents = selection.read(manifest, group)
+            unknown_keys += documents.unknown_keys
+            (encoded,) = encoder.encode([documents])
             size += manifest.group(group).bytes
             tokens = len(encoded.ids)
             count["examples"] += len(encoded.origin)
@@ -55,6 +57,12 @@ def survey_examples(
                 "nothing would be learned"
             )
         _show(split, count)
+        if unknown_keys:
+            named = ", ".join(f"{key} ({n:,} messages)" for key, n in sorted(unknown_keys.items()))
+            say(
+                f"{split} data: messages have keys that are not read: {named} "
+                "(data.ignore_columns hides this line)"
+            )
         counts[split] = count
     return counts
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from datetime import date
 from typing import Any
 
 from sevenfold import storage
@@ -21,7 +22,7 @@ from sevenfold.data.tokenizer import (
 )
 from sevenfold.prepare.data import Inputs, check_documents
 from sevenfold.prepare.encoder import build_encoder, encoder_file
-from sevenfold.prepare.model import load_chat_template
+from sevenfold.prepare.model import set_chat_template
 from sevenfold.prepare.survey import survey_examples
 from sevenfold.recipe import PRETRAINING, Recipe
 from sevenfold.report.console import say
@@ -53,9 +54,10 @@ def prepare_tokenizer(recipe: Recipe, inputs: Inputs, tokenizer: str) -> Inputs:
     description = _choose_encoder(recipe, inputs.train, tokenizer)
     say(description["why"])
     if recipe.objective not in PRETRAINING:
+        encoder = build_encoder(recipe, tokenizer, description["backend"], description["today"])
         description |= {
             "classes": recipe.data.classes,
-            "examples": survey_examples(recipe, inputs, tokenizer, description["backend"]),
+            "examples": survey_examples(recipe, inputs, encoder),
         }
     storage.write(encoder_file(tokenizer), json.dumps(description, indent=1))
     return replace(inputs, train=inputs.train.measured(description["tokens_per_byte"]))
@@ -77,10 +79,7 @@ def _save_tokenizer(recipe: Recipe, manifest: Manifest, folder: str) -> None:
         )
     else:
         tokenizer = load_tokenizer(settings.path or str(recipe.model.path))
-    template = settings.chat_template
-    # `plain` does not replace a template that the tokenizer has
-    if template and (template != "plain" or not tokenizer.chat_template):
-        tokenizer.chat_template = load_chat_template(template)
+    set_chat_template(tokenizer, settings.chat_template)
     save_tokenizer(tokenizer, folder)
 
 
@@ -93,8 +92,8 @@ def _choose_encoder(recipe: Recipe, manifest: Manifest, folder: str) -> dict[str
         folder: The tokenizer's folder.
 
     Returns:
-        The encoder's "backend" and "identity", the reason for the backend ("why"), and the
-        "tokens_per_byte" of each source.
+        The encoder's "backend" and "identity", the reason for the backend ("why"), the date for
+        chat templates ("today"), and the "tokens_per_byte" of each source.
     """
     selection = Selection.from_data(recipe.data, ENCODERS[recipe.objective].fields)
     sources = range(len(manifest.sources))
@@ -105,7 +104,8 @@ def _choose_encoder(recipe: Recipe, manifest: Manifest, folder: str) -> dict[str
         for text in column
     ]
     backend, why = choose_backend(load_tokenizer(folder), texts)
-    encoder = build_encoder(recipe, folder, backend)
+    today = date.today().isoformat()
+    encoder = build_encoder(recipe, folder, backend, today)
     tokens_per_byte = [
         estimate_tokens_per_byte(manifest, selection, encoder, source, SAMPLE_MB, recipe.seed)
         for source in sources
@@ -113,6 +113,7 @@ def _choose_encoder(recipe: Recipe, manifest: Manifest, folder: str) -> dict[str
     return {
         "backend": backend,
         "why": why,
+        "today": today,
         "identity": encoder.identity(),
         "tokens_per_byte": tokens_per_byte,
     }

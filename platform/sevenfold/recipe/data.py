@@ -174,6 +174,12 @@ class Data(Section):
         description="Ranges [first, last] of data steps that are not trained on; the first data "
         "step is 1",
     )
+    ignore_columns: list[str] = Field(
+        [],
+        description="Columns of fine-tuning data, and keys of messages, that are not to be read, "
+        "although they may have a meaning, such as system or weight. Columns and keys that are "
+        "neither read nor listed here are reported",
+    )
     on_bad_document: Literal["error", "skip"] = Field(
         "error",
         description="What to do about a document or file that cannot be read. error: stop; "
@@ -284,8 +290,9 @@ class Tokenizer(Section):
     )
     chat_template: str | None = Field(
         None,
-        description="Chat template for conversations: a file with a Jinja template; or plain, "
-        "which gives a simple one to a tokenizer that has none",
+        description="Chat template for conversations: the name of one that the tokenizer has; a "
+        "file with a Jinja template; or plain, which gives a simple one to a tokenizer that has "
+        "none. Default: the tokenizer's own, of several the one named default",
     )
     train_mb: float = Field(
         16, gt=0, description="Text that a new tokenizer is trained on, in MB, from all sources"

@@ -206,6 +206,9 @@ class Recipe(Section):
         )
         for key in ("executor", "cache", "skip", "on_bad_document"):
             del tree["data"][key]
+        # settings that recipes of earlier versions do not have change no hash while they are unset
+        if not tree["data"]["ignore_columns"]:
+            del tree["data"]["ignore_columns"]
         for key in ("log_every", "activation_checkpointing", "compile", "loss_chunk"):
             del tree["train"][key]
         del tree["model"]["attention"], tree["model"]["trust_remote_code"]

@@ -14,10 +14,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sevenfold.data import examples
+from sevenfold.data.chat_template import PLAIN_TEMPLATE
 from sevenfold.data.manifest import scan
 from sevenfold.data.order import CHUNKS_PER_LANE, MAX_GROUPS_PER_CHUNK, DataOrder
-from sevenfold.data.sources import formats
 from sevenfold.data.sources.documents import Documents, Selection
+from sevenfold.data.sources.messages import Conversation
 from sevenfold.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
@@ -36,7 +37,7 @@ LONG = [
 def tokenizer(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
     manifest = scan([Source(path=str(texts / "train"))], "causal")
     trained = train_tokenizer(manifest, Selection(), 600, 0.3, 0)
-    trained.chat_template = examples.PLAIN_TEMPLATE
+    trained.chat_template = PLAIN_TEMPLATE
     folder = str(tmp_path_factory.mktemp("tokenizer"))
     save_tokenizer(trained, folder)
     return load_tokenizer(folder)  # type: ignore[return-value]
@@ -66,10 +67,18 @@ def read(
 
 
 def conversation(*messages: tuple[str, str]) -> str:
-    return formats.dump_conversation(list(messages))
+    return Conversation([{"role": role, "content": text} for role, text in messages]).dump()
 
 
 CHAT = conversation(("user", "Hi there"), ("assistant", "Hello"))
+LONG_CHAT = conversation(*((m["role"], m["content"]) for m in LONG))
+NOT_LEARNED = Conversation([HI[0], {**HI[1], "train": False}, *LONG[3:]]).dump()
+HISTORY = [["Hi there", "Hello"]]
+JSON_TEXTS = [
+    json.dumps({"from": "Berlin", "to": "Paris"}),
+    json.dumps({"role": "assistant", "content": "hello"}),
+    json.dumps([{"role": "engineer"}]),
+]
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -111,6 +120,46 @@ CHAT = conversation(("user", "Hi there"), ("assistant", "Hello"))
         ),
         ("sft", {"prompt": "Hi there", "completion": HI[1:]}, [CHAT]),
         ("sft", {"messages": [{"role": "system", "content": ""}, *HI]}, [CHAT]),
+        # columns beside the messages
+        (
+            "sft",
+            {"system": "Be brief.", "instruction": "Bye", "output": "So long", "history": HISTORY},
+            [LONG_CHAT],
+        ),
+        ("sft", {"messages": LONG[1:], "system": "Be brief."}, [LONG_CHAT]),
+        # text that is JSON stays text, whatever its keys
+        *(
+            ("sft", {"prompt": "p", "completion": text}, [conversation(("", "p"), ("", text))])
+            for text in JSON_TEXTS
+        ),
+        (
+            "dpo",
+            {"prompt": "p", "chosen": JSON_TEXTS[0], "rejected": JSON_TEXTS[1]},
+            [conversation(("", "p")), JSON_TEXTS[0], JSON_TEXTS[1]],
+        ),
+        # which replies are learned
+        *(
+            ("sft", {"messages": [HI[0], {**HI[1], key: 0}, *LONG[3:]]}, [NOT_LEARNED])
+            for key in ("weight", "train")
+        ),
+        ("sft", {"messages": [{**m, "weight": 1, "train": True} for m in HI]}, [CHAT]),
+        # parts that are all text
+        (
+            "sft",
+            {
+                "messages": [
+                    {
+                        **m,
+                        "content": [
+                            {"type": "text", "text": m["content"][:2]},
+                            {"type": "text", "text": m["content"][2:]},
+                        ],
+                    }
+                    for m in HI
+                ]
+            },
+            [CHAT],
+        ),
         (
             "dpo",
             {"prompt": "Q", "chosen": "good", "rejected": "bad"},
@@ -191,6 +240,54 @@ def test_a_json_array_is_refused(tmp_path: Path) -> None:
 
 
 BAD = [
+    (
+        "sft",
+        {"messages": HI},
+        {"messages": [HI[0], {**HI[1], "weight": 0.5}]},
+        "message 2: weight: expected 0 or 1, found 0.5",
+    ),
+    (
+        "sft",
+        {"messages": HI},
+        {"messages": [HI[0], {**HI[1], "train": False}]},
+        "every reply is ex",
+    ),
+    (
+        "sft",
+        {"messages": HI},
+        {"messages": [HI[0], {**HI[1], "function_call": {"name": "f"}}]},
+        "'function_call' is not supported: use tool_calls",
+    ),
+    (
+        "sft",
+        {"messages": HI},
+        {"messages": [{"role": "user", "content": [{"type": "image"}]}, HI[1]]},
+        "message 1: expected text, found parts of type image",
+    ),
+    (
+        "sft",
+        {"messages": HI, "system": ""},
+        {"messages": LONG, "system": "two"},
+        "two system messages",
+    ),
+    (
+        "sft",
+        {"prompt": "a", "completion": "b", "system": ""},
+        {"prompt": "a", "completion": "b", "system": "s"},
+        "a system message beside",
+    ),
+    (
+        "sft",
+        {"instruction": "a", "output": "b", "history": []},
+        {"instruction": "a", "output": "b", "history": ["one"]},
+        "history: expected pairs",
+    ),
+    (
+        "seq2seq",
+        {"source": "a", "target": "b"},
+        {"source": ["a"], "target": "b"},
+        "expected text in 'source', found a list",
+    ),
     ("sft", {"messages": HI}, {"messages": HI[:1]}, "a conversation without a reply"),
     (
         "sft",
@@ -277,7 +374,7 @@ def test_only_replies_are_targets(tokenizer: PreTrainedTokenizerFast, tmp_path: 
         np.arange(len(encoded.ids)), np.flatnonzero(np.diff(encoded.targets.astype(int))) + 1
     )
     replies = [tokenizer.decode(encoded.ids[run]) for run in runs if encoded.targets[run[0]]]
-    assert replies == ["Hello<|eos|>\n", "So long<|eos|>\n"]
+    assert replies == [" Hello<|eos|>", " So long<|eos|>"]
     prompt = encoder.prompt(conversation(*((m["role"], m["content"]) for m in LONG)), 96)
     assert tokenizer.decode(prompt) == tokenizer.apply_chat_template(
         LONG[:-1], tokenize=False, add_generation_prompt=True
@@ -321,31 +418,6 @@ def test_a_tokenizer_without_a_chat_template_is_refused(
         examples.ConversationEncoder(without_template, 64).encode([documents])
 
 
-def test_templates_that_refuse_or_look_at_all_messages(tokenizer: PreTrainedTokenizerFast) -> None:
-    encoder = examples.ConversationEncoder(tokenizer, 64)
-    encoder._template = "{{ raise_exception('no system here') }}"
-    with pytest.raises(
-        InputError, match=r"rejects the conversation that begins .*Hi there.*: no system here"
-    ):
-        encoder.question([("user", "Hi there")])
-    encoder._template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    messages = [("user", "Hi there"), ("assistant", "Hello"), ("user", "Bye")]
-    assert tokenizer.decode(encoder.question(messages)) == "3Hi thereHelloBye"
-
-
-def test_a_prompt_has_the_same_ids_as_in_training(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    encoder = examples.ConversationEncoder(tokenizer, 96)
-    # nothing separates the turns here, so a token could span two of them
-    encoder._template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    messages = [("user", "an"), ("assistant", "other"), ("user", "with"), ("assistant", "out")]
-    row = {"messages": [{"role": role, "content": text} for role, text in messages]}
-    (encoded,) = encoder.encode([read(write_rows(tmp_path, [row], "jsonl"), "sft")])
-    prompt = encoder.question(messages[:3])
-    assert encoded.ids[: len(prompt)].tolist() == prompt
-
-
 @pytest.mark.parametrize("objective", ["dpo", "classify", "seq2seq", "embed"])
 def test_examples_fit_into_a_row(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, objective: str
@@ -359,7 +431,10 @@ def test_examples_fit_into_a_row(
     }[objective]
     encoder = examples.ENCODERS[objective](tokenizer, 48, classes=("a", "b"))
     (encoded,) = encoder.encode([read(write_rows(tmp_path, [row], "parquet"), objective)])
-    assert encoded.targets is not None and len(encoded.ids) == 48 and 0 < encoded.targets.sum() < 48
+    # with preferences, the prompt of the shorter answer is shortened as much as that of the longer
+    length = 24 + 9 if objective == "dpo" else 48
+    assert encoded.targets is not None and len(encoded.ids) == length
+    assert 0 < encoded.targets.sum() < length
     assert encoded.cut == 1
     edges = np.flatnonzero(np.diff(encoded.targets.astype(int)))
     assert len(edges) == (3 if objective == "dpo" else 1)
@@ -388,3 +463,19 @@ def test_sorted_rows_are_mixed_within_a_chunk(tmp_path: Path, kind: str) -> None
             selection.read(manifest, index).fields[1].to_pylist() for index in order.chunk(chunk)
         ]
         assert len({label for group in label_groups for label in group}) >= 3
+
+
+def test_keys_that_are_not_understood_are_counted(tmp_path: Path) -> None:
+    rows = [{"messages": [{**HI[0], "mood": "good"}, {**HI[1], "mood": "bad", "id": 3}]}] * 2
+    path = write_rows(tmp_path, rows, "jsonl")
+    assert read(path, "sft").unknown_keys == {"mood": 4, "id": 2}
+    manifest = scan([Source(path=str(path))], "sft")
+    selection = Selection(examples.ENCODERS["sft"].fields, ignored=("mood", "id"))
+    assert not selection.read(manifest, 0).unknown_keys
+
+
+def test_an_ignored_column_is_not_read(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, [{"messages": HI, "system": "Be brief."}], "parquet")
+    manifest = scan([Source(path=str(path))], "sft", ignored_columns=["system"])
+    selection = Selection(examples.ENCODERS["sft"].fields)
+    assert selection.read(manifest, 0).fields[0].to_pylist() == [CHAT]

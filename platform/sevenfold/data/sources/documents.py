@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 
 from sevenfold.data.manifest import Manifest
 from sevenfold.data.sources import formats
+from sevenfold.data.sources.messages import MessageKeys, to_json
 from sevenfold.data.sources.reading import read_row_group
 from sevenfold.data.sources.shards import BadDocument, RawDocuments, UnreadableError
 from sevenfold.errors import InputError, first_line
@@ -48,6 +49,10 @@ class BadDocumentsError(InputError):
         return BadDocumentsError, (self.path, self.bad)  # it is pickled between processes
 
 
+class UnusableExampleError(ValueError):
+    """A document cannot be encoded for its objective; the message is the reason."""
+
+
 @dataclass(frozen=True)
 class Skipped:
     """Bad documents that were left out.
@@ -74,11 +79,35 @@ class Documents:
         origin: int64 [documents], the index of each document in the row group, counted before any
             were left out.
         skipped: The bad documents that were left out.
+        unknown_keys: How often messages have keys that are not understood.
+        locate: Returns the location of a document in the file, by its index in the row group.
+        path: The path of the file.
+        on_bad: What to do about documents that an encoder cannot use.
     """
 
     fields: list[pa.Array]
     origin: np.ndarray
     skipped: Skipped
+    unknown_keys: Counter[str] = field(default_factory=Counter)
+    locate: Callable[[int], str] = str
+    path: str = ""
+    on_bad: Literal["error", "skip"] = "error"
+
+    def reject(self, bad: Sequence[tuple[int, str]]) -> Skipped:
+        """Returns `skipped` together with documents that an encoder cannot use.
+
+        Args:
+            bad: The index (of `fields`) and the reason of each.
+
+        Raises:
+            BadDocumentsError: There are some, and `on_bad` is "error".
+        """
+        if not bad:
+            return self.skipped
+        named = [(self.locate(int(self.origin[index])), reason) for index, reason in bad]
+        if self.on_bad == "error":
+            raise BadDocumentsError(self.path, named)
+        return self.skipped + Skipped(len(bad), f"{self.path}: {named[0][0]}: {named[0][1]}")
 
 
 @dataclass(frozen=True)
@@ -92,6 +121,7 @@ class Selection:
         on_bad: What to do about bad documents: raise an error, or skip them.
         max_bytes: The maximum size of a document.
         classes: The labels that may occur; empty: any.
+        ignored: Keys of messages that are not read.
     """
 
     fields: tuple[str, ...] = ("text",)
@@ -100,6 +130,7 @@ class Selection:
     on_bad: Literal["error", "skip"] = "error"
     max_bytes: int = 64_000_000
     classes: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @staticmethod
     def from_data(
@@ -119,6 +150,7 @@ class Selection:
             data.on_bad_document,
             int(data.max_document_mb * 1e6),
             tuple(data.classes),
+            tuple(data.ignore_columns),
         )
 
     def read(self, manifest: Manifest, index: int) -> Documents:
@@ -149,14 +181,16 @@ class Selection:
                 np.zeros(0, np.int64),
                 Skipped(max(1, group.documents), str(e)),
             )
-        columns = [_to_strings(raw.columns[name]) for name in text_columns]
+        marked = source.shape is not None
+        columns = [_to_strings(raw.columns[name], marked) for name in text_columns]
         is_good, problems = self._check_texts(source, text_columns, columns)
         passes = _pass_filters(raw, source, text_columns, is_good, shard.path)
+        keys = MessageKeys(self.ignored)
         if source.shape is not None:
             candidates = np.flatnonzero(is_good & passes)
             columns = [c.take(pa.array(candidates)) for c in columns]
             converted, unusable = formats.convert_rows(
-                source, len(self.fields), columns, self.classes
+                source, len(self.fields), columns, self.classes, keys
             )
             problems += [(int(candidates[i]), reason) for i, reason in unusable]
             columns = [_scatter(c, candidates, len(is_good)) for c in converted]
@@ -175,7 +209,7 @@ class Selection:
             in_split = held_out(columns[0], self.held_out) == (self.split == "held_out")
             kept = kept[in_split]
             columns = [c.filter(pa.array(in_split)) for c in columns]
-        return Documents(columns, kept, skipped)
+        return Documents(columns, kept, skipped, keys.unknown, raw.locate, shard.path, self.on_bad)
 
     def _check_texts(
         self, source: Source, names: Sequence[str], columns: Sequence[pa.Array]
@@ -215,14 +249,16 @@ def buffers(strings: pa.Array) -> tuple[np.ndarray, memoryview]:
     return offsets, memoryview(data if data is not None else b"")
 
 
-def _to_strings(column: pa.ChunkedArray) -> pa.Array:
-    """Returns a column as one array of large strings; nested values become JSON."""
+def _to_strings(column: pa.ChunkedArray, marked: bool) -> pa.Array:
+    """Returns a column as one array of large strings; nested values become JSON.
+
+    Args:
+        column: The column.
+        marked: Whether this JSON is marked, see `messages.to_json`.
+    """
     if pa.types.is_nested(column.type):
         return pa.array(
-            [
-                None if value is None else json.dumps(value, ensure_ascii=False, default=str)
-                for value in column.to_pylist()
-            ],
+            [None if value is None else to_json(value, marked) for value in column.to_pylist()],
             pa.large_string(),
         )
     strings = column.cast(pa.large_string()).combine_chunks()

@@ -6,31 +6,23 @@ that the encoder of an objective reads (see `sevenfold.data.examples`).
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from sevenfold.data.sources.messages import (
+    Conversation,
+    Message,
+    MessageKeys,
+    nested_value,
+    pair,
+    parse_list,
+    read_messages,
+)
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
-
-# (role, text) of each message. The role is "" if the text is used as it is, without a chat
-# template.
-Turns = list[tuple[str, str]]
-
-# Role names in data -> our names.
-_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "system": "system",
-    "user": "user",
-    "assistant": "assistant",
-}
 
 
 @dataclass(frozen=True)
@@ -42,8 +34,9 @@ class Shape:
         roles: What its columns stand for.
         column_names: The usual names of these columns: one or more alternatives, each in the order
             of the roles.
-        read: Converts a row: takes the strings of its columns in the order of the roles, returns
-            the texts that an encoder reads. Raises ValueError if the row cannot be trained on.
+        read: Converts a row: takes the `MessageKeys`, and
+            the strings of the row's columns in the order of the roles; returns the texts that an
+            encoder reads. Raises ValueError if the row cannot be trained on.
         optional: The roles whose columns may be missing.
     """
 
@@ -52,16 +45,6 @@ class Shape:
     column_names: tuple[tuple[str, ...], ...]
     read: Callable[..., tuple[str, ...]]
     optional: tuple[str, ...] = ()
-
-
-def dump_conversation(turns: Turns) -> str:
-    """Returns a conversation as a string (JSON)."""
-    return json.dumps(turns, ensure_ascii=False)
-
-
-def load_conversation(text: str) -> Turns:
-    """Returns the messages of a conversation that `conversation` converted to a string."""
-    return [(role, content) for role, content in json.loads(text)]
 
 
 def tokenizer_texts(field: str, column: list[str]) -> list[str]:
@@ -79,146 +62,160 @@ def tokenizer_texts(field: str, column: list[str]) -> list[str]:
         return []
     if field not in ("conversation", "prompt"):
         return column
-    return ["\n".join(content for _, content in load_conversation(text)) for text in column]
+    return ["\n".join(m["content"] for m in Conversation.load(text).messages) for text in column]
 
 
-def validate_conversation(messages: Any) -> Turns:
-    """Returns the messages of a conversation that can be trained on.
+def _read_chat(
+    keys: MessageKeys, messages: str, system: str = "", tools: str = ""
+) -> tuple[str, ...]:
+    value = parse_list(messages)
+    if value is None:
+        raise ValueError(f"expected a list of messages, found {messages[:40]!r}")
+    return (_conversation(value, keys, system, tools).dump(),)
 
-    The first may be a system message; then user and assistant must alternate. Messages after the
-    last reply of the assistant are left out, and so are empty system messages.
 
-    Raises:
-        ValueError: The conversation breaks these rules.
-    """
-    if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-        raise ValueError("expected a list of messages")
-    valid: Turns = []
-    for number, message in enumerate(messages, 1):
-        role_name = message.get("role", message.get("from"))
-        text = message.get("content", message.get("value"))
-        role = _ROLES.get(str(role_name))
-        if role is None:
-            raise ValueError(
-                f"message {number}: expected a role (system, user, assistant), found {role_name!r}"
-            )
-        if role == "system" and not text:
-            continue
-        if not isinstance(text, str) or not text.strip():
-            kind = "none" if not text else type(text).__name__
-            raise ValueError(f"message {number}: expected text, found {kind}")
-        previous = valid[-1][0] if valid else None
-        if role == "system" and previous is not None:
-            raise ValueError(
-                f"roles out of order: message {number} is system, which is allowed only as the "
-                "first message"
-            )
-        if role == previous or (role == "assistant" and previous in (None, "system")):
-            raise ValueError(
-                f"roles out of order: message {number} is {role} after {previous or 'nothing'}"
-            )
-        valid.append((role, text))
-    while valid and valid[-1][0] != "assistant":
-        valid.pop()
-    if not valid:
-        raise ValueError("a conversation without a reply: expected a message of the assistant")
-    return valid
+def _conversation(
+    messages: list[Any], keys: MessageKeys, system: str = "", tools: str = ""
+) -> Conversation:
+    """Returns a conversation of messages, a system message and tools from columns of their own."""
+    valid = read_messages(messages, keys)
+    if system.strip() and valid[0]["role"] == "system":
+        raise ValueError("two system messages: one in the messages, one in the column system")
+    listed = parse_list(tools) if tools.strip() else None
+    if tools.strip() and listed is None:
+        raise ValueError(f"tools: expected a list, found {tools[:40]!r}")
+    return Conversation([*_system_message(system), *valid], listed or None)
+
+
+def _system_message(system: str) -> list[Message]:
+    return [{"role": "system", "content": system}] if system.strip() else []
 
 
 def _as_messages(text: str) -> list[Any] | None:
-    """Returns the messages in a string, or None if it is not JSON of messages.
-
-    A single message is returned as a list of one. Other JSON is text: an answer may well be JSON.
-    """
-    if not re.match(r"\s*(\[\s*)?\{", text):
-        return None
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
+    """Returns the message or messages in a column; None if it has text."""
+    value = nested_value(text)
+    if value is None:
         return None
     messages = value if isinstance(value, list) else [value]
-    if all(isinstance(m, dict) and m.keys() & {"role", "from"} for m in messages):
-        return messages
-    return None
+    return messages if all(isinstance(m, dict) for m in messages) else None
 
 
 def _messages_or_text(role: str, text: str) -> list[Any]:
-    """Returns the messages in a string; plain text becomes one message of the given role."""
-    return _as_messages(text) or [{"role": role, "content": text}]
-
-
-def _read_messages(text: str) -> tuple[str, ...]:
+    """Returns the messages in a column; plain text becomes one message of the given role."""
     messages = _as_messages(text)
-    if messages is None:
-        raise ValueError(f"expected a list of messages, found {text[:40]!r}")
-    return (dump_conversation(validate_conversation(messages)),)
+    return [{"role": role, "content": text}] if messages is None else messages
 
 
-def _read_pair(prompt: str, completion: str) -> tuple[str, ...]:
+def _read_pair(
+    keys: MessageKeys, prompt: str, completion: str, system: str = ""
+) -> tuple[str, ...]:
     if _as_messages(prompt) is None and _as_messages(completion) is None:
+        if system.strip():
+            raise ValueError(
+                "a system message beside a prompt and completion that are plain text: give "
+                "messages instead, or name the column in data.ignore_columns"
+            )
         prompt = _require_text(prompt, "prompt")
         completion = _require_text(completion, "completion")
-        return (dump_conversation([("", prompt), ("", completion)]),)
+        return (pair(prompt, completion).dump(),)
     messages = [*_messages_or_text("user", prompt), *_messages_or_text("assistant", completion)]
-    return (dump_conversation(validate_conversation(messages)),)
+    return (_conversation(messages, keys, system).dump(),)
 
 
-def _read_alpaca(instruction: str, output: str, context: str = "") -> tuple[str, ...]:
+def _read_alpaca(
+    keys: MessageKeys,
+    instruction: str,
+    output: str,
+    context: str = "",
+    system: str = "",
+    history: str = "",
+) -> tuple[str, ...]:
     question = _require_text(instruction, "instruction")
     if context.strip():
         question += f"\n\n{context}"
-    return (
-        dump_conversation([("user", question), ("assistant", _require_text(output, "output"))]),
-    )
+    earlier = parse_list(history) if history.strip() else []
+    if earlier is None or not all(isinstance(p, list) and len(p) == 2 for p in earlier):
+        raise ValueError(f"history: expected pairs of question and answer, found {history[:40]!r}")
+    texts = [text for exchange in earlier for text in exchange]
+    messages = [
+        {"role": role, "content": text}
+        for role, text in zip(
+            ("user", "assistant") * (len(earlier) + 1),
+            [*texts, question, _require_text(output, "output")],
+            strict=True,
+        )
+    ]
+    return (_conversation(messages, keys, system).dump(),)
 
 
-def _read_preference(prompt: str, chosen: str, rejected: str) -> tuple[str, ...]:
+def _read_preference(
+    keys: MessageKeys, prompt: str, chosen: str, rejected: str, system: str = ""
+) -> tuple[str, ...]:
     answers = [_as_messages(text) for text in (chosen, rejected)]
     # Whole conversations, each with the prompt in it: the column `prompt` is not needed.
     if all(answer and len(answer) > 1 for answer in answers):
-        return _read_preference_messages(chosen, rejected)
+        return _read_preference_messages(keys, chosen, rejected, system)
     if _as_messages(prompt) is None and answers == [None, None]:
+        if system.strip():
+            raise ValueError(
+                "a system message beside a prompt that is plain text: give messages instead, or "
+                "name the column in data.ignore_columns"
+            )
         chosen = _require_text(chosen, "chosen")
         rejected = _require_text(rejected, "rejected")
         _require_different(chosen, rejected, "chosen and rejected")
-        return dump_conversation([("", _require_text(prompt, "prompt"))]), chosen, rejected
+        return pair(_require_text(prompt, "prompt")).dump(), chosen, rejected
     good, bad = (
-        validate_conversation(
-            [*_messages_or_text("user", prompt), *_messages_or_text("assistant", text)]
+        _conversation(
+            [*_messages_or_text("user", prompt), *_messages_or_text("assistant", text)],
+            keys,
+            system,
         )
         for text in (chosen, rejected)
     )
     return _split_replies(good, bad)
 
 
-def _read_preference_messages(chosen: str, rejected: str) -> tuple[str, ...]:
-    return _split_replies(
-        validate_conversation(_as_messages(chosen)), validate_conversation(_as_messages(rejected))
-    )
+def _read_preference_messages(
+    keys: MessageKeys, chosen: str, rejected: str, system: str = ""
+) -> tuple[str, ...]:
+    pairs = [parse_list(text) for text in (chosen, rejected)]
+    if pairs[0] is None or pairs[1] is None:
+        raise ValueError("expected lists of messages in chosen and rejected")
+    good, bad = (_conversation(messages or [], keys, system) for messages in pairs)
+    return _split_replies(good, bad)
 
 
-def _split_replies(chosen: Turns, rejected: Turns) -> tuple[str, ...]:
+def _split_replies(chosen: Conversation, rejected: Conversation) -> tuple[str, ...]:
     """Returns the common prompt of two conversations, and the last message of each."""
-    if chosen[:-1] != rejected[:-1]:
+    if chosen.messages[:-1] != rejected.messages[:-1]:
         raise ValueError("expected chosen and rejected to differ only in their last message")
-    _require_different(chosen[-1][1], rejected[-1][1], "chosen and rejected")
-    return dump_conversation(chosen[:-1]), chosen[-1][1], rejected[-1][1]
+    good, bad = chosen.messages[-1], rejected.messages[-1]
+    for message in (good, bad):
+        if extra := message.keys() - {"role", "content"}:
+            raise ValueError(
+                f"preferences compare texts, found {', '.join(sorted(extra))} in an answer"
+            )
+    _require_different(good["content"], bad["content"], "chosen and rejected")
+    return chosen.with_messages(chosen.messages[:-1]).dump(), good["content"], bad["content"]
 
 
-def _read_label(text: str, label: str) -> tuple[str, ...]:
+def _read_label(keys: MessageKeys, text: str, label: str) -> tuple[str, ...]:
     return _require_text(text, "text"), _require_text(label, "label")
 
 
-def _read_translation(source: str, target: str) -> tuple[str, ...]:
+def _read_translation(keys: MessageKeys, source: str, target: str) -> tuple[str, ...]:
     return _require_text(source, "source"), _require_text(target, "target")
 
 
-def _read_retrieval(query: str, document: str) -> tuple[str, ...]:
+def _read_retrieval(keys: MessageKeys, query: str, document: str) -> tuple[str, ...]:
     _require_different(query, document, "query and document")
     return _require_text(query, "query"), _require_text(document, "document")
 
 
 def _require_text(text: str, role: str) -> str:
+    if nested_value(text) is not None:
+        raise ValueError(f"expected text in {role!r}, found a list or an object")
     if not text.strip():
         raise ValueError(f"no text in {role!r}")
     return text
@@ -232,34 +229,52 @@ def _require_different(first: str, second: str, names: str) -> None:
 # The formats of each objective.
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "sft": (
-        Shape("messages", ("messages",), (("messages",),), _read_messages),
-        Shape("sharegpt", ("conversations",), (("conversations",),), _read_messages),
+        Shape(
+            "messages",
+            ("messages", "system", "tools"),
+            (("messages", "system", "tools"),),
+            _read_chat,
+            ("system", "tools"),
+        ),
+        Shape(
+            "sharegpt",
+            ("conversations", "system", "tools"),
+            (("conversations", "system", "tools"),),
+            _read_chat,
+            ("system", "tools"),
+        ),
         Shape(
             "alpaca",
-            ("instruction", "output", "input"),
-            (("instruction", "output", "input"), ("instruction", "response", "context")),
+            ("instruction", "output", "input", "system", "history"),
+            (
+                ("instruction", "output", "input", "system", "history"),
+                ("instruction", "response", "context", "system", "history"),
+            ),
             _read_alpaca,
-            ("input",),
+            ("input", "system", "history"),
         ),
         Shape(
             "pair",
-            ("prompt", "completion"),
-            (("prompt", "completion"), ("prompt", "response")),
+            ("prompt", "completion", "system"),
+            (("prompt", "completion", "system"), ("prompt", "response", "system")),
             _read_pair,
+            ("system",),
         ),
     ),
     "dpo": (
         Shape(
             "preference",
-            ("prompt", "chosen", "rejected"),
-            (("prompt", "chosen", "rejected"),),
+            ("prompt", "chosen", "rejected", "system"),
+            (("prompt", "chosen", "rejected", "system"),),
             _read_preference,
+            ("system",),
         ),
         Shape(
             "preference-messages",
-            ("chosen", "rejected"),
-            (("chosen", "rejected"),),
+            ("chosen", "rejected", "system"),
+            (("chosen", "rejected", "system"),),
             _read_preference_messages,
+            ("system",),
         ),
     ),
     "classify": (
@@ -296,7 +311,12 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
 
 
 def recognise(
-    source: Source, objective: str, columns: Sequence[str], path: str, more: bool = False
+    source: Source,
+    objective: str,
+    columns: Sequence[str],
+    path: str,
+    more: bool = False,
+    ignored: Sequence[str] = (),
 ) -> Source:
     """Returns a source with its shape, and the column of each role, filled in.
 
@@ -306,15 +326,17 @@ def recognise(
         columns: The names of the columns of the source's first shard.
         path: The path of this shard, for messages.
         more: Whether other rows may have columns that are not among these.
+        ignored: Columns that are not read.
 
     Raises:
         InputError: No format of this objective has these columns.
     """
+    readable = [column for column in columns if column not in ignored]
     for shape in SHAPES.get(objective, ()):
         if source.shape not in (None, shape.name):
             continue
         for names in shape.column_names:
-            mapping = _match_columns(source, shape, names, columns, more)
+            mapping = _match_columns(source, shape, names, readable, more, ignored)
             if mapping is not None:
                 return source.model_copy(update={"shape": shape.name, "columns": mapping})
     if objective not in SHAPES:
@@ -327,7 +349,12 @@ def recognise(
 
 
 def _match_columns(
-    source: Source, shape: Shape, names: Sequence[str], columns: Sequence[str], more: bool
+    source: Source,
+    shape: Shape,
+    names: Sequence[str],
+    columns: Sequence[str],
+    more: bool,
+    ignored: Sequence[str],
 ) -> dict[str, str] | None:
     """Returns the column of each role of a format, or None if the format does not fit.
 
@@ -339,12 +366,17 @@ def _match_columns(
         names: Its usual column names, one for each role.
         columns: The names of the columns in the data.
         more: Whether other rows may have further columns; then optional ones are always mapped.
+        ignored: Columns that are not read.
     """
     candidates = {
         role: source.columns.get(role, name) for role, name in zip(shape.roles, names, strict=True)
     }
     present = {role: name for role, name in candidates.items() if name in columns}
-    possible = {role: candidates[role] for role in shape.optional if more}
+    possible = {
+        role: candidates[role]
+        for role in shape.optional
+        if more and candidates[role] not in ignored
+    }
     missing = candidates.keys() - present.keys() - set(shape.optional)
     unused = source.columns.keys() - present.keys() - possible.keys()
     return None if missing or unused else present | possible
@@ -356,7 +388,11 @@ def columns_to_read(source: Source) -> list[str]:
 
 
 def convert_rows(
-    source: Source, field_count: int, columns: Sequence[pa.Array], classes: Sequence[str]
+    source: Source,
+    field_count: int,
+    columns: Sequence[pa.Array],
+    classes: Sequence[str],
+    keys: MessageKeys,
 ) -> tuple[list[pa.Array], list[tuple[int, str]]]:
     """Converts rows to the fields that an encoder reads.
 
@@ -365,6 +401,7 @@ def convert_rows(
         field_count: The number of fields that the objective reads.
         columns: The source's columns, in its order.
         classes: The labels that may occur; empty: any.
+        keys: The keys of messages that are ignored, and a counter of those not understood.
 
     Returns:
         One array of strings for each field; and the (index, reason) of the rows that cannot be
@@ -376,7 +413,7 @@ def convert_rows(
     for i, row in enumerate(zip(*(c.to_pylist() for c in columns), strict=True)):
         values = dict(zip(source.columns, row, strict=True))
         try:
-            converted = shape.read(*(values.get(role) or "" for role in shape.roles))
+            converted = shape.read(keys, *(values.get(role) or "" for role in shape.roles))
             if classes and converted[1] not in classes:
                 known = ", ".join(classes[:8]) + (", ..." if len(classes) > 8 else "")
                 raise ValueError(f"unknown class {converted[1]!r}: the training data has {known}")

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.json
 
+from sevenfold.data.sources.messages import to_json
 from sevenfold.data.sources.shards import BadDocument, RawDocuments, Shard
 from sevenfold.data.sources.text_blocks import count_lines_before
 from sevenfold.errors import first_line
@@ -115,7 +116,7 @@ def _parse_line(
     row = parse_object(line)
     for key in text_columns:
         if any_type and not isinstance(row.get(key), str):
-            row[key] = None if row.get(key) is None else json.dumps(row[key], ensure_ascii=False)
+            row[key] = None if row.get(key) is None else to_json(row[key])
         if key not in row:
             raise ValueError(
                 f"expected a key {key!r}, found {', '.join(map(str, row)) or 'none'}: correct the "

@@ -1,0 +1,427 @@
+"""A tokenizer's chat template: renders conversations, and finds in them what the assistant says.
+
+The ids of a conversation are those of the whole rendered text, as with transformers'
+`apply_chat_template`. What the assistant says is found by its position in the text, not by encoding
+parts of it, since the parts of a text can have other ids than the whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from sevenfold.data.chat_layout import (
+    Layout,
+    Span,
+    check_complete,
+    find_pieces,
+    layout_of,
+    mark_pieces,
+    message_texts,
+    piece_owners,
+)
+from sevenfold.data.sources.documents import UnusableExampleError
+from sevenfold.data.sources.messages import Conversation, Message
+from sevenfold.data.special_tokens import SpecialTokenEncoder, any_of
+from sevenfold.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The chat template of `tokenizer.chat_template: plain`. It has no special tokens that the model
+# would have to learn first.
+PLAIN_TEMPLATE = (
+    "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] }}: "
+    "{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' else '' }}\n"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+class Rendered(NamedTuple):
+    """A rendered conversation.
+
+    Attributes:
+        text: The text.
+        contents: Where the texts of the messages are.
+        replies: What the assistant says in each of its messages, with the token that ends it.
+    """
+
+    text: str
+    contents: list[Span]
+    replies: list[Span]
+
+
+class ChatTemplate:
+    """Renders conversations with the template of a tokenizer.
+
+    Args:
+        tokenizer: The tokenizer.
+        today: The date (ISO 8601) that a template which writes the date gets. Default: the current
+            date.
+        serialized: The tokenizer's JSON, if the caller has it already.
+
+    Raises:
+        InputError: The tokenizer has no template.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        today: str | None = None,
+        serialized: str | None = None,
+    ):
+        self.source = template_source(tokenizer)
+        day = datetime.fromisoformat(today) if today else datetime.now()
+        # the date does not change while a run trains
+        self._dated_source = _STRFTIME.sub(lambda m: repr(day.strftime(m[2])), self.source)
+        self._special_tokens = {
+            name: str(token)
+            for name, token in tokenizer.special_tokens_map.items()
+            if isinstance(token, str)
+        }
+        self._encoder = SpecialTokenEncoder(serialized or tokenizer.backend_tokenizer.to_str())
+
+    def identity(self) -> str:
+        """Returns what the ids depend on: the template, and the date if the template writes it."""
+        return self._dated_source
+
+    def ids(self, conversation: Conversation, add_generation_prompt: bool = False) -> list[int]:
+        """Returns the ids of a conversation.
+
+        Args:
+            conversation: The conversation.
+            add_generation_prompt: Whether to add what comes before a reply.
+
+        Raises:
+            UnusableExampleError: The template rejects the conversation.
+        """
+        text = self._render(conversation, add_generation_prompt)
+        contents: list[Span] = []
+        if self._encoder.special.search("\0".join(message_texts(conversation))):
+            contents = find_pieces(
+                self._layout(conversation, add_generation_prompt), conversation, text
+            )
+        return list(self._encoder.encode(text, contents).ids)
+
+    def ids_and_targets(self, conversation: Conversation) -> tuple[list[int], list[bool]]:
+        """Returns the ids of a conversation, and which of them the assistant says.
+
+        Replies that are not to be learned (`train` is false) have no targets.
+
+        Raises:
+            UnusableExampleError: The assistant's messages cannot be found in the rendered text.
+        """
+        rendered = self.locate(conversation)
+        encoding = self._encoder.encode(rendered.text, rendered.contents)
+        learned = [
+            span
+            for span, message in zip(
+                rendered.replies, assistant_messages(conversation), strict=True
+            )
+            if message.get("train", True)
+        ]
+        targets = [
+            any(start < span.stop and stop > span.start for span in learned)
+            for start, stop in encoding.offsets
+        ]
+        return list(encoding.ids), targets
+
+    def locate(self, conversation: Conversation) -> Rendered:
+        """Renders a conversation that ends with a reply, and finds the messages in its text.
+
+        Raises:
+            UnusableExampleError: They cannot be found, or a reply has no token that ends it.
+        """
+        text = self._render(conversation, False)
+        layout = self._layout(conversation, False)
+        places = find_pieces(layout, conversation, text)
+        if re.search(r"\{%-?\s*generation", self.source):
+            return Rendered(text, places, self._generation_marks(conversation, text))
+        owners = piece_owners(conversation)
+        replies: list[Span] = []
+        position = 0  # where the message before ends
+        for index, message in enumerate(conversation.messages):
+            own = [i for i, piece in enumerate(layout.order) if owners[piece] == index]
+            if message["role"] == "assistant":
+                header = self._header(conversation, index)
+                reply = _Reply(index + 1, message, own, position, header)
+                replies.append(self._find_reply(reply, text, layout, places))
+                position = replies[-1].stop
+            elif own:
+                position = places[own[-1]].stop
+        return Rendered(text, places, replies)
+
+    def end_tokens(self) -> list[int]:
+        """Returns the ids of the tokens with which the template ends the last reply.
+
+        Raises:
+            InputError: The template ends it without a token, so that a model would never stop.
+        """
+        try:
+            last = self._ends.last
+        except UnusableExampleError as e:
+            raise InputError(str(e)) from None
+        return [self._encoder.id_of(last)]
+
+    @functools.cached_property
+    def _ends(self) -> _Ends:
+        """The tokens, as text, that end replies: the last one, and those that others follow.
+
+        Some templates (of gpt-oss) end those differently; others do not end them at all.
+        """
+        roles = ("user", "assistant", "user", "assistant")
+        messages = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+        _, after_user, between, _, after_last = self._layout(Conversation(messages), False).fixed
+        last, other = self._end_in(after_last), self._end_in(between)
+        if last is None:
+            raise UnusableExampleError(_NO_END)
+        # What is only at the start of the next message does not end this one.
+        user_end = self._encoder.end.search(after_user)
+        is_end = other is not None and user_end is not None and user_end[0] == other
+        return _Ends(last, any_of([last, other] if other is not None and is_end else [last]))
+
+    def _end_in(self, gap: str) -> str | None:
+        """Returns the token that ends a reply, in the template's text after it, or None.
+
+        It is the tokenizer's EOS if only special tokens come before it, else the first token.
+        """
+        tokens = list(self._encoder.end.finditer(gap))
+        for match in tokens:
+            if self._encoder.end.sub("", gap[: match.start()]).strip():
+                break
+            if match[0] == self._special_tokens.get("eos_token"):
+                return match[0]
+        return tokens[0][0] if tokens else None
+
+    def _find_reply(self, reply: _Reply, text: str, layout: Layout, places: Sequence[Span]) -> Span:
+        """Returns where a reply is.
+
+        It starts where the model starts to generate, so that it includes what the template writes
+        before the reply's text, such as an empty <think> block; and ends with the first token that
+        can end a text.
+        """
+        if reply.own:
+            opening = layout.fixed[reply.own[0]]
+            start = places[reply.own[0]].start - len(_after_header(opening, reply.header))
+            stop = places[reply.own[-1]].stop
+            following = reply.own[-1] + 1
+        elif reply.message.get("tool_calls"):
+            found = text.find(reply.header, reply.position) if reply.header else -1
+            if found < 0:
+                raise UnusableExampleError(f"message {reply.number} (tool_calls) is not found")
+            start = stop = found + len(reply.header)
+            following = next(
+                (i for i, place in enumerate(places) if place.start >= start), len(places)
+            )
+        else:
+            raise UnusableExampleError(
+                f"the chat template leaves out message {reply.number}, a reply"
+            )
+        limit = places[following].start if following < len(places) else len(text)
+        for call in reply.message.get("tool_calls", ()):
+            name = call.get("function", call).get("name", "")
+            stop = text.find(name, stop, limit) + len(name)
+            if stop < len(name):
+                raise UnusableExampleError(
+                    f"message {reply.number}: the chat template does not write the call of "
+                    f"{name!r} (tool_calls)"
+                )
+        end = self._ends.pattern.search(text, stop, limit)
+        if end is not None:
+            return Span(start, end.end())
+        if limit == len(text) or reply.message.get("tool_calls"):
+            raise UnusableExampleError(_NO_END)
+        return Span(start, stop)
+
+    def _header(self, conversation: Conversation, index: int) -> str:
+        """Returns what the template writes to ask for a reply at this place."""
+        roles = tuple(m["role"] for m in conversation.messages[:index])
+        return self._header_after(roles)
+
+    @functools.lru_cache(maxsize=4096)  # noqa: B019
+    def _header_after(self, roles: tuple[str, ...]) -> str:
+        chat = Conversation([{"role": r, "content": f"{r} {i}"} for i, r in enumerate(roles)])
+        try:
+            closed, opened = self._render(chat, False), self._render(chat, True)
+        except UnusableExampleError:  # such as for messages of tools without a call
+            return ""
+        return opened[len(closed) :] if opened.startswith(closed) else ""
+
+    def _layout(self, conversation: Conversation, add_generation_prompt: bool) -> Layout:
+        """Returns the layout: the template rendered with a marker in place of each piece.
+
+        Raises:
+            UnusableExampleError: The template leaves out what was said; it may leave out reasoning.
+        """
+        layout = self._cached_layout(mark_pieces(conversation).dump(), add_generation_prompt)
+        check_complete(layout, conversation)
+        return layout
+
+    @functools.lru_cache(maxsize=1024)  # noqa: B019
+    def _cached_layout(self, skeleton: str, add_generation_prompt: bool) -> Layout:
+        return layout_of(self._render(Conversation.load(skeleton), add_generation_prompt))
+
+    def _render(self, conversation: Conversation, add_generation_prompt: bool) -> str:
+        return str(self._rendered(conversation, add_generation_prompt, False)[0][0])
+
+    def _generation_marks(self, conversation: Conversation, text: str) -> list[Span]:
+        """Returns what the template itself marks as generated, by `{% generation %}`."""
+        _, (marks,) = self._rendered(conversation, False, True)
+        spans = [Span(*mark) for mark in marks]
+        if len(spans) != len(assistant_messages(conversation)):
+            raise UnusableExampleError(
+                "the chat template marks another number of replies ({% generation %}) than there "
+                "are messages of the assistant"
+            )
+        # without the end as a target the model would never learn to stop
+        if self._ends.last not in text[spans[-1].start : spans[-1].stop]:
+            raise UnusableExampleError(
+                "the chat template does not mark the token that ends a reply as generated "
+                "({% generation %}), so that the model would never learn to stop"
+            )
+        return spans
+
+    def _rendered(
+        self, conversation: Conversation, add_generation_prompt: bool, marks: bool
+    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
+        # imported here because it imports torch, which other encoders do without
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        given = {
+            key for m in conversation.messages for key in m.keys() - {"role", "content", "train"}
+        }
+        for key in sorted(given | ({"tools"} if conversation.tools else set())):
+            names = _REASONING if key == "reasoning_content" else (key,)
+            if not any(name in self.source for name in names):
+                raise UnusableExampleError(
+                    f"the chat template does not use {key!r}, which is given: choose another "
+                    "template (tokenizer.chat_template), or name it in data.ignore_columns"
+                )
+        messages = [
+            {key: value for key, value in message.items() if key != "train"}
+            for message in conversation.messages
+        ]
+        try:
+            rendered: Any = render_jinja_template(
+                [messages],
+                tools=conversation.tools,
+                chat_template=self._dated_source,
+                add_generation_prompt=add_generation_prompt,
+                return_assistant_tokens_mask=marks,
+                **self._special_tokens,
+            )
+        except (TemplateError, TypeError, ValueError, LookupError) as e:
+            start = json.dumps(messages[0], ensure_ascii=False)[:80]
+            raise UnusableExampleError(
+                f"the tokenizer's chat template rejects the conversation that begins {start}: {e}"
+            ) from None
+        return rendered
+
+
+class _Ends(NamedTuple):
+    """The tokens that end replies.
+
+    Attributes:
+        last: The one after the last reply.
+        pattern: Matches it and the one after a reply that others follow.
+    """
+
+    last: str
+    pattern: re.Pattern[str]
+
+
+class _Reply(NamedTuple):
+    """A reply that is to be found in the rendered text.
+
+    Attributes:
+        number: The number of its message.
+        message: The message.
+        own: The indices of its pieces in the order of the layout.
+        position: Where the message before it ends.
+        header: What the template writes to ask for a reply.
+    """
+
+    number: int
+    message: Message
+    own: list[int]
+    position: int
+    header: str
+
+
+# The names under which transformers gives reasoning to a template.
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+_NO_END = (
+    "the chat template ends a reply with no special token of the tokenizer, so that the model "
+    "would never learn to stop: use a template that writes eos_token after a reply "
+    "(tokenizer.chat_template)"
+)
+
+
+def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Returns the chat template of a tokenizer; of several, the one named `default`.
+
+    Raises:
+        InputError: There is none.
+    """
+    template: Any = tokenizer.chat_template
+    if isinstance(template, dict):
+        if "default" not in template:
+            raise InputError(
+                f"the tokenizer has the chat templates {', '.join(sorted(template))} and none "
+                "named default: choose one with tokenizer.chat_template: NAME"
+            )
+        template = template["default"]
+    if not template:
+        raise no_template_error()
+    return str(template)
+
+
+def no_template_error() -> InputError:
+    """Returns the error for conversations without a chat template."""
+    return InputError(
+        "conversations need a chat template, and the tokenizer has none: set "
+        "tokenizer.chat_template (`plain` or a file), or use data with the columns prompt and "
+        "completion"
+    )
+
+
+def reply_end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Returns the ids with which a tokenizer's chat template ends a reply; [] without a template.
+
+    A template that cannot be trained with, or without such a token, has none.
+    """
+    if not tokenizer.chat_template:
+        return []
+    try:
+        return ChatTemplate(tokenizer).end_tokens()
+    except InputError:
+        return []
+
+
+def assistant_messages(conversation: Conversation) -> list[Message]:
+    """Returns the messages of the assistant."""
+    return [m for m in conversation.messages if m["role"] == "assistant"]
+
+
+def _after_header(opening: str, header: str) -> str:
+    """Returns what follows the header of a reply in the text before it.
+
+    Args:
+        opening: The template's text between the message before the reply and the reply's text.
+        header: What the template writes to ask for a reply; the opening may have a part of it.
+    """
+    for length in range(len(header), 0, -1):
+        if length == len(header):
+            position = opening.rfind(header)
+            if position >= 0:
+                return opening[position + length :]
+        elif opening.endswith(header[:length]):
+            return ""
+    return ""

@@ -1,0 +1,49 @@
+"""Files from published packages, downloaded once per machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+import filelock
+import pytest
+
+# Outside the repository, and kept between sessions.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sevenfold-tests"
+
+
+def package_files(name: str, version: str, pattern: str) -> dict[str, bytes]:
+    """Returns the files of a wheel whose names match a pattern; skips the test without the wheel.
+
+    Args:
+        name: The package's name.
+        version: Its version.
+        pattern: A regular expression for the whole name of a file in the wheel.
+    """
+    with zipfile.ZipFile(wheel(name, version)) as archive:
+        return {n: archive.read(n) for n in archive.namelist() if re.fullmatch(pattern, n)}
+
+
+def wheel(name: str, version: str) -> Path:
+    """Returns the path of a package's wheel, which pip downloads; skips the test if it cannot."""
+    folder = CACHE / f"{name}-{version}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{folder}.lock"):
+        if not list(folder.glob("*.whl")):
+            with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+                command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+                result = subprocess.run(
+                    [*command, "--only-binary=:all:", "--dest", scratch, f"{name}=={version}"],
+                    capture_output=True,
+                    text=True,
+                )
+                if result.returncode:
+                    pytest.skip(f"the package {name} {version} cannot be downloaded here")
+                for path in Path(scratch).glob("*.whl"):
+                    path.rename(folder / path.name)
+    return next(folder.glob("*.whl"))
