@@ -222,7 +222,8 @@ class Corpora:
         self.encoder: TextEncoder | None = None
 
     def __call__(self, size_mb: int) -> Path:
-        from sevenfold.data.encode import TextEncoder, choose_backend
+        from sevenfold.data.backends import choose_backend
+        from sevenfold.data.encode import TextEncoder
         from sevenfold.data.manifest import scan
         from sevenfold.data.order import CHUNKS_PER_LANE, DataOrder
         from sevenfold.data.sources.documents import Selection

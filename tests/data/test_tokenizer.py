@@ -9,6 +9,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from sevenfold.data import encode
+from sevenfold.data.backends import FAST, REFERENCE, Backend, choose_backend
 from sevenfold.data.examples import ConversationEncoder
 from sevenfold.data.manifest import scan
 from sevenfold.data.sources.documents import Documents, Selection, Skipped
@@ -31,12 +32,12 @@ def documents(*fields: list[str]) -> Documents:
     return Documents(arrays, np.arange(len(fields[0])), Skipped())
 
 
-@pytest.fixture(params=[encode.FAST, encode.REFERENCE])
-def backend(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
+@pytest.fixture(params=[Backend(FAST), REFERENCE])
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return request.param  # type: ignore[no-any-return]
 
 
-def test_documents_are_encoded(tokenizer: PreTrainedTokenizerFast, backend: str) -> None:
+def test_documents_are_encoded(tokenizer: PreTrainedTokenizerFast, backend: Backend) -> None:
     assert len(tokenizer) == 600
     text = "def f(x):\n    return 'über' + x\n"
     encoder = encode.TextEncoder(tokenizer, 24, backend)
@@ -53,29 +54,31 @@ def test_documents_are_encoded(tokenizer: PreTrainedTokenizerFast, backend: str)
 
 
 def test_a_special_tokens_spelling_stays_text(
-    tokenizer: PreTrainedTokenizerFast, backend: str
+    tokenizer: PreTrainedTokenizerFast, backend: Backend
 ) -> None:
     (encoded,) = encode.TextEncoder(tokenizer, 24, backend).encode([documents(["a <|eos|> b"])])
     assert not (encoded.ids == tokenizer.eos_token_id).any()
     assert tokenizer.decode(encoded.ids) == "a <|eos|> b"
 
 
-def test_token_bytes_add_up_to_the_text(tokenizer: PreTrainedTokenizerFast, backend: str) -> None:
+def test_token_bytes_add_up_to_the_text(
+    tokenizer: PreTrainedTokenizerFast, backend: Backend
+) -> None:
     text = "naïve 中文 <|pad|> \n\tif x: 🙂"
     (encoded,) = encode.TextEncoder(tokenizer, 24, backend).encode([documents([text])])
     assert token_bytes(tokenizer)[encoded.ids].sum() == len(text.encode())
 
 
 def test_the_fast_encoder_is_used_only_where_it_agrees(tokenizer: PreTrainedTokenizerFast) -> None:
-    backend, reason = encode.choose_backend(tokenizer, ["some text", "<|bos|>"])
-    assert backend == encode.FAST and "the same ids" in reason
+    backend, reason = choose_backend(tokenizer, ["some text", "<|bos|>"])
+    assert backend.name == FAST and "the same ids" in reason
     word_level = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({"a": 0, "[UNK]": 1, "</s>": 2}, unk_token="[UNK]")
     )
-    backend, reason = encode.choose_backend(
+    backend, reason = choose_backend(
         PreTrainedTokenizerFast(tokenizer_object=word_level, eos_token="</s>"), ["a b"]
     )
-    assert backend == encode.REFERENCE and "encoding with tokenizers" in reason
+    assert backend == REFERENCE and "encoding with tokenizers" in reason
 
 
 def test_only_completions_are_targets(tokenizer: PreTrainedTokenizerFast) -> None:

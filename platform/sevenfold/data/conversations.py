@@ -6,8 +6,8 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sevenfold.data.backends import REFERENCE, Backend
 from sevenfold.data.chat_template import ChatTemplate, no_template_error
-from sevenfold.data.encode import REFERENCE
 from sevenfold.data.example_encoder import Example, ExampleEncoder, short_hash
 from sevenfold.data.sources.documents import UnusableExampleError
 from sevenfold.data.sources.messages import Conversation, Message
@@ -35,7 +35,7 @@ class ConversationEncoder(ExampleEncoder):
         self,
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
-        backend: str = REFERENCE,
+        backend: Backend = REFERENCE,
         classes: Sequence[str] = (),
         today: str | None = None,
     ):

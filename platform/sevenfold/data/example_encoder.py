@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from sevenfold.data.encode import REFERENCE, Encoded, TextEncoder
+from sevenfold.data.backends import REFERENCE, Backend
+from sevenfold.data.encode import Encoded, TextEncoder
 from sevenfold.data.sources.documents import Documents, UnusableExampleError, texts
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class ExampleEncoder(TextEncoder):
         self,
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
-        backend: str = REFERENCE,
+        backend: Backend = REFERENCE,
         classes: Sequence[str] = (),
         today: str | None = None,
     ):

@@ -11,8 +11,9 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sevenfold.data.backends import REFERENCE, Backend
 from sevenfold.data.conversations import ConversationEncoder, PreferenceEncoder
-from sevenfold.data.encode import REFERENCE, TextEncoder
+from sevenfold.data.encode import TextEncoder
 from sevenfold.data.example_encoder import Example, ExampleEncoder, prompt_and_reply, short_hash
 from sevenfold.errors import InputError
 
@@ -45,7 +46,7 @@ class ClassEncoder(ExampleEncoder):
         self,
         tokenizer: PreTrainedTokenizerBase,
         sequence_length: int,
-        backend: str = REFERENCE,
+        backend: Backend = REFERENCE,
         classes: Sequence[str] = (),
         today: str | None = None,
     ):

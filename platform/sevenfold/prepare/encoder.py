@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sevenfold import storage
+from sevenfold.data.backends import Backend
 from sevenfold.data.encode import TextEncoder
 from sevenfold.data.examples import ENCODERS
 from sevenfold.data.tokenizer import load_tokenizer
@@ -17,17 +18,20 @@ def load_encoder(recipe: Recipe, tokenizer: str) -> TextEncoder:
         tokenizer: The tokenizer's folder.
     """
     description = storage.read_json(encoder_file(tokenizer))
-    # runs of earlier versions have no date
-    return build_encoder(recipe, tokenizer, description["backend"], description.get("today"))
+    # runs of earlier versions have no date, and the same backend for all documents
+    backend = Backend(description["backend"], description.get("by_reference", ""))
+    return build_encoder(recipe, tokenizer, backend, description.get("today"))
 
 
-def build_encoder(recipe: Recipe, tokenizer: str, backend: str, today: str | None) -> TextEncoder:
+def build_encoder(
+    recipe: Recipe, tokenizer: str, backend: Backend, today: str | None
+) -> TextEncoder:
     """Returns the encoder of the recipe's objective.
 
     Args:
         recipe: The recipe.
         tokenizer: The tokenizer's folder.
-        backend: The tokenizer backend, see `sevenfold.data.encode`.
+        backend: The tokenizer backend, see `sevenfold.data.backends`.
         today: The date (ISO 8601) of the run's start, for chat templates that write it.
     """
     data = recipe.data

@@ -8,7 +8,7 @@ from datetime import date
 from typing import Any
 
 from sevenfold import storage
-from sevenfold.data.encode import choose_backend
+from sevenfold.data.backends import Backend, choose_backend
 from sevenfold.data.examples import ENCODERS
 from sevenfold.data.manifest import Manifest
 from sevenfold.data.sources.documents import Selection
@@ -54,7 +54,8 @@ def prepare_tokenizer(recipe: Recipe, inputs: Inputs, tokenizer: str) -> Inputs:
     description = _choose_encoder(recipe, inputs.train, tokenizer)
     say(description["why"])
     if recipe.objective not in PRETRAINING:
-        encoder = build_encoder(recipe, tokenizer, description["backend"], description["today"])
+        backend = Backend(description["backend"], description["by_reference"])
+        encoder = build_encoder(recipe, tokenizer, backend, description["today"])
         description |= {
             "classes": recipe.data.classes,
             "examples": survey_examples(recipe, inputs, encoder),
@@ -92,7 +93,8 @@ def _choose_encoder(recipe: Recipe, manifest: Manifest, folder: str) -> dict[str
         folder: The tokenizer's folder.
 
     Returns:
-        The encoder's "backend" and "identity", the reason for the backend ("why"), the date for
+        The encoder's "backend" (with the documents that are encoded "by_reference") and "identity",
+        the reason for the backend ("why"), the date for
         chat templates ("today"), and the "tokens_per_byte" of each source.
     """
     selection = Selection.from_data(recipe.data, ENCODERS[recipe.objective].fields)
@@ -111,7 +113,8 @@ def _choose_encoder(recipe: Recipe, manifest: Manifest, folder: str) -> dict[str
         for source in sources
     ]
     return {
-        "backend": backend,
+        "backend": backend.name,
+        "by_reference": backend.by_reference,
         "why": why,
         "today": today,
         "identity": encoder.identity(),

@@ -183,7 +183,7 @@ class RunState:
             "settings": job.recipe.model_dump(mode="json"),
             "reader": state.to_json(),
             "encoder": {
-                "backend": job.train.encoder.backend,
+                "backend": job.train.encoder.backend.name,
                 "identity": job.train.encoder.identity(),
             },
             "guard": self.guard.state(),
