@@ -326,6 +326,9 @@ def start_head(
     env = {
         **os.environ,
         "HOME": str(home),
+        # Its own folder: a local Ray that ends removes the file there by which the jobs of the head
+        # find its address. Then Ray 2.60 picks any Ray that runs on the machine.
+        "RAY_TMPDIR": tempfile.mkdtemp(prefix="h", dir=os.environ["RAY_TMPDIR"]),
         "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
         **environment,
     }

@@ -33,7 +33,7 @@ TABLE = {
     "storage/files.py:_replace": (
         "The file that is written: its new contents replace it. Its own temporary file."
     ),
-    "storage/folders.py:local": (
+    "storage/folders.py:local_copy": (
         "Its own unfinished copy, in the temporary folder, of a process that was killed."
     ),
     "storage/folders.py:new_folder": "Its own temporary folder.",

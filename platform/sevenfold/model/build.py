@@ -25,12 +25,11 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
-from sevenfold import storage
 from sevenfold.engine.optim import embedding_parameters
 from sevenfold.errors import InputError, first_line
 from sevenfold.model.adapter import with_adapter
 from sevenfold.model.attention import NAME as SDPA_IN_CHUNKS
-from sevenfold.model.config import Family, config_of, dropouts, family, model_path
+from sevenfold.model.config import Family, config_of, dropouts, family, local_model, model_path
 from sevenfold.model.parallel import tensor_plan
 from sevenfold.recipe import Recipe
 from sevenfold.report.console import say
@@ -45,6 +44,7 @@ __all__ = [
     "dropouts",
     "family",
     "flops_per_token",
+    "local_model",
     "model_path",
     "with_adapter",
 ]
@@ -180,7 +180,7 @@ def build(
     }
     model: PreTrainedModel
     if weights and recipe.model.path is not None:
-        folder = storage.local_copy(model_path(recipe.model.path))
+        folder = local_model(recipe.model.path)
         with _quiet_transformers():  # it warns that a new head is not among the base's weights
             model = model_class.from_pretrained(
                 folder,
@@ -208,7 +208,7 @@ def generation_config(recipe: Recipe, config: PreTrainedConfig) -> GenerationCon
     and the user is told.
     """
     if recipe.model.path is not None:
-        folder = storage.local_copy(model_path(recipe.model.path))
+        folder = local_model(recipe.model.path)
         try:
             return GenerationConfig.from_pretrained(folder, local_files_only=True)
         except OSError:  # not every model has one

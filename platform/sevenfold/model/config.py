@@ -11,6 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from sevenfold import storage
 from sevenfold.errors import InputError, first_line
+from sevenfold.model import gguf
 from sevenfold.recipe import Recipe
 from sevenfold.run_folder import RunFolder
 
@@ -18,24 +19,39 @@ Family = Literal["decoder", "encoder", "encoder-decoder"]
 
 
 def model_path(path: str) -> str:
-    """Returns the Hugging Face directory of a model.
+    """Returns the Hugging Face directory or the GGUF file of a model.
 
     Args:
-        path: Such a directory, or the folder of a sevenfold run, which has it in its folder
-            `model`.
+        path: One of them, or the folder of a sevenfold run, which has a directory `model`.
 
     Raises:
-        InputError: The path is neither.
+        InputError: The path is none of them.
     """
     folder = storage.resolve_input(path)
+    if folder.endswith(gguf.SUFFIX) and storage.exists(folder):
+        return folder
     run_model = RunFolder(folder).model
     if storage.exists(storage.join(run_model, "config.json")):
         return run_model
     if storage.exists(storage.join(folder, "config.json")):
         return folder
     raise InputError(
-        f"{folder}: expected a run or a Hugging Face directory (config.json), found neither"
+        f"{folder}: expected a run, a Hugging Face directory (config.json) or a GGUF file "
+        "(.gguf), found none of them"
     )
+
+
+def local_model(path: str) -> str:
+    """Returns a local Hugging Face directory with the files of a model.
+
+    Args:
+        path: As for `model_path`. Remote files are copied, and GGUF files unpacked, once per
+            machine.
+    """
+    location = model_path(path)
+    if location.endswith(gguf.SUFFIX):
+        return gguf.unpacked(location)
+    return storage.local_copy(location)
 
 
 def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrainedConfig:
@@ -52,7 +68,7 @@ def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrai
     """
     try:
         if recipe.model.path is not None:
-            folder = storage.local_copy(model_path(recipe.model.path))
+            folder = local_model(recipe.model.path)
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
             )

@@ -36,7 +36,8 @@ def check_model(recipe: Recipe) -> tuple[Recipe, int]:
     if vocab_size is not None:
         set_chat_template(SimpleNamespace(chat_template=None), template)  # only checks the setting
     else:
-        tokenizer = load_tokenizer(resolved.tokenizer.path or str(resolved.model.path))
+        path = resolved.tokenizer.path or build.local_model(str(resolved.model.path))
+        tokenizer = load_tokenizer(path)
         set_chat_template(tokenizer, template)
         # both raise InputError if the tokenizer lacks a token that the objective needs
         encoder_class = ENCODERS[resolved.objective]

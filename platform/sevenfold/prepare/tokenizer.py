@@ -79,7 +79,9 @@ def _save_tokenizer(recipe: Recipe, manifest: Manifest, folder: str) -> None:
             recipe.objective,
         )
     else:
-        tokenizer = load_tokenizer(settings.path or str(recipe.model.path))
+        from sevenfold.model.build import local_model  # imports torch
+
+        tokenizer = load_tokenizer(settings.path or local_model(str(recipe.model.path)))
     set_chat_template(tokenizer, settings.chat_template)
     save_tokenizer(tokenizer, folder)
 

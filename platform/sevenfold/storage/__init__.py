@@ -18,7 +18,13 @@ from sevenfold.storage.files import (
     size,
     write,
 )
-from sevenfold.storage.folders import local_copy, new_folder, temporary_folder_beside, upload
+from sevenfold.storage.folders import (
+    local_copy,
+    new_folder,
+    temporary_folder_beside,
+    upload,
+    user_temporary_folder,
+)
 from sevenfold.storage.paths import home, in_ray_job, is_url, join, resolve_input, resolve_output
 from sevenfold.storage.reader import Reader
 
@@ -46,5 +52,6 @@ __all__ = [
     "size",
     "temporary_folder_beside",
     "upload",
+    "user_temporary_folder",
     "write",
 ]

@@ -44,7 +44,7 @@ def local_copy(folder: str) -> str:
         (name, *(str(info.get(key)) for key in _VERSION_KEYS)) for name, info in infos.items()
     )
     digest = hashlib.sha256(json.dumps([folder, versions]).encode()).hexdigest()[:24]
-    copy = os.path.join(_user_temporary_folder(), digest)
+    copy = os.path.join(user_temporary_folder(), digest)
     with filelock.FileLock(f"{copy}.lock"):
         if not os.path.isdir(copy):
             shutil.rmtree(f"{copy}.part", ignore_errors=True)  # of a process that was killed
@@ -107,7 +107,7 @@ def new_folder(path: str, replaced: re.Pattern[str] | None = None) -> Iterator[s
     with temporary_folder_beside(path) as temporary:
         yield temporary
         digest = hashlib.sha256(path.encode()).hexdigest()[:24]
-        with filelock.FileLock(os.path.join(_user_temporary_folder(), f"{digest}.lock")):
+        with filelock.FileLock(os.path.join(user_temporary_folder(), f"{digest}.lock")):
             _move_into_place(temporary, path, replaced)
 
 
@@ -123,7 +123,7 @@ def _upload_over(folder: str, url: str, replaced: re.Pattern[str] | None) -> Non
             remove(join(url, name))
 
 
-def _user_temporary_folder() -> str:
+def user_temporary_folder() -> str:
     """Creates and returns a folder for this user's copies and locks on this machine."""
     folder = os.path.join(tempfile.gettempdir(), f"sevenfold-{os.getuid()}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
