@@ -231,7 +231,6 @@ def chat_tokens(model_tokenizer: Any, ids: list[int], targets: list[bool]) -> st
 @pytest.mark.parametrize(
     ("template", "messages", "reason"),
     [
-        ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}", TALK, "no special"),
         ("{{ raise_exception('no system here') }}", TALK, "begins .*2.2.*: no system here"),
         (
             CHATML.replace("m.content", "m.content | upper"),
@@ -271,6 +270,21 @@ def test_an_unusable_row_is_named_or_skipped(
         (encoded,) = encoder.encode([documents])
         assert encoded.skipped.count == 2 and "line 3" in encoded.skipped.first
         assert len(encoded.origin) == 0 and len(encoded.ids) == 0
+
+
+def test_a_template_without_an_end_is_refused_once() -> None:
+    encoder = ConversationEncoder(
+        tokenizer("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"), 100
+    )
+    fields = [pa.array([Conversation(TALK).dump()] * 2, pa.large_string())]
+    documents = Documents(fields, np.arange(2), Skipped(), on_bad="skip")
+    with pytest.raises(InputError, match=r"^the chat template ends a reply with no special token"):
+        encoder.encode([documents])
+
+
+def test_a_template_for_a_single_exchange() -> None:
+    single = "{{ raise_exception('one turn') if messages|length > 2 }}" + CHATML
+    assert marked(ChatTemplate(tokenizer(single)), TALK[:2]).endswith("⟦4, of course.<|im_end|>⟧\n")
 
 
 def test_a_special_tokens_spelling_in_a_message_stays_text() -> None:

@@ -174,16 +174,25 @@ class ChatTemplate:
 
         Some templates (of gpt-oss) end those differently; others do not end them at all.
         """
-        roles = ("user", "assistant", "user", "assistant")
-        messages = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
-        _, after_user, between, _, after_last = self._layout(Conversation(messages), False).fixed
-        last, other = self._end_in(after_last), self._end_in(between)
+        try:
+            _, after_user, between, _, after_last = self._probe(2)
+            other = self._end_in(between)
+        except UnusableExampleError:  # the template may be for a single exchange
+            (_, after_user, after_last), other = self._probe(1), None
+        last = self._end_in(after_last)
         if last is None:
-            raise UnusableExampleError(_NO_END)
+            raise InputError(_NO_END)
         # What is only at the start of the next message does not end this one.
         user_end = self._encoder.end.search(after_user)
-        is_end = other is not None and user_end is not None and user_end[0] == other
-        return _Ends(last, any_of([last, other] if other is not None and is_end else [last]))
+        if other is None or user_end is None or user_end[0] != other:
+            other = last
+        return _Ends(last, any_of([last, other]))
+
+    def _probe(self, exchanges: int) -> list[str]:
+        """Returns the template's texts around the messages of some exchanges."""
+        roles = ("user", "assistant") * exchanges
+        messages = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
+        return self._layout(Conversation(messages), False).fixed
 
     def _end_in(self, gap: str) -> str | None:
         """Returns the token that ends a reply, in the template's text after it, or None.
