@@ -49,6 +49,8 @@ TABLE = {
     "storage/folders.py:_restore_files": (
         "Nothing: it moves files back, and never over an existing one."
     ),
+    "model/bases.py:write_base": "Nothing: the folder must be new or empty.",
+    "model/gguf.py:unpack": "Nothing: the folder must be new or empty.",
     "engine/checkpoint/manager.py:CheckpointManager._write": (
         "Files of the save that just failed, in the directory that it created."
     ),

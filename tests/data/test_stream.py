@@ -11,6 +11,7 @@ from conftest import write_shards
 
 from sevenfold.cluster import connect
 from sevenfold.data import rows as r
+from sevenfold.data.backends import FAST, Backend
 from sevenfold.data.encode import TextEncoder
 from sevenfold.data.manifest import scan
 from sevenfold.data.order import DataOrder
@@ -27,7 +28,7 @@ STEPS = 60  # more than two epochs
 @pytest.fixture(scope="module")
 def stream(texts: Path) -> Stream:
     manifest = scan([Source(path=str(texts / "train"))], "causal", 32)
-    encoder = TextEncoder(train_tokenizer(manifest, Selection(), 600, 0.5, 0), 1024, "gigatoken")
+    encoder = TextEncoder(train_tokenizer(manifest, Selection(), 600, 0.5, 0), 1024, Backend(FAST))
     return Stream(DataOrder(manifest, 5, 8), Selection(), encoder, 1024, "inline")
 
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pytest
 
 from sevenfold.data import token_cache
+from sevenfold.data.backends import FAST, Backend
 from sevenfold.data.encode import Encoded, TextEncoder
 from sevenfold.data.manifest import scan
 from sevenfold.data.order import DataOrder
@@ -21,7 +22,7 @@ from sevenfold.recipe import Source
 @pytest.fixture(scope="module")
 def stream(texts: Path) -> Stream:
     manifest = scan([Source(path=str(texts / "train"))], "causal", 8)
-    encoder = TextEncoder(train_tokenizer(manifest, Selection(), 600, 0.5, 0), 256, "gigatoken")
+    encoder = TextEncoder(train_tokenizer(manifest, Selection(), 600, 0.5, 0), 256, Backend(FAST))
     return Stream(DataOrder(manifest, 5, 2), Selection(), encoder, 256, "inline")
 
 
@@ -90,7 +91,7 @@ def test_a_cache_of_other_data_is_refused(stream: Stream, tmp_path: Path) -> Non
         )
     with pytest.raises(InputError, match="found the cache of other data"):
         token_cache.begin(str(tmp_path), manifest, Selection(held_out=0.1), stream.encoder)
-    other = TextEncoder(train_tokenizer(manifest, Selection(), 500, 0.5, 0), 256, "gigatoken")
+    other = TextEncoder(train_tokenizer(manifest, Selection(), 500, 0.5, 0), 256, Backend(FAST))
     with pytest.raises(InputError, match="found one with another encoder"):
         token_cache.TokenCache.open(str(tmp_path), manifest, stream.selection, other)
     fewer = scan([Source(path=manifest.shards[0].path)], "causal", 8)

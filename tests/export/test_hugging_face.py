@@ -350,7 +350,6 @@ def test_a_full_disk_keeps_the_previous_export(runs: Path, tmp_path: Path) -> No
     [
         # of Vicuna 1.5, which has settings of sampling without do_sample
         ({"temperature": 0.9, "top_p": 0.6, "max_length": 4096}, {"do_sample": True}),
-        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"do_sample": True}),
         ({"temperature": 0.0}, {}),
         ({"num_beams": 1, "num_return_sequences": 3}, {}),
     ],

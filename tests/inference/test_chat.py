@@ -233,7 +233,7 @@ def test_fitted_drops_the_oldest_turns() -> None:
         ),
         ("encoder", ["generate", "--prompt", "a"], "found an encoder (bert)"),
         ("seq2seq", ["chat", "--prompt", "a"], "found an encoder-decoder"),
-        ("none", ["chat", "--prompt", "a"], "expected a run or a Hugging Face directory"),
+        ("none", ["chat", "--prompt", "a"], "expected a run, a Hugging Face directory"),
         ("plain", ["chat", "--prompt", "a"], "tokenizer.chat_template=plain"),
     ],
 )

@@ -47,7 +47,7 @@ def test_unsuitable_configs_are_refused(
 
 def test_a_folder_without_a_model_is_refused(tree: dict[str, Any], tmp_path: Any) -> None:
     tree["model"], tree["tokenizer"] = {"path": str(tmp_path)}, {}
-    with pytest.raises(InputError, match="expected a run or a Hugging Face directory"):
+    with pytest.raises(InputError, match="expected a run, a Hugging Face directory"):
         build.config_of(Recipe.model_validate(tree), 512)
 
 
