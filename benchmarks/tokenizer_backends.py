@@ -138,7 +138,7 @@ def main() -> int:
     parser.add_argument("--home", type=Path, default=Path("~/.cache/sevenfold-tokenizers"))
     parser.add_argument("--only", metavar="NAMES", help="comma-separated")
     a = parser.parse_args()
-    texts = corpora(a.data, 1.0 if a.quick else 20.0)
+    texts = corpora(a.data, 1.0 if a.quick else 6.0)
     names = a.only.split(",") if a.only else [*NPM, SMOL]
     rows = []
     for name in names:
