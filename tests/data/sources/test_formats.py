@@ -261,6 +261,19 @@ BAD = [
     (
         "sft",
         {"messages": HI},
+        {"messages": [HI[0], {**HI[1], "tool_calls": [{"function": {"arguments": {}}}]}]},
+        "message 2: tool_calls: expected a list of calls with names",
+    ),
+    ("sft", {"messages": HI}, {"messages": [HI[0], {**HI[1], "tool_calls": 5}]}, "tool_calls"),
+    (
+        "sft",
+        {"messages": HI},
+        {"messages": [HI[0], {**HI[1], "reasoning": ["a"]}]},
+        "message 2: reasoning_content: expected text, found list",
+    ),
+    (
+        "sft",
+        {"messages": HI},
         {"messages": [{"role": "user", "content": [{"type": "image"}]}, HI[1]]},
         "message 1: expected text, found parts of type image",
     ),

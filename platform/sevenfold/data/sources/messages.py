@@ -187,12 +187,26 @@ def _read_message(given: Mapping[str, Any], number: int, keys: MessageKeys) -> M
     for alias in _REASONING_ALIASES & present.keys():
         present.setdefault("reasoning_content", present.pop(alias))
     message |= {key: present[key] for key in OPTIONAL_KEYS if present.get(key)}
+    _check_optional_keys(message, number)
     if role == "assistant":
         message |= {} if _is_learned(present, number) else {"train": False}
     keys.unknown.update(present.keys() - {role_key, text_key, *OPTIONAL_KEYS, *_LEARN_KEYS})
     if not text.strip() and not message.get("tool_calls"):
         raise ValueError(f"message {number}: expected text, found none")
     return message
+
+
+def _check_optional_keys(message: Message, number: int) -> None:
+    """Raises ValueError if an optional key has a value of another type than templates expect."""
+    calls = message.get("tool_calls", [])
+    listed = calls if isinstance(calls, list) else [None]
+    functions = [c.get("function", c) if isinstance(c, dict) else None for c in listed]
+    if not all(isinstance(f, dict) and isinstance(f.get("name"), str) for f in functions):
+        raise ValueError(f"message {number}: tool_calls: expected a list of calls with names")
+    for key in ("reasoning_content", "tool_call_id", "name"):
+        if not isinstance(message.get(key, ""), str):
+            found = type(message[key]).__name__
+            raise ValueError(f"message {number}: {key}: expected text, found {found}")
 
 
 def _text(content: Any, number: int) -> str:
