@@ -23,3 +23,8 @@ def test_an_unlimited_node_type_without_a_resource_adds_none_of_it() -> None:
     limited = capacity._Nodes({"GPU": 8.0}, 2.0)
     total = capacity._sum_resources([UNLIMITED, limited])
     assert total["CPU"] == float("inf") and total["GPU"] == 16.0
+
+
+def test_a_cluster_with_nothing_free_is_described_as_such() -> None:
+    assert capacity._format({"CPU": 2, "GPU": 1}, {}) == "0 CPU, 0 GPU"
+    assert capacity._format({"CPU": 2, "GPU": 1}) == "2 CPU, 1 GPU"
