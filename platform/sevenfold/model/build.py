@@ -205,7 +205,7 @@ def generation_config(recipe: Recipe, config: PreTrainedConfig) -> GenerationCon
     """Returns the base model's generation config, which may name several end tokens.
 
     Ranks that do not load the weights need it too. A config that transformers refuses is left out,
-    and the user is told.
+    with a message.
     """
     if recipe.model.path is not None:
         folder = local_model(recipe.model.path)

@@ -8,7 +8,8 @@ from datetime import date
 from typing import Any
 
 from sevenfold import storage
-from sevenfold.data.backends import Backend, choose_backend
+from sevenfold.data.backends import choose_backend
+from sevenfold.data.encode import TextEncoder
 from sevenfold.data.examples import ENCODERS
 from sevenfold.data.manifest import Manifest
 from sevenfold.data.sources.documents import Selection
@@ -51,11 +52,9 @@ def prepare_tokenizer(recipe: Recipe, inputs: Inputs, tokenizer: str) -> Inputs:
     for split, manifest in inputs.all.items():
         check_documents(recipe, split, manifest)
     _save_tokenizer(recipe, inputs.train, tokenizer)
-    description = _choose_encoder(recipe, inputs.train, tokenizer)
+    encoder, description = _choose_encoder(recipe, inputs.train, tokenizer)
     say(description["why"])
     if recipe.objective not in PRETRAINING:
-        backend = Backend(description["backend"], description["by_reference"])
-        encoder = build_encoder(recipe, tokenizer, backend, description["today"])
         description |= {
             "classes": recipe.data.classes,
             "examples": survey_examples(recipe, inputs, encoder),
@@ -86,7 +85,9 @@ def _save_tokenizer(recipe: Recipe, manifest: Manifest, folder: str) -> None:
     save_tokenizer(tokenizer, folder)
 
 
-def _choose_encoder(recipe: Recipe, manifest: Manifest, folder: str) -> dict[str, Any]:
+def _choose_encoder(
+    recipe: Recipe, manifest: Manifest, folder: str
+) -> tuple[TextEncoder, dict[str, Any]]:
     """Chooses the encoder backend, and measures the tokens per byte of each source.
 
     Args:
@@ -95,9 +96,9 @@ def _choose_encoder(recipe: Recipe, manifest: Manifest, folder: str) -> dict[str
         folder: The tokenizer's folder.
 
     Returns:
-        The encoder's "backend" (with the documents that are encoded "by_reference") and "identity",
-        the reason for the backend ("why"), the date for
-        chat templates ("today"), and the "tokens_per_byte" of each source.
+        The encoder; and its "backend" (with the documents that are encoded "by_reference") and
+        "identity", the reason for the backend ("why"), the date for chat templates ("today"), and
+        the "tokens_per_byte" of each source.
     """
     selection = Selection.from_data(recipe.data, ENCODERS[recipe.objective].fields)
     sources = range(len(manifest.sources))
@@ -114,7 +115,7 @@ def _choose_encoder(recipe: Recipe, manifest: Manifest, folder: str) -> dict[str
         estimate_tokens_per_byte(manifest, selection, encoder, source, SAMPLE_MB, recipe.seed)
         for source in sources
     ]
-    return {
+    return encoder, {
         "backend": backend.name,
         "by_reference": backend.by_reference,
         "why": why,

@@ -91,6 +91,15 @@ def _system_message(system: str) -> list[Message]:
     return [{"role": "system", "content": system}] if system.strip() else []
 
 
+def _refuse_system(system: str, beside: str) -> None:
+    """Raises ValueError if there is a system message, which plain text has no place for."""
+    if system.strip():
+        raise ValueError(
+            f"a system message beside {beside} plain text: give messages instead, or name the "
+            "column in data.ignore_columns"
+        )
+
+
 def _as_messages(text: str) -> list[Any] | None:
     """Returns the message or messages in a column; None if it has text."""
     value = nested_value(text)
@@ -110,11 +119,7 @@ def _read_pair(
     keys: MessageKeys, prompt: str, completion: str, system: str = ""
 ) -> tuple[str, ...]:
     if _as_messages(prompt) is None and _as_messages(completion) is None:
-        if system.strip():
-            raise ValueError(
-                "a system message beside a prompt and completion that are plain text: give "
-                "messages instead, or name the column in data.ignore_columns"
-            )
+        _refuse_system(system, "a prompt and completion that are")
         prompt = _require_text(prompt, "prompt")
         completion = _require_text(completion, "completion")
         return (pair(prompt, completion).dump(),)
@@ -156,11 +161,7 @@ def _read_preference(
     if all(answer and len(answer) > 1 for answer in answers):
         return _read_preference_messages(keys, chosen, rejected, system)
     if _as_messages(prompt) is None and answers == [None, None]:
-        if system.strip():
-            raise ValueError(
-                "a system message beside a prompt that is plain text: give messages instead, or "
-                "name the column in data.ignore_columns"
-            )
+        _refuse_system(system, "a prompt that is")
         chosen = _require_text(chosen, "chosen")
         rejected = _require_text(rejected, "rejected")
         _require_different(chosen, rejected, "chosen and rejected")

@@ -90,11 +90,6 @@ class Conversation:
         """Whether these are a prompt and its completion. They have no roles."""
         return not self.messages[0]["role"]
 
-    @property
-    def system_messages(self) -> int:
-        """The number of system messages at the beginning: 0 or 1."""
-        return 1 if self.messages[0]["role"] == "system" else 0
-
     def with_messages(self, messages: Sequence[Message]) -> Conversation:
         """Returns the conversation with other messages."""
         return Conversation(list(messages), self.tools)
