@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 
 from sevenfold.data.manifest import Manifest
 from sevenfold.engine.checkpoint import Checkpoint
+from sevenfold.model import hub
 from sevenfold.model.build import MODEL_CLASSES
 from sevenfold.recipe import Recipe
 
@@ -81,7 +82,8 @@ def _facts(recipe: Recipe, checkpoint: Checkpoint, metrics: Mapping[str, Any]) -
     """Returns the rows of the card's table."""
     base = None
     if recipe.model.path:
-        base = PurePosixPath(recipe.model.path.rstrip("/").removesuffix("/model")).name
+        path = recipe.model.path.rstrip("/")
+        base = path if hub.is_hub(path) else PurePosixPath(path.removesuffix("/model")).name
     adapter = " with LoRA, merged" if recipe.adapter else ""
     loss, bits = metrics.get("validation/loss"), metrics.get("validation/bits_per_byte")
     held_out = "not measured at this step" if loss is None else f"{loss:.4f} nats per target token"

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from sevenfold.errors import InputError, first_line
+from sevenfold.model import hub
 from sevenfold.recipe import Recipe
 
 # peft's task type of each objective; CAUSAL_LM for all others
@@ -49,6 +50,8 @@ def with_adapter(model: PreTrainedModel, recipe: Recipe) -> Any:
         task_type=TASKS.get(recipe.objective, "CAUSAL_LM"),
         use_dora=adapter.dora,
     )
+    if recipe.model.path is not None and hub.is_hub(recipe.model.path):
+        model.name_or_path, settings.revision = hub.parse(recipe.model.path)
     with warnings.catch_warnings():
         # peft 0.21 reads a field of transformers 5.23 by its deprecated name
         warnings.simplefilter("ignore", FutureWarning)

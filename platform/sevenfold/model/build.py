@@ -208,7 +208,7 @@ def generation_config(recipe: Recipe, config: PreTrainedConfig) -> GenerationCon
     with a message.
     """
     if recipe.model.path is not None:
-        folder = local_model(recipe.model.path)
+        folder = local_model(recipe.model.path, weights=False)
         try:
             return GenerationConfig.from_pretrained(folder, local_files_only=True)
         except OSError:  # not every model has one

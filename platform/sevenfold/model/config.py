@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from sevenfold import storage
 from sevenfold.errors import InputError, first_line
-from sevenfold.model import gguf
+from sevenfold.model import gguf, hub
 from sevenfold.recipe import Recipe
 from sevenfold.run_folder import RunFolder
 
@@ -19,14 +19,16 @@ Family = Literal["decoder", "encoder", "encoder-decoder"]
 
 
 def model_path(path: str) -> str:
-    """Returns the Hugging Face directory or the GGUF file of a model.
+    """Returns the Hugging Face directory or the GGUF file of a model, or its pinned hub name.
 
     Args:
         path: One of them, or the folder of a sevenfold run, which has a directory `model`.
 
     Raises:
-        InputError: The path is none of them.
+        InputError: The path is none of them, or the hub does not give the model.
     """
+    if hub.is_hub(path):
+        return hub.pinned(path)
     folder = storage.resolve_input(path)
     if folder.endswith(gguf.SUFFIX) and storage.exists(folder):
         return folder
@@ -36,19 +38,23 @@ def model_path(path: str) -> str:
     if storage.exists(storage.join(folder, "config.json")):
         return folder
     raise InputError(
-        f"{folder}: expected a run, a Hugging Face directory (config.json) or a GGUF file "
-        "(.gguf), found none of them"
+        f"{folder}: expected a run, a Hugging Face directory (config.json), a GGUF file (.gguf) or "
+        "the name of a model of the hub (hf://ORGANIZATION/NAME), found none of them"
     )
 
 
-def local_model(path: str) -> str:
+def local_model(path: str, *, weights: bool = True) -> str:
     """Returns a local Hugging Face directory with the files of a model.
 
     Args:
         path: As for `model_path`. Remote files are copied, and GGUF files unpacked, once per
             machine.
+        weights: Whether the weights are needed. Without them nothing large is downloaded from the
+            hub.
     """
     location = model_path(path)
+    if hub.is_hub(location):
+        return hub.local_folder(location, weights=weights)
     if location.endswith(gguf.SUFFIX):
         return gguf.unpacked(location)
     return storage.local_copy(location)
@@ -68,7 +74,7 @@ def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrai
     """
     try:
         if recipe.model.path is not None:
-            folder = local_model(recipe.model.path)
+            folder = local_model(recipe.model.path, weights=False)
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
             )

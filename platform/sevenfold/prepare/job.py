@@ -26,7 +26,7 @@ from sevenfold.prepare.data import (
     with_classes,
 )
 from sevenfold.prepare.encoder import encoder_file
-from sevenfold.prepare.model import check_model
+from sevenfold.prepare.model import check_model, pin_model
 from sevenfold.prepare.streams import build_streams
 from sevenfold.prepare.tokenizer import prepare_tokenizer
 from sevenfold.recipe import Recipe, loads
@@ -88,6 +88,7 @@ def prepare_job(
         InputError: The recipe, its data or its model cannot be used. Nothing was written.
         RunError: Other jobs hold the cluster's resources.
     """
+    recipe = pin_model(recipe, folder)
     identity = recipe.hash()
     if storage.exists(folder.recipe):
         identity = claim_folder(folder, recipe)

@@ -10,7 +10,9 @@ from sevenfold.data.chat_template import PLAIN_TEMPLATE
 from sevenfold.data.examples import ENCODERS
 from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.errors import InputError
-from sevenfold.recipe import Recipe
+from sevenfold.model import hub
+from sevenfold.recipe import Recipe, loads
+from sevenfold.run_folder import RunFolder
 
 
 def check_model(recipe: Recipe) -> tuple[Recipe, int]:
@@ -36,7 +38,7 @@ def check_model(recipe: Recipe) -> tuple[Recipe, int]:
     if vocab_size is not None:
         set_chat_template(SimpleNamespace(chat_template=None), template)  # only checks the setting
     else:
-        path = resolved.tokenizer.path or build.local_model(str(resolved.model.path))
+        path = resolved.tokenizer.path or build.local_model(str(resolved.model.path), weights=False)
         tokenizer = load_tokenizer(path)
         set_chat_template(tokenizer, template)
         # both raise InputError if the tokenizer lacks a token that the objective needs
@@ -45,6 +47,25 @@ def check_model(recipe: Recipe) -> tuple[Recipe, int]:
         SpecialTokens.from_tokenizer(tokenizer, resolved.objective)
         vocab_size = len(tokenizer)
     return resolved, build.check_model(resolved, vocab_size)
+
+
+def pin_model(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """Returns the recipe with the commit of a model of the hub, so that a run keeps its model.
+
+    Args:
+        recipe: The recipe.
+        folder: The run's folder. If the run was started before, it keeps the commit of that time.
+
+    Raises:
+        InputError: The hub cannot say the commit.
+    """
+    path = recipe.model.path
+    if path is None or not hub.is_hub(path):
+        return recipe
+    stored = None
+    if storage.exists(folder.recipe):
+        stored = loads(storage.read_text(folder.recipe), folder.recipe).model.path
+    return recipe.override({"model.path": hub.pinned(path, stored)})
 
 
 def set_chat_template(tokenizer: Any, setting: str | None) -> None:

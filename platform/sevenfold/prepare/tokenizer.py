@@ -80,7 +80,9 @@ def _save_tokenizer(recipe: Recipe, manifest: Manifest, folder: str) -> None:
     else:
         from sevenfold.model.build import local_model  # imports torch
 
-        tokenizer = load_tokenizer(settings.path or local_model(str(recipe.model.path)))
+        tokenizer = load_tokenizer(
+            settings.path or local_model(str(recipe.model.path), weights=False)
+        )
     set_chat_template(tokenizer, settings.chat_template)
     save_tokenizer(tokenizer, folder)
 

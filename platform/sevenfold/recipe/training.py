@@ -17,7 +17,8 @@ class Model(Section):
     )
     path: str | None = Field(
         None,
-        description="Folder of a model to start from: a run, or any Hugging Face directory",
+        description="Model to start from: a run, a Hugging Face directory, a GGUF file (.gguf), "
+        "or a model of the hub (hf://ORGANIZATION/NAME@REVISION)",
     )
     trust_remote_code: bool = Field(
         False, description="Execute Python code that the model's folder contains"
