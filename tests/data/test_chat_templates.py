@@ -17,7 +17,8 @@ from helpers import tiny_models
 from helpers.packages import package_files
 from transformers import PreTrainedTokenizerFast
 
-from sevenfold.data.chat_template import PLAIN_TEMPLATE, ChatTemplate, reply_end_tokens
+from sevenfold.data.chat_renderer import PLAIN_TEMPLATE, template_source
+from sevenfold.data.chat_template import ChatTemplate, reply_end_tokens
 from sevenfold.data.examples import ConversationEncoder, PreferenceEncoder
 from sevenfold.data.sources.documents import (
     BadDocumentsError,
@@ -240,6 +241,16 @@ def chat_tokens(model_tokenizer: Any, ids: list[int], targets: list[bool]) -> st
         (CHATML, [user("a"), assistant("b", tool_calls=[{"function": {"name": "f"}}])], "tool_cal"),
         (CHATML, [user("a"), assistant("b", reasoning_content="c")], "reasoning_content"),
         (
+            QWEN3,
+            [
+                user("a"),
+                assistant(
+                    "", tool_calls=[{"function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}]
+                ),
+            ],
+            r"'<\|im_end\|>', which is a special token",
+        ),
+        (
             MARKS.replace(
                 "{{ eos_token }}{% endgeneration %}", "{% endgeneration %}{{ eos_token }}"
             ),
@@ -331,7 +342,7 @@ def test_the_end_of_a_reply_ends_a_generation() -> None:
 def test_of_several_templates_the_default_is_used() -> None:
     several: Any = tokenizer(CHATML)
     several.chat_template = {"default": CHATML, "tool_use": "{{ messages }}"}
-    assert ChatTemplate(several).source == CHATML
+    assert template_source(several) == CHATML
     several.chat_template = {"rag": CHATML, "tool_use": CHATML}
     with pytest.raises(InputError, match=r"rag, tool_use.*tokenizer\.chat_template"):
         ConversationEncoder(several, 64).question(Conversation(TALK[:1]))

@@ -57,10 +57,10 @@ def serve() -> Iterator[Hub]:
         def log_message(self, *_: object) -> None:
             """Logs nothing."""
 
-        def do_HEAD(self) -> None:  # noqa: N802 (the name is http.server's)
+        def do_HEAD(self) -> None:
             self._answer(body=False)
 
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             self._answer(body=True)
 
         def _answer(self, body: bool) -> None:

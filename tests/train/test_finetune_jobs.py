@@ -149,6 +149,14 @@ def test_an_adapter_of_an_encoder_decoder(tmp_path: Path) -> None:
     assert not torch.allclose(plain, adapted, atol=1e-4)
     output = run_job("evaluate", "runs/seq2seq", "runs/more", home=tmp_path)
     assert "Compared with seq2seq (paired bootstrap)" in output
+    # the model that a run began with has the metrics of that run
+    first, second = (
+        json.loads((tmp_path / f"runs/{name}/metrics.json").read_text())
+        for name in ("seq2seq", "more")
+    )
+    before = second["baselines"]["the model it began with"]
+    assert "the model it began with" not in first["baselines"]
+    assert before.items() <= first.items() and before["chrf"] != second["chrf"]
 
 
 @pytest.mark.nightly

@@ -11,19 +11,16 @@ import functools
 import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sevenfold.data.chat_layout import (
     Layout,
     Span,
-    check_complete,
     find_pieces,
-    layout_of,
-    mark_pieces,
     message_texts,
     piece_owners,
 )
+from sevenfold.data.chat_renderer import ChatRenderer
 from sevenfold.data.sources.documents import UnusableExampleError
 from sevenfold.data.sources.messages import Conversation, Message
 from sevenfold.data.special_tokens import SpecialTokenEncoder, any_of
@@ -31,15 +28,6 @@ from sevenfold.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-# The chat template of `tokenizer.chat_template: plain`. It has no special tokens that the model
-# would have to learn first.
-PLAIN_TEMPLATE = (
-    "{{ bos_token or '' }}{% for message in messages %}{{ message['role'] }}: "
-    "{{ message['content'] }}{{ eos_token if message['role'] == 'assistant' else '' }}\n"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}assistant:{% endif %}"
-)
 
 
 class Rendered(NamedTuple):
@@ -75,20 +63,12 @@ class ChatTemplate:
         today: str | None = None,
         serialized: str | None = None,
     ):
-        self.source = template_source(tokenizer)
-        day = datetime.fromisoformat(today) if today else datetime.now()
-        # the date does not change while a run trains
-        self._dated_source = _STRFTIME.sub(lambda m: repr(day.strftime(m[2])), self.source)
-        self._special_tokens = {
-            name: str(token)
-            for name, token in tokenizer.special_tokens_map.items()
-            if isinstance(token, str)
-        }
+        self._renderer = ChatRenderer(tokenizer, today)
         self._encoder = SpecialTokenEncoder(serialized or tokenizer.backend_tokenizer.to_str())
 
     def identity(self) -> str:
         """Returns what the ids depend on: the template, and the date if the template writes it."""
-        return self._dated_source
+        return self._renderer.source
 
     def ids(self, conversation: Conversation, add_generation_prompt: bool = False) -> list[int]:
         """Returns the ids of a conversation.
@@ -100,11 +80,12 @@ class ChatTemplate:
         Raises:
             UnusableExampleError: The template rejects the conversation.
         """
-        text = self._render(conversation, add_generation_prompt)
+        self._refuse_special_tokens(conversation)
+        text = self._renderer.render(conversation, add_generation_prompt)
         contents: list[Span] = []
         if self._encoder.special.search("\0".join(message_texts(conversation))):
             contents = find_pieces(
-                self._layout(conversation, add_generation_prompt), conversation, text
+                self._renderer.layout(conversation, add_generation_prompt), conversation, text
             )
         return list(self._encoder.encode(text, contents).ids)
 
@@ -137,10 +118,11 @@ class ChatTemplate:
         Raises:
             UnusableExampleError: They cannot be found, or a reply has no token that ends it.
         """
-        text = self._render(conversation, False)
-        layout = self._layout(conversation, False)
+        self._refuse_special_tokens(conversation)
+        text = self._renderer.render(conversation)
+        layout = self._renderer.layout(conversation)
         places = find_pieces(layout, conversation, text)
-        if re.search(r"\{%-?\s*generation", self.source):
+        if self._renderer.marks_replies:
             return Rendered(text, places, self._generation_marks(conversation, text))
         owners = piece_owners(conversation)
         replies: list[Span] = []
@@ -155,6 +137,23 @@ class ChatTemplate:
             elif own:
                 position = places[own[-1]].stop
         return Rendered(text, places, replies)
+
+    def _refuse_special_tokens(self, conversation: Conversation) -> None:
+        """Raises UnusableExampleError if a call or a tool has the spelling of a special token.
+
+        Templates write them as JSON, so that their strings cannot be told from the template's own
+        text, and such a string would become the token itself.
+        """
+        if not conversation.tools and not any("tool_calls" in m for m in conversation.messages):
+            return
+        given = [m.get("tool_calls") for m in conversation.messages]
+        text = json.dumps([given, conversation.tools], ensure_ascii=False)
+        match = self._encoder.special.search(text)
+        if match is not None:
+            raise UnusableExampleError(
+                f"tool_calls or tools contain {match[0]!r}, which is a special token of the "
+                "tokenizer: expected other text there"
+            )
 
     def end_tokens(self) -> list[int]:
         """Returns the ids of the tokens with which the template ends the last reply.
@@ -192,7 +191,7 @@ class ChatTemplate:
         """Returns the template's texts around the messages of some exchanges."""
         roles = ("user", "assistant") * exchanges
         messages = [{"role": role, "content": f"{role} {i}"} for i, role in enumerate(roles)]
-        return self._layout(Conversation(messages), False).fixed
+        return self._renderer.layout(Conversation(messages)).fixed
 
     def _end_in(self, gap: str) -> str | None:
         """Returns the token that ends a reply, in the template's text after it, or None.
@@ -203,7 +202,7 @@ class ChatTemplate:
         for match in tokens:
             if self._encoder.end.sub("", gap[: match.start()]).strip():
                 break
-            if match[0] == self._special_tokens.get("eos_token"):
+            if match[0] == self._renderer.special_tokens.get("eos_token"):
                 return match[0]
         return tokens[0][0] if tokens else None
 
@@ -250,38 +249,11 @@ class ChatTemplate:
     def _header(self, conversation: Conversation, index: int) -> str:
         """Returns what the template writes to ask for a reply at this place."""
         roles = tuple(m["role"] for m in conversation.messages[:index])
-        return self._header_after(roles)
-
-    @functools.lru_cache(maxsize=4096)  # noqa: B019
-    def _header_after(self, roles: tuple[str, ...]) -> str:
-        chat = Conversation([{"role": r, "content": f"{r} {i}"} for i, r in enumerate(roles)])
-        try:
-            closed, opened = self._render(chat, False), self._render(chat, True)
-        except UnusableExampleError:  # such as for messages of tools without a call
-            return ""
-        return opened[len(closed) :] if opened.startswith(closed) else ""
-
-    def _layout(self, conversation: Conversation, add_generation_prompt: bool) -> Layout:
-        """Returns the layout: the template rendered with a marker in place of each piece.
-
-        Raises:
-            UnusableExampleError: The template leaves out what was said; it may leave out reasoning.
-        """
-        layout = self._cached_layout(mark_pieces(conversation).dump(), add_generation_prompt)
-        check_complete(layout, conversation)
-        return layout
-
-    @functools.lru_cache(maxsize=1024)  # noqa: B019
-    def _cached_layout(self, skeleton: str, add_generation_prompt: bool) -> Layout:
-        return layout_of(self._render(Conversation.load(skeleton), add_generation_prompt))
-
-    def _render(self, conversation: Conversation, add_generation_prompt: bool) -> str:
-        return str(self._rendered(conversation, add_generation_prompt, False)[0][0])
+        return self._renderer.header_after(roles)
 
     def _generation_marks(self, conversation: Conversation, text: str) -> list[Span]:
         """Returns what the template itself marks as generated, by `{% generation %}`."""
-        _, (marks,) = self._rendered(conversation, False, True)
-        spans = [Span(*mark) for mark in marks]
+        spans = [Span(*mark) for mark in self._renderer.generation_marks(conversation)]
         if len(spans) != len(assistant_messages(conversation)):
             raise UnusableExampleError(
                 "the chat template marks another number of replies ({% generation %}) than there "
@@ -294,43 +266,6 @@ class ChatTemplate:
                 "({% generation %}), so that the model would never learn to stop"
             )
         return spans
-
-    def _rendered(
-        self, conversation: Conversation, add_generation_prompt: bool, marks: bool
-    ) -> tuple[list[str], list[list[tuple[int, int]]]]:
-        # imported here because it imports torch, which other encoders do without
-        from jinja2 import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        given = {
-            key for m in conversation.messages for key in m.keys() - {"role", "content", "train"}
-        }
-        for key in sorted(given | ({"tools"} if conversation.tools else set())):
-            names = _REASONING if key == "reasoning_content" else (key,)
-            if not any(name in self.source for name in names):
-                raise UnusableExampleError(
-                    f"the chat template does not use {key!r}, which is given: choose another "
-                    "template (tokenizer.chat_template), or name it in data.ignore_columns"
-                )
-        messages = [
-            {key: value for key, value in message.items() if key != "train"}
-            for message in conversation.messages
-        ]
-        try:
-            rendered: Any = render_jinja_template(
-                [messages],
-                tools=conversation.tools,
-                chat_template=self._dated_source,
-                add_generation_prompt=add_generation_prompt,
-                return_assistant_tokens_mask=marks,
-                **self._special_tokens,
-            )
-        except (TemplateError, TypeError, ValueError, LookupError) as e:
-            start = json.dumps(messages[0], ensure_ascii=False)[:80]
-            raise UnusableExampleError(
-                f"the tokenizer's chat template rejects the conversation that begins {start}: {e}"
-            ) from None
-        return rendered
 
 
 class _Ends(NamedTuple):
@@ -363,42 +298,11 @@ class _Reply(NamedTuple):
     header: str
 
 
-# The names under which transformers gives reasoning to a template.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
-_STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
 _NO_END = (
     "the chat template ends a reply with no special token of the tokenizer, so that the model "
     "would never learn to stop: use a template that writes eos_token after a reply "
     "(tokenizer.chat_template)"
 )
-
-
-def template_source(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Returns the chat template of a tokenizer; of several, the one named `default`.
-
-    Raises:
-        InputError: There is none.
-    """
-    template: Any = tokenizer.chat_template
-    if isinstance(template, dict):
-        if "default" not in template:
-            raise InputError(
-                f"the tokenizer has the chat templates {', '.join(sorted(template))} and none "
-                "named default: choose one with tokenizer.chat_template: NAME"
-            )
-        template = template["default"]
-    if not template:
-        raise no_template_error()
-    return str(template)
-
-
-def no_template_error() -> InputError:
-    """Returns the error for conversations without a chat template."""
-    return InputError(
-        "conversations need a chat template, and the tokenizer has none: set "
-        "tokenizer.chat_template (`plain` or a file), or use data with the columns prompt and "
-        "completion"
-    )
 
 
 def reply_end_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

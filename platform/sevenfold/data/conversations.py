@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from sevenfold.data.backends import REFERENCE, Backend
-from sevenfold.data.chat_template import ChatTemplate, no_template_error
+from sevenfold.data.chat_renderer import no_template_error
+from sevenfold.data.chat_template import ChatTemplate
 from sevenfold.data.example_encoder import Example, ExampleEncoder, prompt_and_reply, short_hash
 from sevenfold.data.sources.documents import UnusableExampleError
 from sevenfold.data.sources.messages import Conversation, Message

@@ -70,16 +70,22 @@ def map_rows(
 
 
 class Scorer:
-    """An actor that computes the objective's losses on packed rows."""
+    """An actor that computes the objective's losses on packed rows.
 
-    def __init__(self, folder: RunFolder, recipe: Recipe):
+    Args:
+        folder: The run.
+        recipe: Its recipe, with an absolute `model.path`.
+        base: Whether to use the model that the run began with.
+    """
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, base: bool = False):
         torch.set_num_threads(1)
-        self._model = _load_model(folder.model, recipe)
+        self._model = _load_model(folder, recipe, base)
         self._objective = build_objective(
             recipe, load_tokenizer(folder.tokenizer), self._model.config
         )
         if isinstance(self._objective, Preference):
-            reference = _load_model(str(recipe.model.path), recipe)
+            reference = _load_model(folder, recipe, base=True)
             # The numbers are those of masking and corruption, which Causal does not use.
             causal = Causal(self._objective.special_tokens, 0, 0.5, 1)
             attach_losses(reference, causal, recipe.train.loss_chunk)
@@ -119,11 +125,18 @@ class Scorer:
 
 
 class Completer:
-    """An actor that generates completions of prompts."""
+    """An actor that generates completions of prompts.
 
-    def __init__(self, folder: RunFolder, recipe: Recipe, sampling: Sampling):
+    Args:
+        folder: The run.
+        recipe: Its recipe, with an absolute `model.path`.
+        sampling: How tokens are chosen.
+        base: Whether to use the model that the run began with.
+    """
+
+    def __init__(self, folder: RunFolder, recipe: Recipe, sampling: Sampling, base: bool = False):
         torch.set_num_threads(1)
-        self._model = _load_model(folder.model, recipe)
+        self._model = _load_model(folder, recipe, base)
         self._tokenizer = load_tokenizer(folder.tokenizer)
         self._encoder = ENCODERS[recipe.objective](self._tokenizer, recipe.data.sequence_length)
         self._sampling = sampling
@@ -162,7 +175,7 @@ class Classifier:
 
     def __init__(self, folder: RunFolder, recipe: Recipe):
         torch.set_num_threads(1)
-        self._model = _load_model(folder.model, recipe)
+        self._model = _load_model(folder, recipe)
         self._pad = self._model.config.pad_token_id or 0
         self._encoder = ClassEncoder(load_tokenizer(folder.tokenizer), recipe.data.sequence_length)
 
@@ -179,21 +192,24 @@ class Classifier:
 class Embedding:
     """An actor that embeds texts."""
 
-    def __init__(self, folder: RunFolder, length: int):
+    def __init__(self, model: str, length: int):
         torch.set_num_threads(1)
-        self._embed = Embedder(folder.model, batch_size=BATCH, max_length=length)
+        self._embed = Embedder(model, batch_size=BATCH, max_length=length)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Returns the embedding of each `text` in the column `vector`."""
         return {"vector": self._embed(list(batch["text"]))}
 
 
-def _load_model(path: str, recipe: Recipe) -> Any:
-    """Loads a model in float32, on the actor's GPU if it has one; Ray hides the other GPUs."""
+def _load_model(folder: RunFolder, recipe: Recipe, base: bool = False) -> Any:
+    """Loads a run's model, or its base, in float32.
+
+    It is on the actor's GPU if the actor has one; Ray hides the other GPUs.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model_class, _ = build.MODEL_CLASSES[recipe.objective]
     model = model_class.from_pretrained(
-        storage.local_copy(path),
+        build.local_model(str(recipe.model.path)) if base else storage.local_copy(folder.model),
         dtype=torch.float32,
         trust_remote_code=recipe.model.trust_remote_code,
         local_files_only=True,

@@ -38,6 +38,7 @@ SAMPLES = 3  # documents that are continued to show what the model writes
 SAMPLE_TOKENS = 60  # maximum number of new tokens of such a continuation
 SAMPLE_CHARACTERS = 300  # characters of a document that such a continuation starts from
 TOP_DOCUMENTS = 10  # k of the retrieval metrics
+BASE = "the model it began with"  # the name of this baseline
 
 
 class Evaluation(NamedTuple):
@@ -72,6 +73,9 @@ def measure(
         "embed": _evaluate_retrieval,
     }
     evaluate = by_objective.get(recipe.objective, _evaluate_loss)
+    if recipe.model.path is not None:
+        # The path is made absolute, since the actors may have another working directory.
+        recipe = recipe.override({"model.path": build.model_path(recipe.model.path)})
     return evaluate(folder, recipe, train, held, pool)
 
 
@@ -83,17 +87,24 @@ def _evaluate_causal(
     bytes_of_token = token_bytes(load_tokenizer(folder.tokenizer))
     row_labels = labels(rows)
     targets = row_labels[row_labels != IGNORE]
-    nats = sum(r["nats"] for r in _score(folder, recipe, rows, pool))
     chunks = range(min(UNIGRAM_CHUNKS, train.order.chunks_per_epoch))
     train_labels = [labels(train.chunk(i).rows) for i in chunks]
     train_targets = np.concatenate([part[part != IGNORE] for part in train_labels])
     texts = [text for (column,) in held.documents() for text in column]
     text_bytes = int(bytes_of_token[targets].sum())
     unigram = metrics.unigram_bits_per_byte(train_targets, targets, text_bytes, len(bytes_of_token))
+
+    def text_metrics(base: bool) -> dict[str, float]:
+        nats = sum(r["nats"] for r in _score(folder, recipe, rows, pool, base))
+        return {
+            "bits_per_byte": metrics.bits_per_byte(nats, text_bytes),
+            "perplexity": float(np.exp(nats / len(targets))),
+        }
+
     results = {
-        "bits_per_byte": metrics.bits_per_byte(nats, text_bytes),
-        "perplexity": float(np.exp(nats / len(targets))),
+        **text_metrics(base=False),
         "baselines": {
+            **({BASE: text_metrics(base=True)} if recipe.model.path else {}),
             "unigram of its tokens": {"bits_per_byte": unigram},
             "xz -9 of the same text": {"bits_per_byte": metrics.xz_bits_per_byte(texts)},
         },
@@ -159,9 +170,6 @@ def _evaluate_loss(
     """
     rows = held.epoch()
     is_preference = recipe.objective == "dpo"
-    if is_preference:
-        # The path is made absolute, since the actors may have another working directory.
-        recipe = recipe.override({"model.path": build.model_path(str(recipe.model.path))})
     scores = _score(folder, recipe, rows, pool)
     targets = sum(int(r["targets"]) for r in scores)
     loss = sum(r["nats"] for r in scores) / max(1, targets)
@@ -173,7 +181,7 @@ def _evaluate_loss(
             "loss": loss,
             "accuracy": right / max(1, targets),
             "pairs": targets,
-            "baselines": {"the model it began with": reference},
+            "baselines": {BASE: reference},
         }
     else:
         results = {
@@ -193,12 +201,13 @@ def _evaluate_completions(
     pairs = first_pairs(held)
     columns = ("model_input", "prompt", "reference")
     sampling = Sampling(recipe.validation.max_new_tokens, 0.0, seed=recipe.seed)
-    rows = map_rows(
-        pa.table({name: [pair[i] for pair in pairs] for i, name in enumerate(columns)}),
-        Completer,
-        {"folder": folder, "recipe": recipe, "sampling": sampling},
-        pool,
-    )
+    table = pa.table({name: [pair[i] for pair in pairs] for i, name in enumerate(columns)})
+
+    def complete(base: bool) -> list[dict[str, Any]]:
+        arguments = {"folder": folder, "recipe": recipe, "sampling": sampling, "base": base}
+        return map_rows(table, Completer, arguments, pool)
+
+    rows = complete(base=False)
     prompts = [r["prompt"] for r in rows]
     references = [r["reference"] for r in rows]
     tokenize = recipe.validation.bleu_tokenize
@@ -206,13 +215,14 @@ def _evaluate_completions(
     def text_metrics(predictions: list[str]) -> dict[str, Any]:
         return _text_metrics(predictions, references, tokenize)
 
+    predictors = _completion_baselines(recipe, train, prompts)
+    if recipe.model.path is not None:
+        predictors = {BASE: lambda: [r["completion"] for r in complete(base=True)], **predictors}
     results = {
         **text_metrics([r["completion"] for r in rows]),
         "prompts": len(rows),
         "cut_completions": sum(not r["ended"] for r in rows),
-        "baselines": _evaluate_baselines(
-            _completion_baselines(recipe, train, prompts), text_metrics
-        ),
+        "baselines": _evaluate_baselines(predictors, text_metrics),
     }
     return Evaluation(
         results, [{k: r[k] for k in ("prompt", "reference", "completion")} for r in rows]
@@ -321,27 +331,27 @@ def _evaluate_retrieval(
     corpus = list(dict.fromkeys([*(document for _, document in pairs), *_columns(train)[1]]))
     id_of = {text: str(i) for i, text in enumerate(corpus)}
     relevant = [{id_of[d] for d in documents} for documents in documents_of.values()]
-    rows = map_rows(
-        pa.table({"text": [*queries, *corpus]}),
-        Embedding,
-        {"folder": folder, "length": recipe.data.sequence_length},
-        pool,
-    )
-    vectors = np.stack([r["vector"] for r in rows])
-    scores = vectors[: len(queries)] @ vectors[len(queries) :].T
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP_DOCUMENTS]
-    ranked = [[str(i) for i in row] for row in best]
+
+    def search(model: str) -> list[list[str]]:
+        arguments = {"model": model, "length": recipe.data.sequence_length}
+        rows = map_rows(pa.table({"text": [*queries, *corpus]}), Embedding, arguments, pool)
+        vectors = np.stack([r["vector"] for r in rows])
+        scores = vectors[: len(queries)] @ vectors[len(queries) :].T
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP_DOCUMENTS]
+        return [[str(i) for i in row] for row in best]
+
+    predictors = {
+        "BM25": lambda: baselines.BM25(list(id_of.values()), corpus).search(queries, TOP_DOCUMENTS)
+    }
+    if (base := recipe.model.path) is not None:
+        predictors = {BASE: lambda: search(str(base)), **predictors}
+    ranked = search(folder.model)
     results = {
         **metrics.retrieval(ranked, relevant, TOP_DOCUMENTS),
         "queries": len(queries),
         "corpus": len(corpus),
         "baselines": _evaluate_baselines(
-            {
-                "BM25": lambda: baselines.BM25(list(id_of.values()), corpus).search(
-                    queries, TOP_DOCUMENTS
-                )
-            },
-            lambda ranked: metrics.retrieval(ranked, relevant, TOP_DOCUMENTS),
+            predictors, lambda ranked: metrics.retrieval(ranked, relevant, TOP_DOCUMENTS)
         ),
     }
     first_hits = [corpus[int(row[0])] for row in ranked]
@@ -360,7 +370,9 @@ def _columns(stream: Stream, limit: int | None = None) -> tuple[list[str], list[
     return [a for a, _ in pairs], [b for _, b in pairs]
 
 
-def _score(folder: RunFolder, recipe: Recipe, rows: Rows, pool: ActorPool) -> list[dict[str, Any]]:
+def _score(
+    folder: RunFolder, recipe: Recipe, rows: Rows, pool: ActorPool, base: bool = False
+) -> list[dict[str, Any]]:
     """Returns what `Scorer` returns for each batch of rows."""
     starts = np.split(rows.starts, rows.bounds[1:-1])
     columns: dict[str, Any] = {"tokens": list(rows.tokens), "starts": starts, "used": rows.used}
@@ -368,4 +380,5 @@ def _score(folder: RunFolder, recipe: Recipe, rows: Rows, pool: ActorPool) -> li
         columns["targets"] = list(rows.targets)
     # The training had enough memory for micro_batch rows.
     batch = min(BATCH, recipe.train.micro_batch)
-    return map_rows(pa.table(columns), Scorer, {"folder": folder, "recipe": recipe}, pool, batch)
+    arguments = {"folder": folder, "recipe": recipe, "base": base}
+    return map_rows(pa.table(columns), Scorer, arguments, pool, batch)

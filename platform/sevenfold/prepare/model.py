@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from sevenfold import storage
-from sevenfold.data.chat_template import PLAIN_TEMPLATE
+from sevenfold.data.chat_renderer import PLAIN_TEMPLATE
 from sevenfold.data.examples import ENCODERS
 from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.errors import InputError

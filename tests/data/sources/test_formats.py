@@ -14,7 +14,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from sevenfold.data import examples
-from sevenfold.data.chat_template import PLAIN_TEMPLATE
+from sevenfold.data.chat_renderer import PLAIN_TEMPLATE
 from sevenfold.data.manifest import scan
 from sevenfold.data.order import CHUNKS_PER_LANE, MAX_GROUPS_PER_CHUNK, DataOrder
 from sevenfold.data.sources.documents import Documents, Selection
