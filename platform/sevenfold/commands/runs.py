@@ -124,6 +124,14 @@ def evaluate(
         int | None,
         typer.Option(metavar="N", help="Maximum number of new tokens.  [default: the recipe's]"),
     ] = None,
+    bleu_tokenize: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="BLEU's tokenizer: 13a, intl, zh, ja-mecab, ko-mecab, char or none.  [default: "
+            "the recipe's, or that of the references' script]",
+        ),
+    ] = None,
     harness: Annotated[
         str | None,
         typer.Option(
@@ -136,7 +144,7 @@ def evaluate(
     """Evaluate finished runs against baselines and each other."""
     from sevenfold.evaluate.run import run
 
-    run(runs, verbose, workers, harness, max_new_tokens)
+    run(runs, verbose, workers, harness, max_new_tokens, bleu_tokenize)
 
 
 def export(

@@ -255,40 +255,25 @@ class BM25:
     It is bm25s' variant "lucene" with k1 = 1.5 and b = 0.75.
 
     Args:
-        corpus_ids: The id of each text.
-        corpus_texts: The texts to search.
+        corpus: The texts to search.
 
     Raises:
-        ValueError: The numbers of ids and texts differ, or no text has a word.
+        ValueError: No text has a word.
     """
 
-    def __init__(self, corpus_ids: Sequence[str], corpus_texts: Sequence[str]):
+    def __init__(self, corpus: Sequence[str]):
         import bm25s
 
-        if len(corpus_ids) != len(corpus_texts):
-            raise ValueError(
-                f"expected as many ids as texts, found {len(corpus_ids)} and {len(corpus_texts)}"
-            )
-        corpus_words = [words(t) for t in corpus_texts]
+        corpus_words = [words(t) for t in corpus]
         if not any(corpus_words):
             raise ValueError("expected texts to search, found no words in them")
-        self._ids = list(corpus_ids)
+        self._size = len(corpus)
         self._index = bm25s.BM25()
         self._index.index(corpus_words, show_progress=False)
 
-    def search(self, queries: Sequence[str], k: int) -> list[list[str]]:
-        """Returns the ids of each query's k best texts, best first.
-
-        Of equal scores the earlier text comes first. Texts that share no word with the query are
-        left out, so there may be fewer than k.
-        """
-        results = []
-        for query in queries:
-            query_words = words(query)
-            scores = (
-                self._index.get_scores(query_words) if query_words else np.zeros(len(self._ids))
-            )
-            hits = np.flatnonzero(scores > 0)
-            best_first = np.argsort(-scores[hits], kind="stable")
-            results.append([self._ids[i] for i in hits[best_first][:k]])
-        return results
+    def scores(self, query: str) -> np.ndarray:
+        """Returns the score of each text, float [texts]; 0 if it shares no word with the query."""
+        query_words = words(query)
+        if not query_words:
+            return np.zeros(self._size)
+        return np.asarray(self._index.get_scores(query_words))

@@ -39,7 +39,7 @@ def paired_bootstrap(
     systems: Mapping[str, Sequence[str]],
     seed: int = 12345,
     samples: int = 1000,
-    tokenize: str = "13a",
+    tokenize: str | None = None,
 ) -> list[Compared]:
     """Compares the BLEU and chrF2 of systems with those of the first one (Koehn, 2004).
 

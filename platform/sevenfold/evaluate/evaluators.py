@@ -6,7 +6,7 @@ Ray Data streams the held-out documents through actors that hold the model.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from sevenfold.data.rows import IGNORE, Rows, labels
 from sevenfold.data.stream import Stream
 from sevenfold.data.tokenizer import load_tokenizer, token_bytes
 from sevenfold.engine.decode import Sampling
+from sevenfold.errors import InputError
 from sevenfold.evaluate import baselines, metrics
 from sevenfold.evaluate.actors import (
     BATCH,
@@ -138,21 +139,26 @@ def _overlapping_rows(held: Stream) -> Rows:
     a row before it if the document has that many tokens before it.
     """
     length, head, tail = held.sequence_length, held.encoder.head, held.encoder.tail
+    dtype = held.encoder.dtype
     prefix = [] if head is None else [head]
     suffix = [] if tail is None else [tail]
     tokens, targets, used = [], [], []
     for group in range(len(held.order.manifest)):
         (encoded,) = held.encoded([group])
         for first, last in itertools.pairwise(encoded.offsets.tolist()):
-            ids = np.concatenate([prefix, encoded.ids[first:last], suffix])
+            ids = np.concatenate([prefix, encoded.ids[first:last], suffix]).astype(dtype)
             for start, stop, first_target in metrics.windows(len(ids), length, 3 * length // 4):
-                row = np.zeros(length, held.encoder.dtype)
+                row = np.zeros(length, dtype)
                 row[: stop - start] = ids[start:stop]
                 is_target = np.zeros(length, bool)
                 is_target[first_target - start : stop - start] = True
                 tokens.append(row)
                 targets.append(is_target)
                 used.append(stop - start)
+    if not tokens:
+        raise InputError(
+            "the held-out documents have fewer than two tokens each: there is nothing to predict"
+        )
     # The padding of a row counts as a document of its own, so it has a start.
     starts = [s for n in used for s in ((0, n) if n < length else (0,))]
     return Rows(
@@ -256,22 +262,33 @@ def _evaluate_baselines(
 ) -> dict[str, dict[str, Any]]:
     """Returns the metrics of each baseline.
 
-    Baselines that cannot be used on the data are left out, such as TF-IDF on texts without words.
+    Baselines that cannot be used on the data are left out, such as TF-IDF on texts without words;
+    and those that predict the same as an earlier one.
 
     Args:
         predictors: Functions that return the predictions, by the baseline's name.
         compute: Computes the metrics of predictions.
     """
-    results = {}
+    results: dict[str, dict[str, Any]] = {}
+    seen: dict[str, Any] = {}
     for name, predict in predictors.items():
         try:
-            results[name] = compute(predict())
+            predictions = predict()
+            same = next((n for n, earlier in seen.items() if earlier == predictions), None)
+            if same is not None:
+                say(f"baseline not shown: {name}: it predicts the same as: {same}")
+                continue
+            results[name] = compute(predictions)
         except ValueError as e:
             say(f"baseline skipped: {name}: {e}")
+            continue
+        seen[name] = predictions
     return results
 
 
-def _text_metrics(predictions: list[str], references: list[str], tokenize: str) -> dict[str, Any]:
+def _text_metrics(
+    predictions: list[str], references: list[str], tokenize: str | None
+) -> dict[str, Any]:
     """Returns BLEU and chrF (0 to 100), ROUGE, exact match and token F1 (0 to 1)."""
     return {
         **metrics.bleu(predictions, references, tokenize),
@@ -329,20 +346,26 @@ def _evaluate_retrieval(
         documents_of[query].append(document)
     queries = list(documents_of)
     corpus = list(dict.fromkeys([*(document for _, document in pairs), *_columns(train)[1]]))
-    id_of = {text: str(i) for i, text in enumerate(corpus)}
-    relevant = [{id_of[d] for d in documents} for documents in documents_of.values()]
+    index_of = {text: i for i, text in enumerate(corpus)}
+    relevant = [{index_of[d] for d in documents} for documents in documents_of.values()]
 
-    def search(model: str) -> list[list[str]]:
+    def rank(scores: Iterable[np.ndarray]) -> list[list[int]]:
+        return [
+            metrics.rank(s, ids, TOP_DOCUMENTS) for s, ids in zip(scores, relevant, strict=True)
+        ]
+
+    def search(model: str) -> list[list[int]]:
         arguments = {"model": model, "length": recipe.data.sequence_length}
         rows = map_rows(pa.table({"text": [*queries, *corpus]}), Embedding, arguments, pool)
         vectors = np.stack([r["vector"] for r in rows])
-        scores = vectors[: len(queries)] @ vectors[len(queries) :].T
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :TOP_DOCUMENTS]
-        return [[str(i) for i in row] for row in best]
+        documents = vectors[len(queries) :]
+        return rank(documents @ query for query in vectors[: len(queries)])
 
-    predictors = {
-        "BM25": lambda: baselines.BM25(list(id_of.values()), corpus).search(queries, TOP_DOCUMENTS)
-    }
+    def search_by_words() -> list[list[int]]:
+        index = baselines.BM25(corpus)
+        return rank(index.scores(query) for query in queries)
+
+    predictors = {"BM25": search_by_words}
     if (base := recipe.model.path) is not None:
         predictors = {BASE: lambda: search(str(base)), **predictors}
     ranked = search(folder.model)
@@ -354,7 +377,7 @@ def _evaluate_retrieval(
             predictors, lambda ranked: metrics.retrieval(ranked, relevant, TOP_DOCUMENTS)
         ),
     }
-    first_hits = [corpus[int(row[0])] for row in ranked]
+    first_hits = [corpus[row[0]] for row in ranked]
     predictions = [
         {"query": query, "document": documents[0], "first": hit}
         for (query, documents), hit in zip(documents_of.items(), first_hits, strict=True)

@@ -6,19 +6,20 @@ there is one. The module also has two baselines for language models: a unigram m
 
 from __future__ import annotations
 
+import functools
 import lzma
 import math
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import numpy as np
 import regex
 
-from sevenfold.evaluate.text import UNSPACED
+from sevenfold.evaluate.text import UNSPACED, bleu_tokenizer, words
 
 # Per prediction, its reference or its several references.
 References = Sequence[str | Sequence[str]]
@@ -30,27 +31,43 @@ _PUNCTUATION = regex.compile(rf"\p{{P}}|[{regex.escape(string.punctuation)}]")
 def rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """Returns the mean F1 of ROUGE-1, -2 and -L, 0 to 1 (rouge-score, with stemming).
 
+    The words are those of `text.words`, in any script; rouge-score itself knows only a to z and
+    digits. English words are stemmed as there. A text without words scores 0.
+
     Raises:
         ValueError: The numbers of predictions and references differ.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
     kinds = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(kinds, use_stemmer=True)
+    scorer = RougeScorer(kinds, tokenizer=_Stems())
     scores = [scorer.score(r, p) for p, r in zip(predictions, references, strict=True)]
     return {k: float(np.mean([s[k].fmeasure for s in scores])) if scores else 0.0 for k in kinds}
 
 
+class _Stems:
+    """The tokenizer that rouge-score is given."""
+
+    def __init__(self) -> None:
+        from nltk.stem.porter import PorterStemmer
+
+        self._stem = functools.lru_cache(maxsize=100_000)(PorterStemmer().stem)
+
+    def tokenize(self, text: str) -> list[str]:
+        """Returns the words; those of more than three letters a to z as their stems."""
+        return [self._stem(w) if len(w) > 3 and w.isascii() else w for w in words(text)]
+
+
 def bleu(
-    predictions: Sequence[str], references: References, tokenize: str = "13a"
+    predictions: Sequence[str], references: References, tokenize: str | None = None
 ) -> dict[str, float | str]:
     """Returns corpus BLEU and chrF2, 0 to 100, with sacrebleu's signatures (arXiv 1804.08771).
 
     Args:
         predictions: The generated texts.
         references: The reference of each prediction, or its several references.
-        tokenize: sacrebleu's name of BLEU's tokenizer: 13a; zh, ja-mecab, ko-mecab or char for
-            languages without spaces between words.
+        tokenize: sacrebleu's name of BLEU's tokenizer. None: that of the references' script, see
+            `text.bleu_tokenizer`.
 
     Raises:
         ValueError: The numbers of predictions and references differ, or sacrebleu has no such
@@ -69,15 +86,17 @@ def bleu(
     return scores
 
 
-def corpus_metrics(references: References, tokenize: str = "13a") -> dict[str, Any]:
+def corpus_metrics(references: References, tokenize: str | None = None) -> dict[str, Any]:
     """Returns sacrebleu's BLEU and chrF objects for these references.
 
     Raises:
-        ValueError: sacrebleu has no such tokenizer.
+        ValueError: sacrebleu has no such tokenizer, or it needs packages that are not installed.
     """
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
+    if tokenize is None:
+        tokenize = bleu_tokenizer(text for rs in references for text in as_references(rs))
     if tokenize not in BLEU.TOKENIZERS:
         raise ValueError(
             f"expected a tokenizer of {', '.join(BLEU.TOKENIZERS)}, found {tokenize!r}"
@@ -128,9 +147,9 @@ def answer_words(text: str) -> list[str]:
     """Returns the words that SQuAD compares: lower case, no punctuation, no English articles.
 
     As in MLQA (arXiv 1910.07475), the punctuation of all scripts is removed, and scripts without
-    spaces between words are split into characters.
+    spaces between words are split into characters. The text is in the normal form NFKC.
     """
-    plain = _PUNCTUATION.sub("", unicodedata.normalize("NFC", text).lower())
+    plain = _PUNCTUATION.sub("", unicodedata.normalize("NFKC", text).lower())
     return [w for w in _WORDS.findall(plain) if w not in ARTICLES]
 
 
@@ -151,40 +170,65 @@ def classification(
 ) -> dict[str, Any]:
     """Returns accuracy, micro and macro F1, and each class's precision, recall and F1, 0 to 1.
 
-    The F1s are scikit-learn's. A prediction that is not a class counts as a miss of the true class;
-    a class that was never predicted has precision 0.
+    The F1s are scikit-learn's. The macro F1 is the mean over the classes that occur as a true or a
+    predicted label. A prediction that is not a class counts as a miss of the true class; a class
+    that was never predicted has precision 0.
+
+    Args:
+        predicted: The predicted label of each text.
+        true: The label of each text; it need not be a class that the model knows.
+        classes: The classes that the model can predict.
+
+    Returns:
+        The metrics; `classes` is the number of classes of the macro F1.
 
     Raises:
-        ValueError: The numbers of labels differ, or a true label is not a class.
+        ValueError: The numbers of labels differ.
     """
     from sklearn.metrics import precision_recall_fscore_support
 
-    if unknown := set(true) - set(classes):
-        raise ValueError(f"expected true labels of {list(classes)}, found {sorted(unknown)}")
     hits = [float(p == t) for p, t in zip(predicted, true, strict=True)]
-    if not hits:
-        zeros = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
-        return {
-            "accuracy": 0.0,
-            "f1_micro": 0.0,
-            "f1_macro": 0.0,
-            "per_class": {c: dict(zeros) for c in classes},
-        }
-    labels, options = (list(true), list(predicted)), {"labels": list(classes), "zero_division": 0}
-    columns = precision_recall_fscore_support(*labels, **options)
+    known = list(dict.fromkeys([*classes, *sorted(set(true))]))
+    occurring = set(true) | set(predicted)
+    labels = [c for c in known if c in occurring]
+    if not labels:
+        return {"accuracy": 0.0, "f1_micro": 0.0, "f1_macro": 0.0, "classes": 0, "per_class": {}}
+    pairs, options = (list(true), list(predicted)), {"labels": labels, "zero_division": 0}
+    columns = precision_recall_fscore_support(*pairs, **options)
     return {
         "accuracy": _mean(hits),
-        "f1_micro": float(precision_recall_fscore_support(*labels, **options, average="micro")[2]),
-        "f1_macro": float(precision_recall_fscore_support(*labels, **options, average="macro")[2]),
+        "f1_micro": float(precision_recall_fscore_support(*pairs, **options, average="micro")[2]),
+        "f1_macro": float(precision_recall_fscore_support(*pairs, **options, average="macro")[2]),
+        "classes": len(labels),
         "per_class": {
             c: {"precision": float(p), "recall": float(r), "f1": float(f), "support": int(n)}
-            for c, p, r, f, n in zip(classes, *columns, strict=True)
+            for c, p, r, f, n in zip(labels, *columns, strict=True)
         },
     }
 
 
+def rank(scores: np.ndarray, relevant: Collection[int], k: int) -> list[int]:
+    """Returns the indices of the k best documents of a query, best first.
+
+    Documents whose scores are equal to 5 decimals are tied, since the same text has slightly other
+    vectors beside longer texts. Of tied documents those that are not relevant come first, so that a
+    system which cannot tell documents apart gains nothing by their order. A score that is not a
+    number is the lowest.
+
+    Args:
+        scores: The score of each document, float [documents].
+        relevant: The indices of the relevant documents.
+        k: The number of documents to return.
+    """
+    rounded = np.round(np.where(np.isnan(scores), -np.inf, scores), 5)
+    is_relevant = np.zeros(len(scores), bool)
+    is_relevant[list(relevant)] = True
+    order = np.lexsort((is_relevant, -rounded))
+    return [int(i) for i in order[:k]]
+
+
 def retrieval(
-    ranked: Sequence[Sequence[str]], relevant: Sequence[Collection[str]], k: int = 10
+    ranked: Sequence[Sequence[Hashable]], relevant: Sequence[Collection[Hashable]], k: int = 10
 ) -> dict[str, float]:
     """Returns nDCG, MRR and recall at k, 0 to 1, as computed by trec_eval and BEIR.
 

@@ -25,9 +25,13 @@ from sevenfold.export.card import with_metrics
 from sevenfold.prepare.job import read_recipe
 from sevenfold.prepare.streams import open_streams
 from sevenfold.recipe import Recipe
+from sevenfold.recipe.bleu import require_modules
 from sevenfold.report import ranking
 from sevenfold.report.console import say, table
 from sevenfold.run_folder import RunFolder
+
+# with fewer prompts the bootstrap's intervals are too narrow, and its p-values mean nothing
+FEW_REFERENCES = 100
 
 
 def run(
@@ -36,6 +40,7 @@ def run(
     workers: int | None = None,
     task: str | None = None,
     new: int | None = None,
+    tokenize: str | None = None,
 ) -> None:
     """Evaluates finished runs on all their held-out documents.
 
@@ -50,6 +55,8 @@ def run(
             least two, if the cluster has room for them.
         task: The YAML file of an lm-eval task on which the models are also evaluated.
         new: The maximum number of new tokens per completion; by default the recipe's.
+        tokenize: sacrebleu's tokenizer for BLEU; by default each run's recipe says it, and for a
+            comparison of runs the references' script.
 
     Raises:
         InputError: A path has no finished run, or a run has no held-out data; or for one of the
@@ -57,27 +64,33 @@ def run(
     """
     if task is not None:
         require_task(task)
-    results = [_evaluate(path, verbose, workers, task, new) for path in paths]
+    changes: dict[str, Any] = {}
+    if new is not None:
+        changes["validation.max_new_tokens"] = new
+    if tokenize is not None:
+        changes["validation.bleu_tokenize"] = tokenize
+    results = [_evaluate(path, verbose, workers, task, changes) for path in paths]
     # The systems that share all references: completions by the run's name.
     comparable: dict[tuple[str, ...], dict[str, list[str]]] = {}
     names = [folder.name for folder, _ in results]
-    tokenize = "13a"
     for folder, predictions in results:
         if not predictions or "reference" not in predictions[0]:
             continue
         references = tuple(p["reference"] for p in predictions)
         label = folder.name if names.count(folder.name) == 1 else folder.root
         comparable.setdefault(references, {})[label] = [p["completion"] for p in predictions]
-        tokenize = read_recipe(folder).validation.bleu_tokenize
     for references, systems in comparable.items():
         if len(systems) > 1:
             _compare(list(references), systems, tokenize)
 
 
 def _evaluate(
-    path: str, verbose: bool, workers: int | None, task: str | None, new: int | None
+    path: str, verbose: bool, workers: int | None, task: str | None, changes: dict[str, Any]
 ) -> tuple[RunFolder, list[dict[str, Any]]]:
-    """Evaluates one run; returns its folder and predictions. The arguments are those of `run`."""
+    """Evaluates one run; returns its folder and predictions.
+
+    The arguments are those of `run`; `changes` are the settings that replace the recipe's.
+    """
     folder = RunFolder.existing(path)
     if not folder.finished():
         raise InputError(
@@ -90,9 +103,8 @@ def _evaluate(
             f"{folder.model}: expected the run's exported model, found none: "
             f"write it again by `sevenfold export {folder.root}`"
         )
-    recipe = read_recipe(folder)
-    if new is not None:
-        recipe = recipe.override({"validation.max_new_tokens": new})
+    recipe = read_recipe(folder).override(changes)
+    require_modules(recipe.validation.bleu_tokenize)
     train, held = open_streams(folder, recipe, test=True)
     if held is None:
         raise InputError(
@@ -135,7 +147,12 @@ def _actor_pool(recipe: Recipe, count: int | None) -> ActorPool:
     return ActorPool(count or default, gpus)
 
 
-def _compare(references: list[str], systems: dict[str, list[str]], tokenize: str) -> None:
+def _compare(references: list[str], systems: dict[str, list[str]], tokenize: str | None) -> None:
+    if len(references) < FEW_REFERENCES:
+        say(
+            f"{len(references)} prompts are too few to say which run is better: expected "
+            f"{FEW_REFERENCES} or more for p-values and intervals"
+        )
     rows = paired_bootstrap(references, systems, tokenize=tokenize)
     table(
         f"Compared with {next(iter(systems))} (paired bootstrap)",
@@ -191,6 +208,11 @@ def _show_metrics(folder: RunFolder, metrics: dict[str, Any]) -> None:
         say(
             f"{cut} of {metrics['prompts']} completions reached the maximum number of new tokens: "
             "raise it with --max-new-tokens"
+        )
+    if "per_class" in metrics:
+        say(
+            f"f1_macro: the mean F1 of the {metrics['classes']} classes that occur as a label or "
+            "as a prediction"
         )
     for name, scores in metrics.get("per_class", {}).items():
         say(

@@ -5,10 +5,22 @@ It uses `regex` and not `re`, whose `\w` splits Hindi and Thai words at their vo
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Iterable
+
 import regex
+
+from sevenfold.recipe.bleu import has_modules
 
 # Scripts that are written without spaces between words.
 UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+# Words of Korean, and characters of the scripts without spaces.
+_SCRIPTS = {
+    "Hangul": regex.compile(r"\p{Hangul}+"),
+    "Han": regex.compile(r"\p{Han}"),
+    "kana": regex.compile(r"[\p{Hiragana}\p{Katakana}]"),
+    "other": regex.compile(r"[\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"),
+}
 _LETTER = rf"[[\p{{L}}\p{{M}}\p{{N}}]--[{UNSPACED}]]"
 _WORD = regex.compile(rf"(?V1)[{UNSPACED}]\p{{M}}*|{_LETTER}+")
 _TOKEN = regex.compile(rf"(?V1)[{UNSPACED}]\p{{M}}*|{_LETTER}+(?:['\u2019\-]{_LETTER}+)*|[^\s]")
@@ -22,12 +34,39 @@ _SENTENCE_END = regex.compile(
 )
 
 
-def words(text: str) -> list[str]:
-    """Returns the runs of letters and digits in lower case.
+def bleu_tokenizer(references: Iterable[str]) -> str:
+    """Returns sacrebleu's name of the BLEU tokenizer for the script of the references.
 
-    In scripts without spaces between words each character is a word.
+    It is that of a script with at least a quarter of the words, where each character of a script
+    without spaces is a word: `zh` for Chinese, `ja-mecab` for Japanese (kana are a fifth of its
+    characters or more), `ko-mecab` for Korean, `char` for other scripts without spaces; and `13a`
+    for all others. Without the packages of MeCab (`pip install 'sevenfold[mecab]'`), Japanese and
+    Korean are scored by characters.
     """
-    return _WORD.findall(text.lower())
+    count = dict.fromkeys(_SCRIPTS, 0)
+    total = 0
+    for text in references:
+        total += len(words(text))
+        for script, pattern in _SCRIPTS.items():
+            count[script] += len(pattern.findall(text))
+    enough = max(1, total / 4)
+    if count["Hangul"] >= enough:
+        return "ko-mecab" if has_modules("ko-mecab") else "char"
+    chinese_characters = count["Han"] + count["kana"]
+    if chinese_characters >= enough:
+        if count["kana"] < chinese_characters / 5:
+            return "zh"
+        return "ja-mecab" if has_modules("ja-mecab") else "char"
+    return "char" if count["other"] >= enough else "13a"
+
+
+def words(text: str) -> list[str]:
+    """Returns the runs of letters and digits, in lower case and in the normal form NFKC.
+
+    In scripts without spaces between words each character is a word. NFKC makes full-width and
+    half-width letters equal, and ligatures equal to their letters.
+    """
+    return _WORD.findall(unicodedata.normalize("NFKC", text).lower())
 
 
 def tokens(text: str) -> list[str]:

@@ -12,6 +12,7 @@ from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.errors import InputError
 from sevenfold.model import hub
 from sevenfold.recipe import Recipe, loads
+from sevenfold.recipe.bleu import require_modules
 from sevenfold.run_folder import RunFolder
 
 
@@ -28,6 +29,7 @@ def check_model(recipe: Recipe) -> tuple[Recipe, int]:
     from sevenfold.engine.objectives import SpecialTokens
     from sevenfold.model import build
 
+    require_modules(recipe.validation.bleu_tokenize)
     changes: dict[str, Any] = {}
     if recipe.model.path:
         changes["model.path"] = build.model_path(recipe.model.path)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sevenfold.recipe.bleu import BleuTokenizer
 from sevenfold.recipe.data import Section
 
 
@@ -235,8 +236,10 @@ class Validation(Section):
     max_new_tokens: int = Field(
         24, gt=0, description="Maximum number of new tokens of a generated answer"
     )
-    bleu_tokenize: Literal["13a", "intl", "zh", "char", "none"] = Field(
-        "13a", description="sacrebleu's tokenizer for BLEU; zh for Chinese"
+    bleu_tokenize: BleuTokenizer | None = Field(
+        None,
+        description="sacrebleu's tokenizer for BLEU. Default: that of the references' script (zh, "
+        "ja-mecab or char, ko-mecab or char, char, 13a)",
     )
     metric: str = Field(
         "validation/loss", description="The metric that validations are compared by"
