@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -118,13 +117,13 @@ def _evaluate(
     need: dict[str, float] = {"CPU": pool.size + 1, "GPU": pool.size * pool.gpus_per_actor}
     capacity.require_resources(need, f"evaluating {folder.name}", recipe.cluster.wait_seconds)
     result = measure(folder, recipe, train, held, pool)
-    lines = [json.dumps(p, ensure_ascii=False) + "\n" for p in result.predictions]
+    lines = [storage.to_json(p) + "\n" for p in result.predictions]
     storage.write(folder.predictions, "".join(lines))
     # The metrics are also written before lm-eval runs, since it may fail.
-    storage.write(folder.metrics, json.dumps(result.metrics, indent=1, ensure_ascii=False))
+    storage.write_json(folder.metrics, result.metrics)
     if task is not None:
         result.metrics["harness"] = harness(storage.local_copy(folder.model), task)
-        storage.write(folder.metrics, json.dumps(result.metrics, indent=1, ensure_ascii=False))
+        storage.write_json(folder.metrics, result.metrics)
     card = storage.join(folder.model, "README.md")
     if storage.exists(card):
         storage.write(card, with_metrics(storage.read_text(card), result.metrics))

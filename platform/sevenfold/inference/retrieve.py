@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sevenfold import storage
 from sevenfold.data.sources.records import records
 from sevenfold.errors import InputError
 from sevenfold.inference.embed import Embedder
@@ -124,7 +124,7 @@ def _print_json(queries: Sequence[str], best: list[list[Hit]], count: int) -> No
         }
         for query, hits in zip(queries, best, strict=True)
     ]
-    print(json.dumps({"texts": count, "queries": results}, ensure_ascii=False, indent=1))
+    print(storage.to_json({"texts": count, "queries": results}, indent=1))
 
 
 def _print_tables(queries: Sequence[str], best: list[list[Hit]], count: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from sevenfold import storage
@@ -64,7 +63,7 @@ def run(
     }
     _show(report)
     if out:
-        storage.write(storage.resolve_output(out), json.dumps(report, ensure_ascii=False, indent=1))
+        storage.write_json(storage.resolve_output(out), report)
         say(f"full report: {storage.resolve_output(out)}")
     return report
 

@@ -5,7 +5,6 @@ It runs without Ray.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any, NamedTuple
 
@@ -90,7 +89,7 @@ def run(
     report["tokens"] = rows
     _show(loaded, report)
     if out:
-        storage.write(storage.resolve_output(out), json.dumps(report, ensure_ascii=False, indent=1))
+        storage.write_json(storage.resolve_output(out), report)
         say(f"full report: {storage.resolve_output(out)}")
     return report
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -79,7 +78,7 @@ def write(folder: RunFolder, trials: Sequence[Mapping[str, Any]]) -> None:
         folder: The sweep's folder.
         trials: The trials, best first.
     """
-    storage.write(folder.trials, json.dumps(trials, indent=1))
+    storage.write_json(folder.trials, trials)
     _write_csv(storage.join(folder.root, "trials.csv"), trials)
     if storage.is_url(folder.root):
         return

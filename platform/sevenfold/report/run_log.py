@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class RunLog:
         self._warned = False
         self._writer: SummaryWriter | None = None
         # TensorBoard discards what an earlier attempt logged from this step on
-        self._purge_step = start + 1 if start else None
+        self._purge_step: int | None = start + 1
         self._lines = [line for line in _lines(self._path) if _step(line) <= start]
         storage.write(self._path, "".join(f"{line}\n" for line in self._lines))
         self._written = len(self._lines)
@@ -45,7 +46,7 @@ class RunLog:
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """Logs the metrics of a step."""
-        self._lines.append(json.dumps({"step": step, **metrics}))
+        self._lines.append(storage.to_json({"step": step, **metrics}))
         if not self._remote:
             self._try(self._append)
 
@@ -119,9 +120,12 @@ class RunLog:
 
 
 def logged_metrics(path: str, step: int) -> dict[str, float]:
-    """Returns everything that a metrics.jsonl says of a step, from all of its lines."""
+    """Returns everything that a metrics.jsonl says of a step, from all of its lines.
+
+    A value that is not a number is null in the file, and NaN here.
+    """
     return {
-        key: value
+        key: math.nan if value is None else value
         for line in _lines(path)
         if _step(line) == step
         for key, value in json.loads(line).items()

@@ -16,7 +16,9 @@ from sevenfold.storage.files import (
     remove,
     remove_empty,
     size,
+    to_json,
     write,
+    write_json,
 )
 from sevenfold.storage.folders import (
     local_copy,
@@ -51,7 +53,9 @@ __all__ = [
     "resolve_output",
     "size",
     "temporary_folder_beside",
+    "to_json",
     "upload",
     "user_temporary_folder",
     "write",
+    "write_json",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import secrets
@@ -195,3 +196,21 @@ def read_text(path: str) -> str:
 def read_json(path: str) -> Any:
     """Returns the content of a JSON file."""
     return json.loads(read_text(path))
+
+
+def write_json(path: str, tree: Any) -> None:
+    """Writes a tree of dicts and lists to a JSON file, as `to_json` does."""
+    write(path, to_json(tree, indent=1))
+
+
+def to_json(tree: Any, indent: int | None = None) -> str:
+    """Returns JSON that every tool reads: NaN and infinities, which JSON lacks, become null."""
+    return json.dumps(_finite(tree), ensure_ascii=False, allow_nan=False, indent=indent)
+
+
+def _finite(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _finite(value) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [_finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

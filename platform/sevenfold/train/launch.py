@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import threading
 import time
@@ -277,7 +276,7 @@ def finish(job: Job, metrics: dict[str, Any], seconds: float) -> None:
         "model": folder.model,
         "metrics": metrics,
     }
-    storage.write(folder.summary, json.dumps(summary, indent=1))
+    storage.write_json(folder.summary, summary)
 
 
 @ray.remote(num_cpus=1)
