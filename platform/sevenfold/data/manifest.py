@@ -27,7 +27,9 @@ from sevenfold.data.sources.shards import (
     describe,
     file_suffixes,
     fingerprint,
+    wrong_content,
 )
+from sevenfold.data.sources.text_encoding import tell_encodings, with_text_format
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
 
@@ -97,8 +99,8 @@ class Manifest:
     def to_json(self) -> dict[str, Any]:
         """Returns the manifest as a tree that can be stored as JSON."""
         return {
-            "sources": [s.model_dump(mode="json") for s in self.sources],
-            "shards": [vars(s) for s in self.shards],
+            "sources": [s.to_json() for s in self.sources],
+            "shards": [s.to_json() for s in self.shards],
             "row_groups": {c: self.table[:, i].tolist() for i, c in enumerate(_COLUMNS)},
             "left_out": list(self.skipped),
             "tokens_per_byte": list(self.tokens_per_byte),
@@ -180,6 +182,7 @@ def scan(
     with ThreadPoolExecutor(_THREADS) as pool:
         described = pool.map(lambda item: describe(item[1], item[0], sources[item[0]]), files)
         shards = _without_copies(described, on_bad, skipped)
+        shards = _with_text_formats(shards, sources, pool, on_bad, skipped)
         sources = [
             _recognise_columns(source, i, objective, shards, ignored_columns)
             for i, source in enumerate(sources)
@@ -232,6 +235,33 @@ def _without_copies(
         problem = "is listed twice" if first == shard.path else f"is a copy of {first}"
         _reject(f"{shard.path}: {problem}: each file may be used only once", on_bad, skipped)
     return shards
+
+
+def _with_text_formats(
+    shards: Sequence[Shard],
+    sources: Sequence[Source],
+    pool: ThreadPoolExecutor,
+    on_bad: Literal["error", "skip"],
+    skipped: list[str],
+) -> list[Shard]:
+    """Returns the shards with their encodings and newlines, without those that are damaged."""
+
+    def examine(shard: Shard) -> Shard | str:
+        try:
+            return with_text_format(shard, sources[shard.source])
+        except InputError as e:
+            return str(e)
+        except (OSError, EOFError) as e:
+            return str(wrong_content(shard, e))
+
+    examined: list[Shard] = []
+    for result in pool.map(examine, shards):
+        if isinstance(result, str):
+            _reject(result, on_bad, skipped)
+        else:
+            examined.append(result)
+    tell_encodings(examined, sources)
+    return examined
 
 
 def _recognise_columns(

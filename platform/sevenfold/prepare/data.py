@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -70,7 +71,13 @@ def with_classes(recipe: Recipe, manifest: Manifest) -> Recipe:
             f"found {len(classes):,}{only_class}: "
             "name the column that holds the labels (columns: {label: COLUMN})"
         )
-    return recipe.override({"data.classes": sorted(classes)})
+    return recipe.override({"data.classes": sorted(classes, key=_class_order)})
+
+
+def _class_order(name: str) -> tuple[bool, float, str]:
+    """Returns the sorting key of a class: numbers by their values, then other names."""
+    is_number = re.fullmatch(r"-?\d+(\.\d+)?", name) is not None
+    return (not is_number, float(name) if is_number else 0.0, name)
 
 
 def iter_documents(selection: Selection, manifest: Manifest) -> Iterator[Documents]:

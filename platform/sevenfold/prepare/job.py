@@ -103,7 +103,11 @@ def prepare_job(
     if folder.finished():
         say(f"{folder.root}: already finished; nothing to do")
         return None
-    resolved = _connect_and_check_model(recipe, inputs, verbose)
+    if storage.exists(encoder_file(folder.tokenizer)):
+        # a run keeps the order of the classes that it was started with
+        resolved = _connect_and_check_model(with_stored_classes(recipe, folder), inputs, verbose)
+    else:
+        resolved = _connect_and_check_model(recipe, inputs, verbose)
     _check_cluster(recipe, need, what)
     build_missing_corpus(recipe)
     inputs = inputs or find_inputs(recipe)
@@ -175,7 +179,11 @@ def _write_folder(folder: RunFolder, recipe: Recipe, resolved: Recipe, inputs: I
 
 def read_recipe(folder: RunFolder) -> Recipe:
     """Returns the recipe of a run that has started, with the classes that its data has."""
-    recipe = loads(storage.read_text(folder.recipe), folder.recipe)
+    return with_stored_classes(loads(storage.read_text(folder.recipe), folder.recipe), folder)
+
+
+def with_stored_classes(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """Returns a run's recipe with the classes that its data had when it was started."""
     if recipe.objective != "classify" or recipe.data.classes:
         return recipe
     return recipe.override(

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 
 class Section(BaseModel):
     """A section of a recipe. It cannot be changed once it is built, and refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def without_unset(tree: dict[str, Any], later: tuple[str, ...]) -> dict[str, Any]:
+    """Returns a section's fields without those of later versions that are unset.
+
+    Hashes of recipes and manifests thus stay those that earlier versions have stored.
+    """
+    return {key: value for key, value in tree.items() if key not in later or value}
 
 
 class Filter(Section):
@@ -70,6 +79,11 @@ class Source(Section):
         "\n",
         description="txt: the string between two documents. Empty: each file is one document",
     )
+    encoding: str | None = Field(
+        None,
+        description="txt, jsonl: the encoding of the files, such as gb18030, shift_jis, utf-16 or "
+        "latin-1; or auto: it is guessed for each file. Default: utf-8",
+    )
     weight: float | None = Field(
         None,
         gt=0,
@@ -79,6 +93,22 @@ class Source(Section):
     filters: list[Filter] = Field(
         [], description="A document is read if it passes all of these filters"
     )
+
+    @field_validator("encoding")
+    @classmethod
+    def _check_encoding(cls, name: str | None) -> str | None:
+        if name not in (None, "auto"):
+            try:
+                codecs.getincrementaldecoder(str(name))
+            except LookupError:
+                raise ValueError(
+                    f"expected the name of an encoding, such as gb18030, or auto, found {name!r}"
+                ) from None
+        return name
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields; one that earlier versions do not have only if it is set."""
+        return without_unset(self.model_dump(mode="json"), ("encoding",))
 
     @model_validator(mode="before")
     @classmethod
@@ -105,9 +135,18 @@ class Stage(Section):
 _SOURCE_LISTS = ("sources", "validation", "test")  # fields of Data that are lists of sources
 
 
+def number_text(value: bool | int | float) -> str:
+    """Returns a number or boolean as its JSON text; 1.0 is the same number as 1, and so its text.
+
+    Programs that store whole numbers beside missing ones make floating-point numbers of them.
+    """
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return json.dumps(int(value) if whole else value)
+
+
 def _label_text(value: Any) -> Any:
     """Returns a label as it is read from a data file: numbers and booleans as their JSON text."""
-    return json.dumps(value) if isinstance(value, bool | int | float) else value
+    return number_text(value) if isinstance(value, bool | int | float) else value
 
 
 class Data(Section):

@@ -8,13 +8,13 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sevenfold.errors import InputError
-from sevenfold.recipe.data import Data, Section, Tokenizer
+from sevenfold.recipe.data import Data, Section, Tokenizer, without_unset
 from sevenfold.recipe.sweep import BUDGETS, Sweep
 from sevenfold.recipe.training import (
     Adapter,
@@ -207,8 +207,9 @@ class Recipe(Section):
         for key in ("executor", "cache", "skip", "on_bad_document"):
             del tree["data"][key]
         # settings that recipes of earlier versions do not have change no hash while they are unset
-        if not tree["data"]["ignore_columns"]:
-            del tree["data"]["ignore_columns"]
+        tree["data"] = without_unset(tree["data"], ("ignore_columns",))
+        for key in ("sources", "validation", "test"):
+            tree["data"][key] = [without_unset(s, ("encoding",)) for s in tree["data"][key]]
         for key in ("log_every", "activation_checkpointing", "compile", "loss_chunk"):
             del tree["train"][key]
         del tree["model"]["attention"], tree["model"]["trust_remote_code"]
@@ -244,15 +245,36 @@ class Recipe(Section):
         return _validate(tree, where="override")
 
 
+_YAML_1_1 = {f"tag:yaml.org,2002:{tag}" for tag in ("bool", "int", "float", "timestamp")}
+
+
 class _Loader(yaml.SafeLoader):
-    """A safe loader that reads floats as YAML 1.2 does: PyYAML reads 1e-3 as a string."""
+    """A safe loader that reads plain values as YAML 1.2 does.
+
+    PyYAML follows YAML 1.1: 1e-3 is a string there, `no`, `off` and `y` (labels, or the code of
+    Norwegian) are booleans, 12:30 is a number, and 2024-01-31 no text.
+    """
+
+    # a copy, since PyYAML's own loaders share theirs
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _YAML_1_1]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$"),
-    list("-+0123456789"),
-)
+for _tag, _pattern, _first in (
+    ("float", r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    ("int", r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+|0b[01_]+)", "-+0123456789"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
+    )
 
 
 def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:

@@ -45,7 +45,9 @@ def input_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     elif info.get("type") == "directory":
         names = with_retries(path, "listed", lambda: fs.find(root, on_error="raise"))
         paths = [
-            p for p in names if p.endswith(suffixes) and not re.search(r"/[._]", p[len(root) :])
+            p
+            for p in names
+            if p.lower().endswith(suffixes) and not re.search(r"/[._]", p[len(root) :])
         ]
         expected = f"files ({', '.join('*' + s for s in suffixes)}) in this folder"
     elif any(c in root for c in "*?["):

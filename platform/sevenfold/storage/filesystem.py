@@ -36,7 +36,7 @@ def is_listing(url: str, info: dict[str, Any], suffixes: tuple[str, ...]) -> boo
     """
     if not info:
         return any(c in url for c in "*[")
-    return info.get("mimetype") == "text/html" and not urlsplit(url).path.endswith(suffixes)
+    return info.get("mimetype") == "text/html" and not urlsplit(url).path.lower().endswith(suffixes)
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:

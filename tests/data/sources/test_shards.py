@@ -52,7 +52,7 @@ def read_shard(
     groups = row_groups.split_shard(0, shard, settings, ["text"], [], target)
     texts: list[str] = []
     for group in groups:
-        rows = reading.read_row_group(shard, settings, group, ["text"], [], 2**20)
+        rows = reading.read_row_group(shard, settings, group, ["text"], 2**20)
         assert not rows.bad
         texts += rows.columns["text"].to_pylist()
     return texts, groups

@@ -6,7 +6,6 @@ by a hash.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,11 +18,12 @@ import pyarrow.compute as pc
 
 from sevenfold.data.manifest import Manifest
 from sevenfold.data.sources import formats
+from sevenfold.data.sources.filters import pass_all
 from sevenfold.data.sources.messages import MessageKeys, to_json
 from sevenfold.data.sources.reading import read_row_group
-from sevenfold.data.sources.shards import BadDocument, RawDocuments, UnreadableError
-from sevenfold.errors import InputError, first_line
-from sevenfold.recipe import Data, Filter, Source
+from sevenfold.data.sources.shards import BadDocument, UnreadableError
+from sevenfold.errors import InputError
+from sevenfold.recipe import Data, Source
 
 _MAX_NAMED = 5  # bad documents that an error names
 
@@ -169,9 +169,8 @@ class Selection:
         shard = manifest.shards[group.shard]
         source = manifest.sources[shard.source]
         text_columns = formats.columns_to_read(source)
-        filter_columns = sorted({f.column for f in source.filters} - set(text_columns))
         try:
-            raw = read_row_group(shard, source, group, text_columns, filter_columns, self.max_bytes)
+            raw = read_row_group(shard, source, group, text_columns, self.max_bytes)
         except UnreadableError as e:
             if self.on_bad == "error":
                 raise
@@ -184,7 +183,12 @@ class Selection:
         marked = source.shape is not None
         columns = [_to_strings(raw.columns[name], marked) for name in text_columns]
         is_good, problems = self._check_texts(source, text_columns, columns)
-        passes = _pass_filters(raw, source, text_columns, is_good, shard.path)
+        # The length of a string that is not UTF-8 is undefined, so bad text is not filtered.
+        passes = np.ones(len(is_good), bool) if raw.passes is None else raw.passes
+        on_text = [rule for rule in source.filters if rule.column in text_columns]
+        tested = np.flatnonzero(is_good) if on_text else np.zeros(0, np.int64)
+        good_text = {r.column: raw.columns[r.column].take(pa.array(tested)) for r in on_text}
+        passes[tested] &= pass_all(good_text, on_text, len(tested), shard.path)
         keys = MessageKeys(self.ignored)
         if source.shape is not None:
             candidates = np.flatnonzero(is_good & passes)
@@ -278,6 +282,8 @@ def _bad_strings(column: pa.Array, max_bytes: int, may_be_empty: bool) -> list[t
     bad: list[tuple[int, str]] = []
     if not may_be_empty:
         bad += [(int(i), "no text") for i in np.flatnonzero(sizes == 0)]
+    for i in _indices(pc.match_substring(column, "\0")):
+        bad.append((i, "a NUL character: expected text (UTF-16? see the source's `encoding`)"))
     for i in np.flatnonzero(sizes > max_bytes).tolist():
         size, limit = f"{sizes[i] / 1e6:.0f} MB", f"{max_bytes / 1e6:g} MB"
         bad.append((i, f"{size}, longer than {limit} (data.max_document_mb)"))
@@ -290,48 +296,16 @@ def _bad_strings(column: pa.Array, max_bytes: int, may_be_empty: bool) -> list[t
                 str(data[offsets[i] : offsets[i + 1]], "utf-8")
             except UnicodeDecodeError as e:
                 bad.append((i, f"not UTF-8 at its byte {e.start}"))
+        return sorted(bad)
+    if not may_be_empty:
+        bad += [(i, "no text but white space") for i in _indices(pc.utf8_is_space(column))]
     return sorted(bad)
 
 
-def _pass_filters(
-    raw: RawDocuments,
-    source: Source,
-    text_columns: Sequence[str],
-    is_good: np.ndarray,
-    path: str,
-) -> np.ndarray:
-    """Returns bool [documents], whether each document passes all filters of its source."""
-    passes = np.ones(len(is_good), bool)
-    for rule in source.filters:
-        # The length of a string that is not UTF-8 is undefined, so bad text is not filtered.
-        tested = np.flatnonzero(is_good) if rule.column in text_columns else np.arange(len(is_good))
-        passes[tested] &= _passes(raw.columns[rule.column].take(pa.array(tested)), rule, path)
-    return passes
-
-
-def _passes(column: pa.ChunkedArray, rule: Filter, path: str) -> np.ndarray:
-    """Returns bool [documents], whether each value meets all conditions of a filter."""
-    if pa.types.is_null(column.type):
-        return np.zeros(len(column), bool)
-    conditions = []
-    try:
-        if rule.min is not None:
-            conditions.append(pc.greater_equal(column, rule.min))
-        if rule.max is not None:
-            conditions.append(pc.less_equal(column, rule.max))
-        if rule.one_of is not None:
-            conditions.append(pc.is_in(column, pa.array(rule.one_of).cast(column.type)))
-        if rule.min_chars is not None:
-            conditions.append(pc.greater_equal(pc.utf8_length(column), rule.min_chars))
-        if rule.max_chars is not None:
-            conditions.append(pc.less_equal(pc.utf8_length(column), rule.max_chars))
-    except pa.ArrowException as e:
-        raise InputError(
-            f"{path}: filter on {rule.column!r} cannot be applied to values of type "
-            f"{column.type}: {first_line(e)}"
-        ) from None
-    passed = functools.reduce(pc.and_kleene, conditions)
-    return np.asarray(pc.fill_null(passed, False).to_numpy(zero_copy_only=False), bool)
+def _indices(flags: pa.Array) -> list[int]:
+    """Returns the indices at which an array of booleans is true."""
+    indices: list[int] = np.flatnonzero(pc.fill_null(flags, False)).tolist()
+    return indices
 
 
 def held_out(column: pa.Array, part: float) -> np.ndarray:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.json
 
+from sevenfold.data.sources.filters import pass_all, why_not_comparable
 from sevenfold.data.sources.messages import to_json
 from sevenfold.data.sources.shards import BadDocument, RawDocuments, Shard
 from sevenfold.data.sources.text_blocks import count_lines_before
 from sevenfold.errors import first_line
-from sevenfold.recipe import Source
+from sevenfold.recipe import Filter, Source
 
 
 def parse_json_lines(
@@ -23,7 +25,6 @@ def parse_json_lines(
     shard: Shard,
     source: Source,
     text_columns: Sequence[str],
-    filter_columns: Sequence[str],
     bad: list[BadDocument],
 ) -> RawDocuments:
     """Parses JSON lines: with pyarrow if all are good, else line by line to find the bad ones.
@@ -34,9 +35,10 @@ def parse_json_lines(
         shard: The shard, whose lines are counted when a location has to be named.
         source: Its source.
         text_columns: The keys that documents are made from.
-        filter_columns: Other keys, which only the source's filters need.
         bad: Documents known to be bad already; those found here are appended.
     """
+    rules = [rule for rule in source.filters if rule.column not in text_columns]
+    filter_columns = sorted({rule.column for rule in rules})
 
     @functools.cache
     def lines_before() -> int:  # reads the shard up to `start`: only if needed, and once
@@ -47,26 +49,29 @@ def parse_json_lines(
 
     table = _parse_with_pyarrow(data, text_columns, filter_columns) if data.strip() else None
     if table is not None:
-        columns = {c: table[c] for c in (*text_columns, *filter_columns)}
-        return RawDocuments(columns, locate_line, bad)
+        columns = {c: table[c] for c in text_columns}
+        tested = {name: table[name] for name in filter_columns}
+        passes = pass_all(tested, rules, len(table), shard.path) if rules else None
+        return RawDocuments(columns, locate_line, bad, passes)
     rows: list[dict[str, Any]] = []
     line_indices: list[int] = []
     for index, line in enumerate(data.split(b"\n")):
         if not line.strip():
             continue
         try:
-            rows.append(_parse_line(line, text_columns, filter_columns, source.shape is not None))
+            rows.append(_parse_line(line, text_columns, rules, source.shape is not None))
             line_indices.append(index)
         except UnicodeError:
             bad.append(BadDocument(locate_line(index), "not UTF-8"))
         except (ValueError, RecursionError) as e:
             bad.append(BadDocument(locate_line(index), first_line(e)))
     columns = {}
-    for column in (*text_columns, *filter_columns):
-        column_type = pa.large_string() if column in text_columns else None
-        values = pa.array([row[column] for row in rows], column_type)
+    for column in text_columns:
+        values = pa.array([row[column] for row in rows], pa.large_string())
         columns[column] = pa.chunked_array([values])
-    return RawDocuments(columns, lambda i: locate_line(line_indices[i]), bad)
+    tested = {c: pa.array([row[c] for row in rows]) for c in filter_columns}
+    passes = pass_all(tested, rules, len(rows), shard.path) if rules else None
+    return RawDocuments(columns, lambda i: locate_line(line_indices[i]), bad, passes)
 
 
 def _parse_with_pyarrow(
@@ -98,22 +103,23 @@ def _parse_with_pyarrow(
 
 
 def _parse_line(
-    line: bytes, text_columns: Sequence[str], filter_columns: Sequence[str], any_type: bool
+    line: bytes, text_columns: Sequence[str], rules: Sequence[Filter], any_type: bool
 ) -> dict[str, Any]:
     """Returns the columns of one line.
 
     Args:
         line: The line.
         text_columns: The keys of text.
-        filter_columns: Other keys to return; None where a line does not have them.
+        rules: The filters on other keys, which are returned too; None where a line has none.
         any_type: Whether text may be missing (None), and other values than strings are converted to
             strings, as JSON.
 
     Raises:
-        ValueError: The line is no JSON object, or a key of text is missing or holds no string;
-            UnicodeError, which is a ValueError too, if the line is not UTF-8.
+        ValueError: The line is no JSON object, a key of text is missing or holds no string, or a
+            filter cannot be applied to a value; UnicodeError, which is a ValueError too, if the
+            line is not UTF-8.
     """
-    row = parse_object(line)
+    row = {key: None if _is_nan(value) else value for key, value in parse_object(line).items()}
     for key in text_columns:
         if any_type and not isinstance(row.get(key), str):
             row[key] = None if row.get(key) is None else to_json(row[key])
@@ -126,7 +132,15 @@ def _parse_line(
             raise ValueError(f"key {key!r}: expected a string, found {type(row[key]).__name__}")
         # JSON escapes can hold one half of a surrogate pair, which raises UnicodeEncodeError here.
         (row[key] or "").encode("utf-8")
-    return {column: row.get(column) for column in (*text_columns, *filter_columns)}
+    for rule in rules:
+        if reason := why_not_comparable(row.get(rule.column), rule):
+            raise ValueError(reason)
+    return {column: row.get(column) for column in (*text_columns, *(r.column for r in rules))}
+
+
+def _is_nan(value: Any) -> bool:
+    """Returns whether a value is NaN, which some programs write for a missing one."""
+    return isinstance(value, float) and math.isnan(value)
 
 
 def parse_object(line: bytes) -> dict[str, Any]:

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sevenfold.recipe.data import number_text
+
 # What a list or an object in a column begins with after it was converted to JSON, the record
 # separator of RFC 7464. A column with text has no such character.
 NESTED = "\x1e"
@@ -238,6 +240,8 @@ def to_json(value: Any, marked: bool = True) -> str:
         value: The value.
         marked: Whether lists and objects are marked as such, for `nested_value`.
     """
+    if isinstance(value, bool | int | float):
+        return number_text(value)
     text = json.dumps(value, ensure_ascii=False, default=str)
     return NESTED + text if marked and isinstance(value, list | dict) else text
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sevenfold import storage
+from sevenfold.data.sources.filters import pass_all
 from sevenfold.data.sources.json_lines import parse_json_lines, parse_object
 from sevenfold.data.sources.shards import (
     MAX_GROUP_BYTES,
@@ -21,7 +24,14 @@ from sevenfold.data.sources.shards import (
     describe_location,
     wrong_content,
 )
-from sevenfold.data.sources.text_blocks import BLOCK_BYTES, first_line_blocks, read_documents
+from sevenfold.data.sources.text_blocks import (
+    BLOCK_BYTES,
+    DocumentRange,
+    Separator,
+    first_block,
+    read_documents,
+    without_bom,
+)
 from sevenfold.errors import InputError, first_line
 from sevenfold.recipe import Source
 
@@ -33,7 +43,6 @@ def read_row_group(
     source: Source,
     group: RowGroup,
     text_columns: Sequence[str],
-    filter_columns: Sequence[str],
     max_bytes: int,
 ) -> RawDocuments:
     """Reads the documents of a row group.
@@ -43,7 +52,6 @@ def read_row_group(
         source: The source that it belongs to.
         group: A row group of the shard.
         text_columns: The columns that documents are made from.
-        filter_columns: Other columns, which only the source's filters need.
         max_bytes: The maximum size of a document.
 
     Raises:
@@ -53,8 +61,8 @@ def read_row_group(
     """
     try:
         if shard.format == "parquet":
-            return _read_parquet(shard, group, [*text_columns, *filter_columns])
-        return _read_text(shard, source, group, text_columns, filter_columns, max_bytes)
+            return _read_parquet(shard, source, group, text_columns)
+        return _read_text(shard, source, group, text_columns, max_bytes)
     except (pa.ArrowException, OSError, EOFError) as e:
         raise UnreadableError(
             f"{shard.path}: {describe_location(shard, group)} cannot be read: {first_line(e)}"
@@ -71,16 +79,22 @@ def column_names(shard: Shard) -> list[str]:
         with storage.open_read(shard.path) as file:
             if shard.format == "parquet":
                 return list(pq.ParquetFile(file).schema_arrow.names)
-            head = b"".join(first_line_blocks(file, shard.compression))
-            line = next((line for line in head.splitlines() if line.strip()), b"{}")
-            return list(parse_object(line)) if shard.format == "jsonl" else []
+            if shard.format == "txt":
+                return []
+            line = next((line for line in first_block(file, shard) if line.strip()), b"{}")
+            return list(parse_object(line))
     except (pa.ArrowException, OSError, EOFError) as e:
         raise wrong_content(shard, e) from None
     except ValueError as e:
         raise InputError(f"{shard.path}: first line: {first_line(e)}") from None
 
 
-def _read_parquet(shard: Shard, group: RowGroup, columns: Sequence[str]) -> RawDocuments:
+def _read_parquet(
+    shard: Shard, source: Source, group: RowGroup, text_columns: Sequence[str]
+) -> RawDocuments:
+    """Reads rows in small batches, of which the filters' columns are not kept."""
+    rules = [rule for rule in source.filters if rule.column not in text_columns]
+    columns = list(dict.fromkeys([*text_columns, *(rule.column for rule in rules)]))
     with storage.open_read(shard.path) as f:
         check_unchanged(shard, f)
         file = pq.ParquetFile(
@@ -94,24 +108,40 @@ def _read_parquet(shard: Shard, group: RowGroup, columns: Sequence[str]) -> RawD
                 f"{shard.path}: has changed since this run began: row group {group.index} does not "
                 "exist any more"
             )
-        parts = []
+        parts: list[pa.Table] = []
+        passes: list[np.ndarray] = []
         batch_start = size = 0
-        for batch in file.iter_batches(
-            _BATCH_ROWS, [group.index], list(columns), use_threads=False
-        ):
+        for batch in file.iter_batches(_BATCH_ROWS, [group.index], columns, use_threads=False):
             part = batch[max(0, group.start - batch_start) : max(0, group.end - batch_start)]
             batch_start += len(batch)
-            size += part.get_total_buffer_size() if len(part) else 0
+            plain = {name: _plain(part[name]) for name in columns}
+            passes.append(pass_all(plain, rules, len(part), shard.path))
+            parts.append(pa.table({name: plain[name] for name in text_columns}))
+            size += parts[-1].nbytes
             if size > 2 * MAX_GROUP_BYTES + 64 * group.bytes:
                 raise decompression_bomb(shard, describe_location(shard, group), size)
-            parts.append(part)
             if batch_start >= group.end:
                 break
-    table = pa.Table.from_batches(parts)
+    table = pa.concat_tables(parts)
     return RawDocuments(
-        {column: table[column] for column in columns},
+        {column: table[column] for column in text_columns},
         lambda i: f"row group {group.index}, row {group.start + i}",
+        passes=np.concatenate(passes) if rules else None,
     )
+
+
+def _plain(column: pa.Array) -> pa.Array:
+    """Returns a column without dictionaries and views, and with null for NaN.
+
+    pandas and polars write categories as dictionaries, and missing numbers as NaN.
+    """
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string_view(column.type):
+        return column.cast(pa.large_string())
+    if pa.types.is_floating(column.type):
+        return pc.if_else(pc.is_nan(column), pa.scalar(None, column.type), column)
+    return column
 
 
 def _read_text(
@@ -119,28 +149,25 @@ def _read_text(
     source: Source,
     group: RowGroup,
     text_columns: Sequence[str],
-    filter_columns: Sequence[str],
     max_bytes: int,
 ) -> RawDocuments:
-    separator = b"\n" if shard.format == "jsonl" else source.separator.encode()
-    if not separator and group.bytes > max_bytes:
+    separator = Separator("\n" if shard.format == "jsonl" else source.separator)
+    if not separator.width and group.bytes > max_bytes:
         empty = pa.chunked_array([], pa.large_string())
         return RawDocuments(
             {text_columns[0]: empty}, str, [BadDocument("byte 0", _too_long(max_bytes))]
         )
     with storage.open_read(shard.path) as file:
         check_unchanged(shard, file)
-        documents = read_documents(
-            file, shard.compression, separator, group.start, group.end, max_bytes
-        )
+        documents = read_documents(file, shard, separator, group.start, group.end, max_bytes)
+    if documents.start == 0:
+        documents = documents._replace(data=without_bom(documents.data))
     bad = []
     if documents.too_long is not None:
         bad.append(BadDocument(f"byte {documents.too_long}", _too_long(max_bytes)))
     if shard.format == "jsonl":
-        return parse_json_lines(
-            documents.data, documents.start, shard, source, text_columns, filter_columns, bad
-        )
-    return _parse_plain_text(documents.data, documents.start, source, bad)
+        return parse_json_lines(documents.data, documents.start, shard, source, text_columns, bad)
+    return _parse_plain_text(documents, separator, source, bad)
 
 
 def _too_long(max_bytes: int) -> str:
@@ -148,28 +175,30 @@ def _too_long(max_bytes: int) -> str:
 
 
 def _parse_plain_text(
-    data: bytes, start: int, source: Source, bad: list[BadDocument]
+    documents: DocumentRange, separator: Separator, source: Source, bad: list[BadDocument]
 ) -> RawDocuments:
-    """Splits plain text into documents; empty ones are dropped.
+    """Splits plain text into documents; those of white space alone are dropped.
 
     Args:
-        data: The text.
-        start: Its offset in the shard, in uncompressed bytes.
-        source: The source, which names the separator.
+        documents: The text.
+        separator: What is between documents.
+        source: The source.
         bad: Documents known to be bad already; those found here are appended.
     """
-    separator = source.separator.encode()
     texts: list[str] = []
     offsets: list[int] = []
-    offset = start
-    for piece in data.split(separator) if separator else [data]:
-        document = piece.strip(b"\r\n") if separator else piece
-        if document:
+    for position, piece in separator.split(documents.data):
+        offset = documents.start + position
+        document = piece.strip(b"\r\n") if separator.width else piece
+        if document.strip():
             try:
                 texts.append(document.decode("utf-8"))
                 offsets.append(offset)
             except UnicodeDecodeError as e:
-                bad.append(BadDocument(f"byte {offset + e.start}", "not UTF-8"))
-        offset += len(piece) + len(separator)
+                bad.append(
+                    BadDocument(
+                        f"byte {offset + e.start}", "not UTF-8 (see the source's `encoding`)"
+                    )
+                )
     column = pa.chunked_array([pa.array(texts, pa.large_string())])
     return RawDocuments({source.text: column}, lambda i: f"byte {offsets[i]}", bad)

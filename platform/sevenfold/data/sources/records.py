@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ import pyarrow.parquet as pq
 
 from sevenfold import storage
 from sevenfold.data.sources.shards import Format, Shard, describe, file_suffixes
-from sevenfold.data.sources.text_blocks import decompressing
+from sevenfold.data.sources.text_blocks import lines
+from sevenfold.data.sources.text_encoding import with_text_format
 from sevenfold.errors import InputError, first_line
 from sevenfold.recipe import Source
 
@@ -85,6 +85,7 @@ def records(path: str) -> Iterator[Record]:
     for file in storage.input_files(storage.resolve_input(path), file_suffixes(source)):
         shard = describe(file, 0, source)
         try:
+            shard = with_text_format(shard, source)
             yield from _parquet_rows(file) if shard.format == "parquet" else _lines(shard)
         except (pa.ArrowException, OSError, EOFError) as e:
             raise InputError(
@@ -119,8 +120,7 @@ def _parquet_rows(path: str) -> Iterator[Record]:
 
 def _lines(shard: Shard) -> Iterator[Record]:
     with storage.open_read(shard.path) as file:
-        stream = decompressing(file, shard.compression)
-        for row, line in enumerate(io.BufferedReader(stream), 1):
+        for row, line in enumerate(lines(file, shard), 1):
             if line.strip():
                 columns, error = _parse_line(line, shard.format)
                 yield Record(shard.path, row, columns, error)

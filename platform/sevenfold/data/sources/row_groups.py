@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sevenfold import storage
+from sevenfold.data.sources.json_lines import parse_object
 from sevenfold.data.sources.shards import (
     MAX_COMPRESSION_RATIO,
     MAX_GROUP_BYTES,
@@ -17,7 +19,7 @@ from sevenfold.data.sources.shards import (
     decompression_bomb,
     wrong_content,
 )
-from sevenfold.data.sources.text_blocks import blocks
+from sevenfold.data.sources.text_blocks import blocks, first_block
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
 
@@ -67,6 +69,7 @@ def split_shard(
                 shard_index, shard, source, text_columns, filter_columns, target_bytes
             )
         else:
+            _check_keys(shard, filter_columns)
             groups = _split_text(shard_index, shard, source, target_bytes)
     except (pa.ArrowException, OSError, EOFError) as e:
         raise wrong_content(shard, e) from None
@@ -126,10 +129,30 @@ def _check_columns(
                 "correct the source's `text`, `columns` or `filters`"
             )
         column_type = schema.field(column).type
-        is_string = pa.types.is_string(column_type) or pa.types.is_large_string(column_type)
+        if pa.types.is_dictionary(column_type):
+            column_type = column_type.value_type
+        kinds = (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)
+        is_string = any(is_kind(column_type) for is_kind in kinds)
         if column in text_columns and source.shape is None and not is_string:
             raise InputError(
                 f"{shard.path}: column {column!r}: expected strings, found {column_type}"
+            )
+
+
+def _check_keys(shard: Shard, filter_columns: Sequence[str]) -> None:
+    """Raises InputError if a filter is on a key that no line of the first block has."""
+    if shard.format != "jsonl" or not filter_columns:
+        return
+    keys: dict[str, None] = {}
+    with storage.open_read(shard.path) as file:
+        for line in first_block(file, shard):
+            with contextlib.suppress(ValueError, RecursionError):  # bad lines are told when read
+                keys |= dict.fromkeys(parse_object(line)) if line.strip() else {}
+    for column in filter_columns:
+        if keys and column not in keys:
+            raise InputError(
+                f"{shard.path}: expected a key {column!r}, which a filter needs, found "
+                f"{', '.join(map(str, keys))} in its first lines: correct the source's `filters`"
             )
 
 
@@ -146,19 +169,23 @@ def _split_text(
     shard_index: int, shard: Shard, source: Source, target_bytes: int
 ) -> list[RowGroup]:
     documents = 0  # unknown
-    if shard.compression:
+    if shard.is_decoded:
         size, documents = _decompressed_size(shard)
         parts = _part_count(size, target_bytes)
     else:
         size = shard.file_bytes
         parts = -(-size // target_bytes)
+    if shard.format == "txt" and source.separator != "\n":
+        documents = 0  # lines were counted
     if shard.format == "txt" and not source.separator:  # the whole file is one document
         parts, documents = min(1, size), 1
     part_bytes = -(-size // max(1, parts))
     groups = []
     for index, start in enumerate(range(0, size, max(1, part_bytes))):
         end = min(start + part_bytes, size)
-        groups.append(RowGroup(shard_index, index, start, end, documents // parts, end - start))
+        # 0 would mean that their number is not known
+        count = max(1, documents // parts) if documents else 0
+        groups.append(RowGroup(shard_index, index, start, end, count, end - start))
     return groups
 
 
@@ -166,10 +193,15 @@ def _decompressed_size(shard: Shard) -> tuple[int, int]:
     """Decompresses a file without keeping its content, and returns its (bytes, lines)."""
     size = lines = 0
     with storage.open_read(shard.path) as file:
-        for block in blocks(file, shard.compression):
+        for block in blocks(file, shard):
             size += len(block)
             lines += block.count(b"\n")
-            implausible = size > MAX_COMPRESSION_RATIO * shard.file_bytes
-            if size > MAX_SHARD_BYTES or (size > MAX_GROUP_BYTES and implausible):
+            if size > MAX_SHARD_BYTES:
+                raise InputError(
+                    f"{shard.path}: expected at most {MAX_SHARD_BYTES >> 30} GiB of text in a file "
+                    "that is read from its beginning, found more: split the file, or write it "
+                    "without compression and in UTF-8"
+                )
+            if size > MAX_GROUP_BYTES and size > MAX_COMPRESSION_RATIO * shard.file_bytes:
                 raise decompression_bomb(shard, f"byte {size}", size)
     return size, lines

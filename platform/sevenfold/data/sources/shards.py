@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from sevenfold import storage
@@ -53,6 +54,8 @@ class Shard:
         format: The file format.
         compression: "gzip", "zstd" or None.
         fingerprint: The file's size and a hash of its last 64 KiB; it changes when the file does.
+        encoding: Python's name of the encoding of a text file; "" for UTF-8.
+        newline: "CR" if only a carriage return ends the lines of a text file, else "".
     """
 
     path: str
@@ -60,11 +63,23 @@ class Shard:
     format: Format
     compression: str | None
     fingerprint: str
+    encoding: str = ""
+    newline: str = ""
 
     @property
     def file_bytes(self) -> int:
         """The size of the file, as stored."""
         return int(self.fingerprint.partition("-")[0])
+
+    @property
+    def is_decoded(self) -> bool:
+        """Whether the bytes of the text are not those of the file."""
+        return bool(self.compression or self.encoding or self.newline)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the fields; those that earlier versions do not have only if they are set."""
+        later = ("encoding", "newline")
+        return {key: value for key, value in vars(self).items() if value or key not in later}
 
 
 @dataclass(frozen=True)
@@ -107,11 +122,14 @@ class RawDocuments:
         locate: Describes the location of a document (by its index in the columns) for error
             messages.
         bad: The documents that could not be read, and so are missing from the columns.
+        passes: bool [documents], whether each one passes the filters on other columns; None if
+            there are none.
     """
 
     columns: dict[str, pa.ChunkedArray]
     locate: Callable[[int], str]
     bad: list[BadDocument] = field(default_factory=list)
+    passes: np.ndarray | None = None
 
 
 def file_suffixes(source: Source) -> tuple[str, ...]:
@@ -130,7 +148,7 @@ def describe(path: str, source_index: int, source: Source) -> Shard:
     Raises:
         InputError: The file's name does not give the format, or there is no such file.
     """
-    name = path.partition("?")[0] if storage.is_url(path) else path
+    name = (path.partition("?")[0] if storage.is_url(path) else path).lower()
     compression = next((c for suffix, c in COMPRESSIONS.items() if name.endswith(suffix)), None)
     if compression:
         name = name.rsplit(".", 1)[0]
@@ -141,6 +159,11 @@ def describe(path: str, source_index: int, source: Source) -> Shard:
         raise InputError(
             f"{path}: unsupported file type; supported: {supported}, text also with .gz or .zst: "
             "rename the file, or set the source's `format`"
+        )
+    if source.encoding is not None and file_format == "parquet":
+        raise InputError(
+            f"{path}: encoding: expected text or JSON lines, found parquet, whose text is always "
+            "UTF-8: remove the source's `encoding`"
         )
     return Shard(path, source_index, file_format, compression, fingerprint(path))
 

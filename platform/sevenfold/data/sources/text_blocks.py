@@ -1,19 +1,28 @@
-"""Text files as streams of bytes, compressed or not, and the documents in a range of their bytes.
+"""Text files as streams of bytes in UTF-8, and the documents in a range of their bytes.
 
-All offsets count uncompressed bytes.
+A file that is compressed, or in another encoding than UTF-8, is decoded from its beginning. All
+offsets count bytes of the decoded text.
 """
 
 from __future__ import annotations
 
+import codecs
+import gzip
+import re
+import zlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
-
-import pyarrow as pa
 
 from sevenfold import storage
 from sevenfold.data.sources.shards import Shard
 
+try:
+    from compression import zstd
+except ImportError:  # Python before 3.14
+    from backports import zstd
+
 BLOCK_BYTES = 2**20
+_WINDOW_LOG = 31  # of `zstd --long=31`, the maximum; each file uses as much memory as it asks for
 
 
 class DocumentRange(NamedTuple):
@@ -31,61 +40,154 @@ class DocumentRange(NamedTuple):
     too_long: int | None
 
 
-def decompressing(file: Any, compression: str | None) -> Any:
-    """Returns an opened file as a stream of its uncompressed bytes."""
-    if compression is None:
-        return file
-    return pa.CompressedInputStream(pa.PythonFile(file, "r"), compression)
+class Separator:
+    r"""The text between two documents.
 
+    Lines may end with \n or \r\n, in the separator and in the file, whichever the other has.
 
-def blocks(file: Any, compression: str | None) -> Iterator[bytes]:
-    """Yields the uncompressed bytes of an opened file, block by block."""
-    stream = decompressing(file, compression)
-    while block := stream.read(BLOCK_BYTES):
-        yield block
+    Args:
+        text: The text; "" if each file is one document.
 
-
-def blocks_from(file: Any, compression: str | None, offset: int) -> Iterator[bytes]:
-    """Yields the uncompressed bytes of an opened file from an offset on.
-
-    A compressed file is decompressed from its beginning.
+    Attributes:
+        width: The maximum number of its bytes in a file.
     """
-    if not compression:
+
+    def __init__(self, text: str):
+        self._plain = text.replace("\r\n", "\n").encode()
+        self.width = len(self._plain)
+        # A \r before a newline that comes first is left to the document, whose end is stripped.
+        first, rest = self._plain[:1], self._plain[1:]
+        self._pattern = None
+        if b"\n" in rest:
+            self.width += rest.count(b"\n")
+            pattern = re.escape(first) + re.escape(rest).replace(b"\\\n", b"\r?\n")
+            self._pattern = re.compile(pattern)
+
+    def find(self, data: bytes | bytearray, start: int) -> tuple[int, int] | None:
+        """Returns where the first separator from an offset on begins and ends, None without one."""
+        if self._pattern is not None:
+            match = self._pattern.search(data, start)
+            return None if match is None else match.span()
+        position = data.find(self._plain, start)
+        return None if position < 0 else (position, position + self.width)
+
+    def last_end(self, data: bytes | bytearray, start: int, stop: int) -> int | None:
+        """Returns where the last separator in a range of the data ends, None without one."""
+        if self._pattern is not None:
+            ends = [match.end() for match in self._pattern.finditer(data, start, stop)]
+            return ends[-1] if ends else None
+        position = data.rfind(self._plain, start, stop)
+        return None if position < 0 else position + self.width
+
+    def split(self, data: bytes) -> Iterator[tuple[int, bytes]]:
+        """Yields the offset and the bytes of each part of the data between separators."""
+        start = 0
+        while self.width and (found := self.find(data, start)) is not None:
+            yield start, data[start : found[0]]
+            start = found[1]
+        yield start, data[start:]
+
+
+def blocks(file: Any, shard: Shard) -> Iterator[bytes]:
+    """Yields the text of an opened file from its beginning, in UTF-8, block by block.
+
+    Raises:
+        OSError: The file is damaged, or is not in the shard's encoding.
+        EOFError: It is truncated.
+    """
+    raw = _decompressed(file, shard.compression)
+    decoded = _in_utf8(raw, shard.encoding) if shard.encoding else raw
+    for block in decoded:
+        yield block.replace(b"\r", b"\n") if shard.newline == "CR" else block
+
+
+def _decompressed(file: Any, compression: str | None) -> Iterator[bytes]:
+    stream = file
+    if compression == "gzip":
+        stream = gzip.GzipFile(fileobj=file)  # reads several members, and zeros after the last one
+    elif compression == "zstd":
+        limit = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG}
+        stream = zstd.ZstdFile(file, options=limit)
+    try:
+        while block := stream.read(BLOCK_BYTES):
+            yield block
+    except (zlib.error, zstd.ZstdError) as e:
+        raise OSError(str(e)) from None
+
+
+def _in_utf8(raw: Iterator[bytes], encoding: str) -> Iterator[bytes]:
+    """Yields text of another encoding in UTF-8."""
+    decoder = codecs.getincrementaldecoder(encoding)()
+    offset = 0
+    try:
+        for block in raw:
+            yield decoder.decode(block).encode()
+            offset += len(block)
+        yield decoder.decode(b"", final=True).encode()
+    except UnicodeError as e:  # a lone surrogate, too, has no form in UTF-8
+        near = offset + getattr(e, "start", 0)
+        raise OSError(f"not {encoding} near its byte {near:,}") from None
+
+
+def without_bom(data: bytes) -> bytes:
+    """Returns the beginning of a text without the byte order mark that some programs write."""
+    return data.removeprefix(codecs.BOM_UTF8)
+
+
+def blocks_from(file: Any, shard: Shard, offset: int) -> Iterator[bytes]:
+    """Yields the text of an opened file from an offset on.
+
+    A file that is compressed or not in UTF-8 is decoded from its beginning.
+    """
+    if not shard.is_decoded:
         file.seek(offset)
-        yield from blocks(file, None)
+        yield from blocks(file, shard)
         return
     block_end = 0
-    for block in blocks(file, compression):
+    for block in blocks(file, shard):
         block_end += len(block)
         if block_end > offset:
             block_start = block_end - len(block)
             yield block[max(0, offset - block_start) :]
 
 
-def first_line_blocks(file: Any, compression: str | None) -> Iterator[bytes]:
-    """Yields the blocks up to the one in which the first line that is not blank ends."""
-    text_seen = False
-    for block in blocks(file, compression):
-        yield block
-        text_seen = text_seen or bool(block.strip())
-        if text_seen and b"\n" in block.lstrip():
-            return
+def lines(file: Any, shard: Shard) -> Iterator[bytes]:
+    """Yields the lines of an opened file without their ends, and without a byte order mark."""
+    rest, is_first = b"", True
+    for block in blocks(file, shard):
+        *complete, rest = (rest + block).split(b"\n")
+        for line in complete:
+            yield without_bom(line) if is_first else line
+            is_first = False
+    if rest:
+        yield without_bom(rest) if is_first else rest
+
+
+def first_block(file: Any, shard: Shard) -> list[bytes]:
+    """Returns the lines of the first block of an opened file; at least one that is not blank."""
+    head = b""
+    for block in blocks(file, shard):
+        head += block
+        if b"\n" in head.lstrip():
+            break
+    found = without_bom(head).split(b"\n")
+    return found if len(found) == 1 else found[:-1]
 
 
 def count_lines_before(shard: Shard, offset: int) -> int:
     """Returns the number of lines that end before an offset; reads the file up to there."""
-    lines = block_start = 0
+    count = block_start = 0
     with storage.open_read(shard.path) as file:
-        for block in blocks(file, shard.compression):
-            lines += block[: offset - block_start].count(b"\n")
+        for block in blocks(file, shard):
+            count += block[: offset - block_start].count(b"\n")
             block_start += len(block)
             if block_start >= offset:
                 break
-    return lines
+    return count
 
 
 def read_documents(
-    file: Any, compression: str | None, separator: bytes, start: int, end: int, max_bytes: int
+    file: Any, shard: Shard, separator: Separator, start: int, end: int, max_bytes: int
 ) -> DocumentRange:
     """Reads the documents that begin in the bytes [start, end) of a text file.
 
@@ -95,17 +197,17 @@ def read_documents(
 
     Args:
         file: The opened file.
-        compression: As in `Shard`.
-        separator: The bytes between documents; b"" if the whole file is one document.
+        shard: Its shard.
+        separator: What is between documents.
         start: The first offset of the range.
         end: One past its last offset.
         max_bytes: The size at which a document that reaches beyond `end` is left out instead of
             being read to its end.
     """
-    width = len(separator)
+    width = separator.width
     # The offset of data[0] in the file. A separator may end exactly at `start`.
     base = max(0, start - width)
-    source = blocks_from(file, compression, base)
+    source = blocks_from(file, shard, base)
     data = bytearray()
 
     def read_more() -> bool:
@@ -117,22 +219,23 @@ def read_documents(
         pass
     first = 0  # where the first document begins in `data`
     if start > 0:
-        separator_at = data.find(separator)
-        if separator_at < 0 or separator_at + width + base >= end:
+        found = separator.find(data, 0)
+        if found is None or found[1] + base >= end:
             return DocumentRange(start, b"", None)
-        first = separator_at + width
+        first = found[1]
     if not width:
         return DocumentRange(start, bytes(data), None)
     # The next range looks for its first document from the same offset on, so that the ranges fit
     # together.
     search_from = max(0, end - width - base)
-    while (separator_at := data.find(separator, search_from)) < 0:
+    last: int | None = None  # where the last document begins
+    while (found := separator.find(data, search_from)) is None:
         # A separator may lie across the end of the data that has been read so far.
         search_from = max(search_from, len(data) - width + 1)
-        previous = data.rfind(separator, first, end - base)
-        last = previous + width if previous >= 0 else first
+        if last is None:
+            last = separator.last_end(data, first, end - base) or first
         if len(data) - last > max_bytes:
             return DocumentRange(base + first, bytes(data[first:last]), base + last)
         if not read_more():
             return DocumentRange(base + first, bytes(data[first:]), None)
-    return DocumentRange(base + first, bytes(data[first : max(first, separator_at + width)]), None)
+    return DocumentRange(base + first, bytes(data[first : max(first, found[1])]), None)
