@@ -65,8 +65,7 @@ def build_chunk(
     skipped = sum((part.skipped for part in parts), Skipped())
     # tokens of each document, first without and then with head and tail
     sizes = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.offsets) for part in parts)])
-    head, tail = int(encoder.head is not None), int(encoder.tail is not None)
-    lengths = np.where(sizes > 0, sizes + head + tail, 0)  # documents without ids are left out
+    lengths = framed_lengths(sizes, encoder)
     if not lengths.any():
         # a chunk must not be empty; a row of padding keeps the number of chunks
         padding = Rows.empty(1, sequence_length, encoder.dtype)
@@ -86,6 +85,22 @@ def build_chunk(
         layout.length,
     )
     return Chunk(index, rows, rows.hashes(), skipped, pieces)
+
+
+def framed_lengths(sizes: np.ndarray, encoder: TextEncoder) -> np.ndarray:
+    """Returns the tokens of documents with head and tail; 0 for those without ids, left out."""
+    frame = int(encoder.head is not None) + int(encoder.tail is not None)
+    return np.where(sizes > 0, sizes + frame, 0)
+
+
+def count_rows(lengths: np.ndarray, sequence_length: int, packing: str) -> int:
+    """Returns the number of rows of a chunk whose documents have these numbers of tokens."""
+    if not lengths.any():
+        return 1  # of padding
+    if packing == "concatenate":
+        return int(-(-lengths.sum() // sequence_length))
+    _, _, pieces = pack.cut(lengths, sequence_length)
+    return pack.best_fit(pieces, sequence_length)[2]
 
 
 def _pack(

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from sevenfold.data.stream import Stream
 
 
+UNIT = 2**32  # of the progress in a lane, an integer so that sums do not depend on their order
+
+
 @dataclass
 class ReaderState:
     """The position of a reader, or of the readers of all ranks together.
@@ -193,6 +196,22 @@ class LaneReader:
     def ended(self) -> bool:
         """Whether the lanes have no rows left."""
         return all(self._has_ended(lane) for lane in self._lanes.values())
+
+    def progress(self) -> int:
+        """Returns how much of each lane was read, summed over the lanes, in units of 1 / UNIT.
+
+        Chunks count the same whatever their rows. Needs the order's `epochs`, and a step that was
+        read.
+        """
+        total, lanes = 0, self._stream.order.lanes
+        for lane in self._lanes.values():
+            chunks = -(-((self._chunk_count or 0) - lane.index) // lanes)
+            if self._has_ended(lane) or chunks <= 0:
+                total += UNIT
+                continue
+            length = len(lane.chunks[0].hashes) if lane.row else 1
+            total += UNIT * (lane.ordinal * length + lane.row) // (chunks * length)
+        return total
 
     def take_read_ranges(self) -> list[ReadRange]:
         """Returns what was read since the last call, for the ledger."""

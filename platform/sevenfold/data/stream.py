@@ -8,8 +8,10 @@ from __future__ import annotations
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from sevenfold.data import ray_chunks
-from sevenfold.data.build_chunk import build_chunk
+from sevenfold.data.build_chunk import build_chunk, count_rows, framed_lengths
 from sevenfold.data.encode import Encoded, TextEncoder
 from sevenfold.data.order import DataOrder, lanes_of, shuffled
 from sevenfold.data.ray_chunks import TASK_CPUS, Prefetcher
@@ -84,6 +86,26 @@ class Stream:
         return build_chunk(
             self.order, self.encoded, self.encoder, self.sequence_length, self.packing, index
         )
+
+    def count_steps(self, rows_per_lane: int) -> int:
+        """Returns the number of steps, those with skipped data included, until the data ends.
+
+        All documents are encoded once. Needs the order's `epochs`.
+
+        Args:
+            rows_per_lane: The number of rows that a step reads from each lane.
+        """
+        lengths = []
+        for group in range(len(self.order.manifest)):
+            (encoded,) = self.encoded([group])
+            lengths.append(framed_lengths(np.diff(encoded.offsets), self.encoder))
+        rows = [0] * self.order.lanes
+        for index in range(self.order.chunks or 0):
+            together = np.concatenate([lengths[group] for group in self.order.chunk(index)])
+            rows[index % self.order.lanes] += count_rows(
+                together, self.sequence_length, self.packing
+            )
+        return max(-(-count // rows_per_lane) for count in rows)
 
     def epoch(self, limit: int | None = None) -> Rows:
         """Returns the rows of the first epoch, in the order of the chunks.

@@ -25,6 +25,7 @@ from sevenfold.engine.objectives import Objective
 from sevenfold.engine.optim import learning_rate, sparsity
 from sevenfold.engine.signals import Signal
 from sevenfold.engine.step import NoTargetsError, StepResult, train_step
+from sevenfold.engine.step_plan import StepPlan
 from sevenfold.errors import StoppedError
 from sevenfold.recipe import Recipe
 
@@ -65,6 +66,7 @@ class Trainer:
 
     Attributes:
         recipe: The recipe of the run.
+        plan: The number of steps.
         model: Sharded over all ranks; has the method `token_losses`.
         optimizers: The optimizers of the model's parameters.
         objective: Collates rows to batches.
@@ -79,6 +81,7 @@ class Trainer:
     """
 
     recipe: Recipe
+    plan: StepPlan
     model: Any
     optimizers: Sequence[torch.optim.Optimizer]
     objective: Objective
@@ -113,7 +116,7 @@ class Trainer:
         data_rank = dist.get_rank() // recipe.parallel.tensor
         # dropout depends on (seed, step, rank) only, so that no generator state has to be saved
         torch.manual_seed(((recipe.seed << 31) + (step << 16) + data_rank) % 2**63)
-        lr = learning_rate(step, recipe.steps, recipe.optimizer.learning_rate, recipe.schedule)
+        lr = learning_rate(step, self.plan.total, recipe.optimizer.learning_rate, recipe.schedule)
         try:
             result = train_step(
                 self.model,
@@ -163,13 +166,13 @@ def fit(
         StoppedError: The run was asked to stop.
         RunError: See `Guard.record`, `BestTracker.update` and `Hooks.roll_back`.
     """
-    recipe, best = trainer.recipe, trainer.best
-    interrupted = start >= recipe.steps or best.exhausted or best.missed_validation(start)
+    recipe, plan, best = trainer.recipe, trainer.plan, trainer.best
+    interrupted = start >= plan.total or best.exhausted or best.missed_validation(start)
     if interrupted or unreported is not None:  # the run died between a save and its report
         _validate(trainer, hooks, start, loss=(unreported or {}).get("train/loss"))
     trainer.model.train()
     step = start
-    while step < recipe.steps and not best.exhausted:
+    while step < plan.total and not best.exhausted:
         result = trainer.step(step, hooks.signal())
         step += 1
         if result is None:  # the data is exhausted: this step changed nothing and is not counted
@@ -185,10 +188,11 @@ def fit(
             step = hooks.roll_back(step, trainer.guard.skipped_in_a_row)
             trainer.meter.reset()
             continue
+        plan.update(step)
         _log(trainer, hooks, step, result)
         saved = _handle_signal(hooks, step, result.signal)
-        save = not saved and (step == recipe.steps or trainer.interval.due(step))
-        if step == recipe.steps or is_due(step, recipe.validation.every):
+        save = not saved and (step == plan.total or trainer.interval.due(step))
+        if step == plan.total or is_due(step, recipe.validation.every):
             loss = result.loss if math.isfinite(result.loss) else float("inf")
             _validate(trainer, hooks, step, save=save, loss=loss)
         elif save:
@@ -200,20 +204,22 @@ def fit(
 
 def _log(trainer: Trainer, hooks: Hooks, step: int, result: StepResult) -> None:
     """Logs a step every `log_every` steps, and always the first, the last and skipped steps."""
-    recipe = trainer.recipe
-    due = step % recipe.train.log_every == 0 or step in (1, recipe.steps) or not result.applied
+    recipe, plan = trainer.recipe, trainer.plan
+    due = step % recipe.train.log_every == 0 or step in (1, plan.total) or not result.applied
     if not due:
         return
     metrics = {
         "loss": result.loss,
         "grad_norm": result.grad_norm,
         "learning_rate": learning_rate(
-            step - 1, recipe.steps, recipe.optimizer.learning_rate, recipe.schedule
+            step - 1, plan.total, recipe.optimizer.learning_rate, recipe.schedule
         ),
         "targets": result.targets,
     }
     if recipe.optimizer.l1:
         metrics["sparsity"] = sparsity(trainer.optimizers)
+    if not plan.is_exact:
+        metrics["steps"] = plan.total
     metrics |= trainer.meter.read()
     hooks.log(step, {f"train/{name}": value for name, value in metrics.items()})
 

@@ -27,6 +27,7 @@ from sevenfold.prepare.data import (
 )
 from sevenfold.prepare.encoder import encoder_file
 from sevenfold.prepare.model import check_model, pin_model
+from sevenfold.prepare.steps import with_steps
 from sevenfold.prepare.streams import build_streams
 from sevenfold.prepare.tokenizer import prepare_tokenizer
 from sevenfold.recipe import Recipe, loads
@@ -54,6 +55,7 @@ class Job:
         verbose: Shows Ray's logs.
         parent_identity: The identity of the run from whose checkpoint this one continues with
             other settings; "" if there is none.
+        estimated_steps: Whether the recipe's number of steps is an estimate.
     """
 
     recipe: Recipe
@@ -67,6 +69,7 @@ class Job:
     stop_signal: Any = None
     verbose: bool = False
     parent_identity: str = ""
+    estimated_steps: bool = False
 
 
 def prepare_job(
@@ -116,12 +119,18 @@ def prepare_job(
         token_cache.require_cache(storage.resolve_input(recipe.data.cache), inputs.train, selection)
     inputs = _write_folder(folder, recipe, resolved, inputs)
     train, validation = build_streams(resolved, inputs, folder.tokenizer)
+    estimated = False
     if not resolved.steps:
-        steps = train.order.estimated_steps(resolved.tokens_per_step)
-        resolved = resolved.override({"train.steps": steps})
-        say(f"{recipe.data.epochs} epochs: about {resolved.steps:,} steps")
+        resolved, estimated = with_steps(resolved, train, folder.tokenizer)
     return Job(
-        resolved, identity, folder.root, folder.tokenizer, train, validation, verbose=verbose
+        resolved,
+        identity,
+        folder.root,
+        folder.tokenizer,
+        train,
+        validation,
+        verbose=verbose,
+        estimated_steps=estimated,
     )
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 
 from sevenfold.data.encode import TextEncoder
+from sevenfold.data.manifest import Manifest
 from sevenfold.data.sources.documents import Selection
 from sevenfold.errors import InputError
 from sevenfold.prepare.data import Inputs
@@ -33,8 +34,7 @@ def survey_examples(
         InputError: An example is bad (see `Selection.read`), or no token is a target.
     """
     counts = {}
-    for split, manifest in inputs.all.items():
-        selection = replace(Selection.from_data(recipe.data, encoder.fields), held_out=0.0)
+    for split, (manifest, selection) in _parts(recipe, inputs, encoder).items():
         count = {"examples": 0, "tokens": 0, "targets": 0, "cut": 0, "skipped": 0}
         size = 0
         unknown_keys: Counter[str] = Counter()
@@ -51,6 +51,8 @@ def survey_examples(
             count["skipped"] += encoded.skipped.count
             if size > SURVEY_MB * 1e6:
                 break
+        if not count["examples"]:
+            continue  # `check_documents` has told what to do about a split without documents
         if not count["targets"]:
             raise InputError(
                 f"{split} data: all labels of the {count['examples']:,} examples are masked: "
@@ -65,6 +67,20 @@ def survey_examples(
             )
         counts[split] = count
     return counts
+
+
+def _parts(
+    recipe: Recipe, inputs: Inputs, encoder: TextEncoder
+) -> dict[str, tuple[Manifest, Selection]]:
+    """Returns what each split reads, by its name; documents that are held out are a split."""
+    train = Selection.from_data(recipe.data, encoder.fields)
+    parts = {"train": (inputs.train, train)}
+    if recipe.data.held_out:
+        parts["held-out"] = (inputs.train, replace(train, split="held_out"))
+    for split, manifest in inputs.all.items():
+        if split != "train":
+            parts[split] = (manifest, replace(train, held_out=0.0))
+    return parts
 
 
 def _show(split: str, count: dict[str, int]) -> None:

@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, Field, ValidationError, model_validator
@@ -255,13 +255,12 @@ class _Loader(yaml.SafeLoader):
     Norwegian) are booleans, 12:30 is a number, and 2024-01-31 no text.
     """
 
-    # a copy, since PyYAML's own loaders share theirs
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag not in _YAML_1_1]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
 
-
+# a copy, since PyYAML's own loaders share theirs
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _YAML_1_1]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 for _tag, _pattern, _first in (
     ("float", r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+", "-+0123456789"),
     (

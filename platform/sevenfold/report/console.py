@@ -64,6 +64,8 @@ class Progress:
         """
         if not self._first_step:
             self._first_time, self._first_step = time.monotonic(), step
+        # a run may correct its number of steps
+        self._steps = int(values.get("train/steps", self._steps))
         line = f"{self._name}: step {step}/{self._steps}"
         for key, label, form in _SHOWN:
             if key in values:

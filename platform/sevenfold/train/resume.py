@@ -17,10 +17,12 @@ from torch import distributed as dist
 
 import sevenfold
 from sevenfold.data.ledger import Ledger
+from sevenfold.data.reader import UNIT
 from sevenfold.data.stream import LaneReader, ReaderState, ReadRange
 from sevenfold.engine.checkpoint import Checkpoint, CheckpointManager
 from sevenfold.engine.checkpoint.best import BestTracker
 from sevenfold.engine.guard import Guard
+from sevenfold.engine.step_plan import DataProgress, StepPlan
 from sevenfold.errors import RunError
 from sevenfold.model.parallel import DataRank
 from sevenfold.prepare.job import Job
@@ -34,17 +36,27 @@ class RunState:
         job: The run.
         place: The rank's place among the ranks that read data.
         rank: The rank's number; rank 0 writes the ledger.
+        device: The rank's device.
         say: Shows a sentence to the user; called on rank 0.
 
     Attributes:
+        plan: The number of steps.
         guard: Handles steps whose loss or gradient is not finite, or spikes.
         best: Tracks the best validation.
         reader: Reads the rows of this rank; None until `open_reader` is called.
         manager: Writes the checkpoints; the worker sets it once the model is built.
     """
 
-    def __init__(self, job: Job, place: DataRank, rank: int, say: Callable[[str], None]):
+    def __init__(
+        self,
+        job: Job,
+        place: DataRank,
+        rank: int,
+        device: torch.device,
+        say: Callable[[str], None],
+    ):
         self._job, self._place, self._rank, self._say = job, place, rank, say
+        self._device = device
         self._ledger = Ledger(RunFolder(job.folder).ledger)
         # ranges (first, last) of data steps that the guard skips
         self._skipped_data: list[tuple[int, int]] = []
@@ -54,6 +66,9 @@ class RunState:
         self._unsaved: list[ReadRange] = []
         self.guard = Guard(job.recipe.guard)
         self.best = BestTracker(job.recipe.validation, lambda: self.manager.committed_paths())
+        # a sweep compares trials at the same steps, so theirs are not corrected
+        is_corrected = job.estimated_steps and job.reporter is None
+        self.plan = StepPlan(job.recipe.steps, self._progress if is_corrected else None)
         self.reader: LaneReader | None = None
         self.manager: CheckpointManager = None  # type: ignore[assignment]
 
@@ -83,8 +98,11 @@ class RunState:
             self._ledger.cut(step)
         if checkpoint is None:
             self._restored = ReaderState()
+            self.plan.restore(None)
             return 0
         extra = checkpoint.extra
+        if not self.plan.is_exact:
+            self.plan.restore(extra.get("steps"))
         self.guard.load(extra["guard"], self.guard.rollbacks)
         self.best.load(extra["best"])
         self._skipped_data += [
@@ -112,6 +130,15 @@ class RunState:
         recipe = self._job.recipe
         self.reader = shard.reader(recipe.train.global_batch // recipe.lanes, self._restored, step)
         return self.reader
+
+    def _progress(self) -> DataProgress:
+        """Returns how much of the data all ranks together have read; every rank calls it."""
+        assert self.reader is not None
+        done = torch.tensor([self.reader.progress()], dtype=torch.int64, device=self._device)
+        dist.all_reduce(done)
+        # the ranks of one tensor-parallel group read the same rows
+        total = int(done) // self._job.recipe.parallel.tensor
+        return DataProgress(total, UNIT * self._job.recipe.lanes, self.reader.state.data_step)
 
     def close(self) -> None:
         """Closes the reader."""
@@ -188,6 +215,7 @@ class RunState:
             },
             "guard": self.guard.state(),
             "passed": list(self._skipped_data),
+            "steps": self.plan.total,
             "best": self.best.state(),
             "versions": {
                 "python": python_version(),

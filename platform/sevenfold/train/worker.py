@@ -83,7 +83,7 @@ class Worker:
             threads=max(1, min(int(self.recipe.cluster.cpus_per_worker), os.cpu_count() or 1))
         )
         self.tokenizer = load_tokenizer(job.tokenizer)
-        self.state = RunState(job, self.data_rank, self.rank, self._send)
+        self.state = RunState(job, self.data_rank, self.rank, self.device, self._send)
         self.signals = SignalReceiver(job, self.rank)
         self.last_report: dict[str, Any] = {}
         self.ranks: list[dict[str, Any]] = []
@@ -169,6 +169,7 @@ class Worker:
         peak = recipe.cluster.peak_tflops * 1e12 if recipe.cluster.peak_tflops else None
         return loop.Trainer(
             recipe=recipe,
+            plan=state.plan,
             model=self.model,
             optimizers=self.optimizers,
             objective=self.objective,

@@ -27,6 +27,7 @@ from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import Causal, SpecialTokens
 from sevenfold.engine.signals import Signal
 from sevenfold.engine.step import evaluate
+from sevenfold.engine.step_plan import StepPlan
 from sevenfold.errors import InputError, RunError
 from sevenfold.recipe import Recipe, Validation
 
@@ -199,6 +200,7 @@ def fit_run(
     )
     trainer = loop.Trainer(
         recipe=recipe,
+        plan=StepPlan(recipe.steps),
         model=model,
         optimizers=optimizers,
         objective=Causal(SpecialTokens(VOCAB), 0, 0.15, 3),
