@@ -24,6 +24,7 @@ from sevenfold.data.sources.shards import (
     CHANGED_HINT,
     RowGroup,
     Shard,
+    content_hash,
     describe,
     file_suffixes,
     fingerprint,
@@ -36,6 +37,8 @@ from sevenfold.recipe import Source
 TARGET_BYTES = 2 * 2**20  # of text in a row group
 # The smallest target, for text and for the rows of fine-tuning data.
 _MIN_BYTES, _MIN_EXAMPLE_BYTES = 8 * 2**10, 2**10
+# Local files up to this size together are hashed as a whole when a run is started.
+HASHED_BYTES = 8 * 2**30
 _THREADS = 16  # shards are examined in parallel, because remote storage is slow to respond
 _ESTIMATED_TOKENS_PER_BYTE = 0.25  # before there is a tokenizer to measure it with
 
@@ -122,31 +125,65 @@ class Manifest:
         """Returns a hash of what is read: the sources, shards and row groups."""
         tree = self.to_json()
         del tree["left_out"], tree["tokens_per_byte"]
+        for shard in tree["shards"]:  # a copy of the data is the same data
+            shard.pop("version", None)
+            shard.pop("content", None)
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
     def measured(self, tokens_per_byte: Sequence[float]) -> Manifest:
         """Returns the manifest with the tokens per byte of its sources filled in."""
         return replace(self, tokens_per_byte=tuple(tokens_per_byte))
 
+    def recorded(self) -> Manifest:
+        """Returns the manifest with what tells later whether a file has changed, wherever that is.
+
+        That is the file's version and, of local files of up to HASHED_BYTES together, the hash of
+        their content.
+        """
+        local = sum(s.file_bytes for s in self.shards if not storage.is_url(s.path))
+
+        def record(shard: Shard) -> Shard:
+            is_hashed = local <= HASHED_BYTES and not storage.is_url(shard.path)
+            version = storage.version(shard.path)
+            return replace(
+                shard, version=version, content=content_hash(shard.path) if is_hashed else ""
+            )
+
+        with ThreadPoolExecutor(_THREADS) as pool:
+            return replace(self, shards=tuple(pool.map(record, self.shards)))
+
     def check_unchanged(self) -> None:
         """Checks that the sources still consist of the same files with the same content.
+
+        A file that was not written since is not read. Of one that was, such as a copy, the content
+        is compared.
 
         Raises:
             InputError: A file is new, missing or has changed. Names the file.
         """
-        recorded = {s.path: s.fingerprint for s in self.shards}
+        recorded = [s.path for s in self.shards]
         current = {path for _, path in _list_files(self.sources)}
         skipped = {message.partition(": ")[0] for message in self.skipped}
-        for path in sorted(recorded.keys() | (current - skipped)):
+        for path in sorted({*recorded, *(current - skipped)}):
             if path not in current:
                 raise InputError(f"{path}: is gone since this run began: {CHANGED_HINT}")
             if path not in recorded:
                 raise InputError(f"{path}: is new since this run began: {CHANGED_HINT}")
         with ThreadPoolExecutor(_THREADS) as pool:
-            current_fingerprints = pool.map(fingerprint, recorded)
-            for path, current_fingerprint in zip(recorded, current_fingerprints, strict=True):
-                if current_fingerprint != recorded[path]:
+            for path, has_changed in zip(
+                recorded, pool.map(_has_changed, self.shards), strict=True
+            ):
+                if has_changed:
                     raise InputError(f"{path}: has changed since this run began: {CHANGED_HINT}")
+
+
+def _has_changed(shard: Shard) -> bool:
+    """Returns whether the content of a shard's file has changed since it was recorded."""
+    if shard.version and storage.version(shard.path) == shard.version:
+        return storage.size(shard.path) != shard.file_bytes
+    if fingerprint(shard.path) != shard.fingerprint:
+        return True
+    return bool(shard.content) and content_hash(shard.path) != shard.content
 
 
 def scan(

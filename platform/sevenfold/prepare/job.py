@@ -181,7 +181,7 @@ def _write_folder(folder: RunFolder, recipe: Recipe, resolved: Recipe, inputs: I
             storage.remove_empty(folder.root)
         raise
     if not storage.exists(folder.manifest):
-        manifests = {split: manifest.to_json() for split, manifest in inputs.all.items()}
+        manifests = {split: m.recorded().to_json() for split, m in inputs.all.items()}
         storage.write(folder.manifest, json.dumps(manifests))
     return inputs
 

@@ -17,6 +17,7 @@ from sevenfold.storage.files import (
     remove_empty,
     size,
     to_json,
+    version,
     write,
     write_json,
 )
@@ -56,6 +57,7 @@ __all__ = [
     "to_json",
     "upload",
     "user_temporary_folder",
+    "version",
     "write",
     "write_json",
 ]

@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 
 from sevenfold.errors import InputError
-from sevenfold.storage.filesystem import filesystem, is_http, is_listing, stat
+from sevenfold.storage.filesystem import VERSION_KEYS, filesystem, is_http, is_listing, stat
 from sevenfold.storage.paths import is_url
 from sevenfold.storage.reader import Reader
 from sevenfold.storage.retry import with_retries
@@ -87,6 +87,17 @@ def size(path: str) -> int:
         return int(info["size"])
     with open_read(path) as f:
         return f.size
+
+
+def version(path: str) -> str:
+    """Returns what changes when a file is written again: the time of that, or a store's tag.
+
+    It is "" if there is no file, or if its storage reports nothing of the kind.
+    """
+    if not is_url(path):
+        return str(os.stat(path).st_mtime_ns) if os.path.exists(path) else ""
+    info = stat(path)
+    return next((str(info[key]) for key in VERSION_KEYS if info.get(key)), "")
 
 
 def listdir(path: str) -> list[str]:

@@ -11,6 +11,9 @@ from sevenfold.errors import InputError
 from sevenfold.storage import object_stores
 from sevenfold.storage.retry import MissingError, with_retries
 
+# What stores report about a file that changes when its content does.
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
+
 
 def stat(path: str) -> dict[str, Any]:
     """Returns fsspec's info about a path or URL, or {} if there is nothing."""

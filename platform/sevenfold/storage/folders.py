@@ -20,12 +20,9 @@ import psutil
 
 from sevenfold.errors import InputError
 from sevenfold.storage.files import find_files, open_read, remove
-from sevenfold.storage.filesystem import filesystem, stat
+from sevenfold.storage.filesystem import VERSION_KEYS, filesystem, stat
 from sevenfold.storage.paths import is_url, join
 from sevenfold.storage.retry import with_retries
-
-# What filesystems report about a file that changes when its content does.
-_VERSION_KEYS = ("size", "ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
 
 
 @functools.cache
@@ -41,7 +38,8 @@ def local_copy(folder: str) -> str:
     fs, root = filesystem(folder)
     infos = with_retries(folder, "listed", lambda: fs.find(root, detail=True, on_error="raise"))
     versions = sorted(
-        (name, *(str(info.get(key)) for key in _VERSION_KEYS)) for name, info in infos.items()
+        (name, *(str(info.get(key)) for key in ("size", *VERSION_KEYS)))
+        for name, info in infos.items()
     )
     digest = hashlib.sha256(json.dumps([folder, versions]).encode()).hexdigest()[:24]
     copy = os.path.join(user_temporary_folder(), digest)

@@ -287,3 +287,28 @@ def test_a_source_that_changed_during_a_run_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("in b.txt\n")
     with pytest.raises(InputError, match=r"c.txt: is new"):
         manifest.check_unchanged()
+
+
+def test_a_change_is_noticed_wherever_it_lies_and_a_copy_is_none(tmp_path: Path) -> None:
+    """The end of each file, which is hashed before each read, does not change here."""
+    lines = [f"document {i}" for i in range(20_000)]
+    pq.write_table(pa.table({"text": lines}), tmp_path / "a.parquet")
+    (tmp_path / "b.txt").write_text("\n".join(lines))
+    manifest = scan([source(tmp_path)], "causal").recorded()
+    manifest = Manifest.from_json(json.loads(json.dumps(manifest.to_json())))
+    assert manifest.hash() == scan([source(tmp_path)], "causal").hash()
+    manifest.check_unchanged()
+    for name in ("a.parquet", "b.txt"):
+        path = tmp_path / name
+        original = path.read_bytes()
+        path.unlink()
+        path.write_bytes(original)  # a copy, written later
+        manifest.check_unchanged()
+        for place in (0, 10, len(original) // 2, len(original) - 70_000):
+            changed = bytearray(original)
+            changed[place] ^= 1
+            path.write_bytes(changed)
+            with pytest.raises(InputError, match=f"{name}: has changed since this run began"):
+                manifest.check_unchanged()
+        path.write_bytes(original)
+        manifest.check_unchanged()

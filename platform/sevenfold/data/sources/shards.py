@@ -56,6 +56,9 @@ class Shard:
         fingerprint: The file's size and a hash of its last 64 KiB; it changes when the file does.
         encoding: Python's name of the encoding of a text file; "" for UTF-8.
         newline: "CR" if only a carriage return ends the lines of a text file, else "".
+        version: What the storage reported of the file when the run was started, see
+            `storage.version`; "" if it was not recorded.
+        content: The hash of the whole content at that time; "" if it was not computed.
     """
 
     path: str
@@ -65,6 +68,8 @@ class Shard:
     fingerprint: str
     encoding: str = ""
     newline: str = ""
+    version: str = ""
+    content: str = ""
 
     @property
     def file_bytes(self) -> int:
@@ -78,7 +83,7 @@ class Shard:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields; those that earlier versions do not have only if they are set."""
-        later = ("encoding", "newline")
+        later = ("encoding", "newline", "version", "content")
         return {key: value for key, value in vars(self).items() if value or key not in later}
 
 
@@ -172,6 +177,12 @@ def fingerprint(path: str) -> str:
     """Returns a file's size in bytes and a hash of its end, as "SIZE-HASH"."""
     with storage.open_read(path) as file:
         return _fingerprint(file)
+
+
+def content_hash(path: str) -> str:
+    """Returns the hash (blake2b, 16 bytes) of a file's whole content."""
+    with storage.open_read(path) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def check_unchanged(shard: Shard, file: Any) -> None:
