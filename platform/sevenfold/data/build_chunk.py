@@ -63,17 +63,12 @@ def build_chunk(
     groups = order.chunk(index)
     parts = encoded(groups)
     skipped = sum((part.skipped for part in parts), Skipped())
-    # tokens of each document, first without and then with head and tail
-    sizes = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.offsets) for part in parts)])
-    lengths = framed_lengths(sizes, encoder)
-    if not lengths.any():
-        # a chunk must not be empty; a row of padding keeps the number of chunks
-        padding = Rows.empty(1, sequence_length, encoder.dtype)
-        return Chunk(index, padding, padding.hashes(), skipped)
     for group, part in zip(groups, parts, strict=True):
         _check_ids(order, group, part, encoder.vocab_size)
-    layout = _pack(lengths, sequence_length, packing, order.seed, index)
-    rows = _fill_rows(parts, encoder, layout, sizes, lengths, sequence_length)
+    layout, rows = _build(parts, encoder, sequence_length, packing, order.seed, index)
+    if layout is None:
+        # a chunk must not be empty; a row of padding keeps the number of chunks
+        return Chunk(index, rows, rows.hashes(), skipped)
     group_of = np.repeat(groups, [len(part.origin) for part in parts])
     origin_of = np.concatenate([part.origin for part in parts])
     pieces = Pieces(
@@ -85,6 +80,31 @@ def build_chunk(
         layout.length,
     )
     return Chunk(index, rows, rows.hashes(), skipped, pieces)
+
+
+def build_rows(
+    parts: list[Encoded], encoder: TextEncoder, sequence_length: int, packing: str, seed: int
+) -> Rows:
+    """Returns the rows of documents that are no chunk; one row of padding without any."""
+    return _build(parts, encoder, sequence_length, packing, seed, 0)[1]
+
+
+def _build(
+    parts: list[Encoded],
+    encoder: TextEncoder,
+    sequence_length: int,
+    packing: str,
+    seed: int,
+    index: int,
+) -> tuple[_Layout | None, Rows]:
+    """Packs documents. Returns None and a row of padding if there are none with ids."""
+    # tokens of each document, first without and then with head and tail
+    sizes = np.concatenate([np.zeros(0, np.int64), *(np.diff(part.offsets) for part in parts)])
+    lengths = framed_lengths(sizes, encoder)
+    if not lengths.any():
+        return None, Rows.empty(1, sequence_length, encoder.dtype)
+    layout = _pack(lengths, sequence_length, packing, seed, index)
+    return layout, _fill_rows(parts, encoder, layout, sizes, lengths, sequence_length)
 
 
 def framed_lengths(sizes: np.ndarray, encoder: TextEncoder) -> np.ndarray:

@@ -107,20 +107,10 @@ class Stream:
             )
         return max(-(-count // rows_per_lane) for count in rows)
 
-    def epoch(self, limit: int | None = None) -> Rows:
-        """Returns the rows of the first epoch, in the order of the chunks.
-
-        Args:
-            limit: The maximum number of rows. None: all of them.
-        """
+    def epoch(self) -> Rows:
+        """Returns the rows of the first epoch, in the order of the chunks."""
         once = replace(self, order=replace(self.order, epochs=1))
-        parts: list[Rows] = []
-        for index in range(once.order.chunks or 0):
-            if limit is not None and sum(map(len, parts)) >= limit:
-                break
-            parts.append(once.chunk(index).rows)
-        rows = Rows.concatenate(parts)
-        return rows if limit is None else rows.part(0, min(limit, len(rows)))
+        return Rows.concatenate([once.chunk(i).rows for i in range(once.order.chunks or 0)])
 
     def shard(self, rank: int, world_size: int) -> StreamShard:
         """Returns the part of the data that a rank reads."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed as dist
 
-from sevenfold.data.examples import ConversationEncoder, PairEncoder, first_pairs
+from sevenfold.data.draw import draw_documents, draw_rows
+from sevenfold.data.examples import ConversationEncoder, PairEncoder
 from sevenfold.data.rows import Rows
 from sevenfold.data.tokenizer import token_bytes
 from sevenfold.engine.batch import Batch, micro_batches
@@ -20,6 +21,7 @@ from sevenfold.evaluate.metrics import bits_per_byte, bleu, classification, roug
 from sevenfold.model.parallel import DataRank
 from sevenfold.prepare.job import Job
 
+T = TypeVar("T")
 SAMPLES = 5  # number of generated answers shown in TensorBoard
 
 
@@ -50,6 +52,7 @@ class Validator:
         self._model, self._objective, self._tokenizer = model, objective, tokenizer
         self._token_bytes = torch.from_numpy(token_bytes(tokenizer))
         self._batches = self._held_out_batches(place, device)
+        self._pairs = self._held_out_pairs()
 
     def __call__(self, show: Callable[[str, str], None]) -> dict[str, float]:
         """Validates the model.
@@ -70,19 +73,28 @@ class Validator:
                 metrics["validation/bits_per_byte"] = bits_per_byte(nats, max(1, size))
             if pairs is not None:
                 metrics |= self._accuracy(pairs)
-        generates = recipe.objective in ("sft", "seq2seq") and recipe.validation.generate
-        if self._stream and generates:
+        if self._pairs:
             metrics |= self._generated(show)
         return metrics
+
+    def _held_out_pairs(self) -> list[tuple[str, str, str]]:
+        """Returns the prompts that are answered in each validation, and their references."""
+        stream, limit = self._stream, self._recipe.validation.generate
+        if stream is None or not limit or self._recipe.objective not in ("sft", "seq2seq"):
+            return []
+        encoder = stream.encoder
+        assert isinstance(encoder, ConversationEncoder | PairEncoder)
+        return _from_rank_0(lambda: draw_documents(stream, limit, encoder.prompts))
 
     def _held_out_batches(self, place: DataRank, device: torch.device) -> list[Batch]:
         """Returns this rank's part of the held-out rows.
 
         The number of micro-batches is the same on every rank.
         """
-        if self._stream is None:
+        stream = self._stream
+        if stream is None:
             return []
-        rows = self._stream.epoch(self._recipe.validation.rows)
+        rows = _from_rank_0(lambda: draw_rows(stream, self._recipe.validation.rows))
         rows_per_rank = -(-len(rows) // place.world_size)
         micro_batch = self._recipe.train.micro_batch
         parts = [rows.part(i, i + 1) for i in range(place.rank, len(rows), place.world_size)]
@@ -125,11 +137,13 @@ class Validator:
         settings, encoder = self._recipe.validation, self._stream.encoder
         assert isinstance(encoder, ConversationEncoder | PairEncoder)
         rank, world = dist.get_rank(), dist.get_world_size()
-        pairs = first_pairs(self._stream, settings.generate)
+        pairs = self._pairs
         share = -(-len(pairs) // world)
         # padded with copies of the first one: generation needs the same number on every rank
         own_pairs = (pairs[rank::world] + pairs[:1] * share)[:share]
-        max_prompt_tokens = self._stream.sequence_length - settings.max_new_tokens
+        # an encoder-decoder reads the prompt in its encoder, where the answer needs no room
+        reserved = 0 if isinstance(encoder, PairEncoder) else settings.max_new_tokens
+        max_prompt_tokens = self._stream.sequence_length - reserved
         torch.manual_seed(0)
         config = generation_config(
             self._model, self._tokenizer, Sampling(settings.max_new_tokens, 0.0), plain=True
@@ -152,3 +166,11 @@ class Validator:
             for name, value in scores.items()
             if not isinstance(value, str)
         }
+
+
+def _from_rank_0(compute: Callable[[], T]) -> T:
+    """Returns on every rank what rank 0 computes, so that only it reads the data."""
+    box: list[Any] = [compute() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(box, src=0)
+    result: T = box[0]
+    return result
