@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated
@@ -52,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         stopped by Ctrl-C.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        # a terminal in another encoding than UTF-8 shows question marks, and the command goes on
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         code = typer.main.get_command(app).main(
             arguments or ["--help"], prog_name="sevenfold", standalone_mode=False

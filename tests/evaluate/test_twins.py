@@ -10,7 +10,7 @@ import pytest
 
 from sevenfold.evaluate import metrics
 from sevenfold.evaluate.baselines import BM25
-from sevenfold.evaluate.text import bleu_tokenizer, words
+from sevenfold.data.text import bleu_tokenizer, words
 
 # A sentence in each script, with digits and punctuation; and the tokenizer that BLEU gets for it.
 SENTENCES = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import regex
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
@@ -30,6 +32,9 @@ LAST_WRITTEN = "tokenizer_config.json"
 BOS, EOS, PAD, MASK = "<|bos|>", "<|eos|>", "<|pad|>", "<|mask|>"
 SENTINELS = tuple(f"<extra_id_{i}>" for i in range(100))  # stand for removed spans, named as in T5
 _BYTE = re.compile(r"^<0x[0-9A-F]{2}>$")
+# Training takes quadratic time in the length of a word, and a word may be a line of Chinese or of
+# encoded data. No token is as long as this.
+_LONG_WORD = regex.compile(r"\p{L}{256}|\p{N}{256}|[^\s\p{L}\p{N}]{256}|\s{256}")
 _SAMPLE = 0x746F6B  # "tok": makes this permutation differ from others with the same seed
 
 
@@ -42,7 +47,7 @@ def sample(
         manifest: The manifest.
         selection: Which documents are read.
         source: The index of the source.
-        megabytes: The approximate amount of text, in millions of characters.
+        megabytes: The approximate amount of text in UTF-8.
         seed: The seed of the choice.
     """
     remaining, span = megabytes * 1e6, manifest.spans[source]
@@ -51,7 +56,7 @@ def sample(
             return
         documents = texts(selection.read(manifest, span[int(i)]))
         for column in map(formats.tokenizer_texts, selection.fields, documents):
-            remaining -= sum(map(len, column))
+            remaining -= sum(len(text.encode()) for text in column)
             yield column
 
 
@@ -111,7 +116,8 @@ def train_tokenizer(
     def batches() -> Iterator[list[str]]:
         for source, span in enumerate(manifest.spans):
             share = int(manifest.table[span.start : span.stop, 5].sum()) / manifest.bytes
-            yield from sample(manifest, selection, source, megabytes * share, seed)
+            for column in sample(manifest, selection, source, megabytes * share, seed):
+                yield [part for text in column for part in _without_long_words(text)]
 
     extra: tuple[str, ...] = {"masked": (MASK,), "denoise": SENTINELS}.get(objective, ())
     bpe = tokenizers.Tokenizer(models.BPE())
@@ -141,6 +147,12 @@ def train_tokenizer(
         **({"mask_token": MASK} if MASK in extra else {}),
         **({"additional_special_tokens": list(SENTINELS)} if objective == "denoise" else {}),
     )
+
+
+def _without_long_words(text: str) -> list[str]:
+    """Returns the parts of a text, cut within words that are too long to train on."""
+    cuts = [0, *(match.end() for match in _LONG_WORD.finditer(text)), len(text)]
+    return [text[start:stop] for start, stop in itertools.pairwise(cuts)]
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:

@@ -9,7 +9,7 @@ from itertools import chain
 import numpy as np
 import regex
 
-from sevenfold.evaluate.text import lead, tokens, words
+from sevenfold.data.text import UNSPACED, lead, tokens, words
 
 __all__ = ["BM25", "Dictionary", "Nearest", "TfidfLogistic", "lead", "majority"]
 
@@ -19,6 +19,7 @@ _BATCH = 256  # texts whose similarities to all sources are in memory at once
 _NULL_WORD = 0  # IBM Model 1's empty source word: it explains target words without a source word
 # Spaces before closing punctuation and after opening punctuation, where `tokens` had none.
 _EXTRA_SPACE = regex.compile(
+    rf"(?<=[{UNSPACED}])\s+(?=[{UNSPACED}])|"
     r"\s+(?=[.,;:!?…\p{Pe}\p{Pf}\u3001\u3002\uff0c\uff01\uff1f])|(?<=[\p{Ps}\p{Pi}¿¡])\s+"
 )
 

@@ -17,7 +17,6 @@ from sevenfold.data.rows import IGNORE, Rows, labels
 from sevenfold.data.stream import Stream
 from sevenfold.data.tokenizer import load_tokenizer, token_bytes
 from sevenfold.engine.decode import Sampling
-from sevenfold.errors import InputError
 from sevenfold.evaluate import baselines, metrics
 from sevenfold.evaluate.actors import (
     BATCH,
@@ -28,6 +27,7 @@ from sevenfold.evaluate.actors import (
     Scorer,
     map_rows,
 )
+from sevenfold.evaluate.held_out_text import beginning, overlapping_rows
 from sevenfold.model import build
 from sevenfold.recipe import Recipe
 from sevenfold.report.console import say
@@ -37,7 +37,6 @@ UNIGRAM_CHUNKS = 8  # chunks of training text whose tokens the unigram baseline 
 MAX_TRAINING_EXAMPLES = 30_000  # that a baseline learns from
 SAMPLES = 3  # documents that are continued to show what the model writes
 SAMPLE_TOKENS = 60  # maximum number of new tokens of such a continuation
-SAMPLE_CHARACTERS = 300  # characters of a document that such a continuation starts from
 TOP_DOCUMENTS = 10  # k of the retrieval metrics
 BASE = "the model it began with"  # the name of this baseline
 
@@ -84,7 +83,7 @@ def _evaluate_causal(
     folder: RunFolder, recipe: Recipe, train: Stream, held: Stream, pool: ActorPool
 ) -> Evaluation:
     """Computes bits per byte with overlapping windows; the baselines are a unigram model and xz."""
-    rows = _overlapping_rows(held)
+    rows = overlapping_rows(held)
     bytes_of_token = token_bytes(load_tokenizer(folder.tokenizer))
     row_labels = labels(rows)
     targets = row_labels[row_labels != IGNORE]
@@ -119,8 +118,9 @@ def _evaluate_causal(
 def _sample_continuations(
     folder: RunFolder, recipe: Recipe, texts: list[str], pool: ActorPool
 ) -> list[dict[str, Any]]:
-    """Continues the beginnings of texts, cut at a space, by sampling."""
-    prompts = [text[:SAMPLE_CHARACTERS].rsplit(" ", 1)[0] for text in texts]
+    """Continues the beginnings of texts by sampling."""
+    tokenizer = load_tokenizer(folder.tokenizer)
+    prompts = [beginning(text, tokenizer) for text in texts]
     max_new_tokens = min(SAMPLE_TOKENS, recipe.data.sequence_length // 2)
     sampling = Sampling(max_new_tokens, 0.7, seed=recipe.seed)
     rows = map_rows(
@@ -130,40 +130,6 @@ def _sample_continuations(
         pool._replace(size=1),
     )
     return [{"prompt": r["prompt"], "completion": r["completion"]} for r in rows]
-
-
-def _overlapping_rows(held: Stream) -> Rows:
-    """Cuts each document into rows of its own, which overlap.
-
-    Every token but the document's first is a target in exactly one row, with at least a quarter of
-    a row before it if the document has that many tokens before it.
-    """
-    length, head, tail = held.sequence_length, held.encoder.head, held.encoder.tail
-    dtype = held.encoder.dtype
-    prefix = [] if head is None else [head]
-    suffix = [] if tail is None else [tail]
-    tokens, targets, used = [], [], []
-    for group in range(len(held.order.manifest)):
-        (encoded,) = held.encoded([group])
-        for first, last in itertools.pairwise(encoded.offsets.tolist()):
-            ids = np.concatenate([prefix, encoded.ids[first:last], suffix]).astype(dtype)
-            for start, stop, first_target in metrics.windows(len(ids), length, 3 * length // 4):
-                row = np.zeros(length, dtype)
-                row[: stop - start] = ids[start:stop]
-                is_target = np.zeros(length, bool)
-                is_target[first_target - start : stop - start] = True
-                tokens.append(row)
-                targets.append(is_target)
-                used.append(stop - start)
-    if not tokens:
-        raise InputError(
-            "the held-out documents have fewer than two tokens each: there is nothing to predict"
-        )
-    # The padding of a row counts as a document of its own, so it has a start.
-    starts = [s for n in used for s in ((0, n) if n < length else (0,))]
-    return Rows(
-        np.stack(tokens), np.array(starts, np.int32), np.array(used, np.int32), np.stack(targets)
-    )
 
 
 def _evaluate_loss(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import regex
 
-from sevenfold.evaluate.text import UNSPACED, bleu_tokenizer, words
+from sevenfold.data.text import UNSPACED, bleu_tokenizer, words
 
 # Per prediction, its reference or its several references.
 References = Sequence[str | Sequence[str]]

@@ -14,12 +14,12 @@ from sevenfold.errors import InputError
 from sevenfold.evaluate.actors import ActorPool
 from sevenfold.evaluate.compare import paired_bootstrap
 from sevenfold.evaluate.evaluators import (
-    SAMPLE_CHARACTERS,
     SAMPLES,
     Evaluation,
     measure,
 )
 from sevenfold.evaluate.harness import harness, require_task
+from sevenfold.evaluate.held_out_text import SAMPLE_CHARACTERS
 from sevenfold.export.card import with_metrics
 from sevenfold.prepare.job import read_recipe
 from sevenfold.prepare.streams import open_streams

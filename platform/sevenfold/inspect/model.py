@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from rich.text import Text
 from tokenizers.decoders import DecodeStream
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from sevenfold import storage
 from sevenfold.errors import InputError
@@ -171,7 +172,17 @@ def _totals(loaded: Loaded, rows: list[Row]) -> dict[str, Any]:
 
 
 def _decode(loaded: Loaded, token: int) -> str:
-    return str(loaded.tokenizer.decode([token]))
+    r"""Returns the text of a token; bytes that are part of a character as \xe4 and so on."""
+    text = str(loaded.tokenizer.decode([token]))
+    if "\ufffd" not in text:
+        return text
+    raw = str(loaded.tokenizer.convert_ids_to_tokens(token))
+    if raw.startswith("<0x"):  # SentencePiece
+        return f"\\x{raw[3:5].lower()}"
+    byte_of = {character: byte for byte, character in bytes_to_unicode().items()}
+    if not all(character in byte_of for character in raw):
+        return text
+    return bytes(byte_of[c] for c in raw).decode("utf-8", "backslashreplace")
 
 
 def _show(loaded: Loaded, report: dict[str, Any]) -> None:

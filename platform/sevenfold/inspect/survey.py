@@ -13,6 +13,8 @@ import regex
 from datasketch import MinHash, MinHashLSH
 from xxhash import xxh3_64_intdigest
 
+from sevenfold.data.text import UNSPACED
+from sevenfold.data.text import words as script_words
 from sevenfold.inspect import personal_data
 
 SCRIPTS = {
@@ -94,6 +96,8 @@ class NearDuplicates:
             place: Where the text is found.
         """
         words = text.split()
+        if regex.search(f"[{UNSPACED}]", text):
+            words = script_words(text)  # a sentence of Chinese would be one word
         if self.seen >= self.most:
             return
         self.seen += 1

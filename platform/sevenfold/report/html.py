@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import io
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -34,6 +35,8 @@ def write(folder: RunFolder, sweep: Sweep) -> None:
     """Writes report.html from trials.json and the reports of the trials."""
     trials = storage.read_json(folder.trials)
     plt.switch_backend("svg")
+    # text stays text, in a font of whoever reads the page: names may be in any script
+    plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif"})
     scored = [trial for trial in trials if trial["score"] is not None]
     pictures = [
         _draw_curves(folder, trials, sweep),
@@ -78,7 +81,10 @@ def _html_table(trials: Sequence[Trial], sweep: Sweep) -> str:
 def _svg(figure: Any) -> str:
     """Returns a figure as an <svg> element, without the XML header, and closes it."""
     out = io.StringIO()
-    figure.savefig(out, format="svg", bbox_inches="tight")
+    with warnings.catch_warnings():
+        # Matplotlib's own font, which the page does not use, lacks many scripts
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(out, format="svg", bbox_inches="tight")
     plt.close(figure)
     _, tag, rest = out.getvalue().partition("<svg")
     return tag + rest
