@@ -8,9 +8,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from sevenfold.data.text import bleu_tokenizer, words
 from sevenfold.evaluate import metrics
 from sevenfold.evaluate.baselines import BM25
-from sevenfold.data.text import bleu_tokenizer, words
 
 # A sentence in each script, with digits and punctuation; and the tokenizer that BLEU gets for it.
 SENTENCES = {

@@ -35,8 +35,7 @@ def write(folder: RunFolder, sweep: Sweep) -> None:
     """Writes report.html from trials.json and the reports of the trials."""
     trials = storage.read_json(folder.trials)
     plt.switch_backend("svg")
-    # text stays text, in a font of whoever reads the page: names may be in any script
-    plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif"})
+    use_fonts_of_the_reader()
     scored = [trial for trial in trials if trial["score"] is not None]
     pictures = [
         _draw_curves(folder, trials, sweep),
@@ -76,6 +75,11 @@ def _html_table(trials: Sequence[Trial], sweep: Sweep) -> str:
         cells = "".join(f"<td>{html.escape(format_cell(value))}</td>" for value in row)
         body += f"<tr>{cells}</tr>"
     return f"<table><tr>{head}</tr>{body}</table>"
+
+
+def use_fonts_of_the_reader() -> None:
+    """Keeps the text of figures as text: names may be in scripts that Matplotlib's font lacks."""
+    plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif"})
 
 
 def _svg(figure: Any) -> str:
