@@ -478,6 +478,7 @@ def test_s3_region(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert region() == "ap-south-1"
 
 
+@pytest.mark.slow
 def test_s3_outage(
     bucket: str,
     moto: tuple[subprocess.Popen[bytes], str],

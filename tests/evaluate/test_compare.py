@@ -83,3 +83,26 @@ def test_bad_calls_are_refused(systems: dict[str, list[str]], options: dict, mes
 def test_an_empty_test_set_is_refused() -> None:
     with pytest.raises(ValueError, match="found none"):
         paired_bootstrap([], {"a": [], "b": []})
+
+
+def test_few_prompts_are_said_to_be_too_few(capsys: pytest.CaptureFixture[str]) -> None:
+    from sevenfold.evaluate.run import _compare
+
+    systems = {"a": with_replaced_words(0.4, 1), "b": with_replaced_words(0.4, 2)}
+    _compare(REFERENCES, systems, None)
+    assert "60 prompts are too few to say which run is better" in capsys.readouterr().out
+    _compare(REFERENCES * 2, {name: texts * 2 for name, texts in systems.items()}, None)
+    assert "too few" not in capsys.readouterr().out
+
+
+def test_baselines_that_predict_the_same_are_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    from sevenfold.evaluate.evaluators import _evaluate_baselines
+
+    def refuse() -> list[str]:
+        raise ValueError("no words")
+
+    predictors = {"copy": lambda: ["a"], "lead": lambda: ["a"], "other": lambda: ["b"]}
+    results = _evaluate_baselines({**predictors, "none": refuse}, lambda p: {"first": p[0]})
+    assert results == {"copy": {"first": "a"}, "other": {"first": "b"}}
+    output = capsys.readouterr().out
+    assert "lead: it predicts the same as: copy" in output and "none: no words" in output

@@ -31,5 +31,11 @@ def test_a_run_may_be_resumed_with_another_micro_batch(
 
 def test_settings_of_later_versions_change_no_hash_while_unset(tree: dict[str, Any]) -> None:
     recipe = loads(yaml.safe_dump(tree), "")
-    assert "ignore_columns" not in recipe.identity()["data"]
+    identity = recipe.identity()
+    assert "ignore_columns" not in identity["data"]
+    assert all("encoding" not in source for source in identity["data"]["sources"])
     assert recipe.override({"data.ignore_columns": ["id"]}).hash() != recipe.hash()
+    assert recipe.override({"data.sources.0.encoding": "gb18030"}).hash() != recipe.hash()
+    # how answers are measured changes no weight; earlier versions had this default
+    assert identity["validation"]["bleu_tokenize"] == "13a"
+    assert recipe.override({"validation.bleu_tokenize": "zh"}).hash() == recipe.hash()

@@ -49,6 +49,7 @@ def test_an_old_run_is_replayed(old_home: Path, capsys: pytest.CaptureFixture[st
     assert load_file(out)
 
 
+@pytest.mark.slow
 def test_an_old_run_is_resumed_and_evaluated(old_home: Path, tmp_path: Path) -> None:
     home = tmp_path / "home"
     shutil.copytree(old_home, home)
