@@ -91,6 +91,10 @@ def test_ids_equal_those_of_the_reference(changes: dict[str, Any]) -> None:
     spelled = [token.content for token in changes.get("added", ())] + ["<|eos|>"]
     spelled += [chr(byte) for byte in changes.get("missing", ())]
     texts = random_texts(random.Random(0), spelled, 3000)
+    # documents of several lines, of which some are encoded by the reference
+    texts += ["\n".join(texts[i : i + 6]) for i in range(0, 3000, 6)]
+    reaches = any(t.lstrip or t.single_word for t in changes.get("added", ()))
+    assert backend.by_line == (bool(backend.by_reference) and not reaches)
     strings = pa.array(texts, pa.large_string())
     serialized = tokenizer.backend_tokenizer.to_str()
     expected = tokenize_function(serialized, REFERENCE)(strings)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import regex
 import tokenizers
 
 from sevenfold.data.sources.documents import buffers
@@ -31,6 +32,10 @@ _BLOCK = 64
 _UNIFORM = [(0x3400, 0xA000), (0xAC00, 0xD7A4), (0xE000, 0xF900), (0x17000, 0x18D00)]
 _UNIFORM += [(0x20000, sys.maxunicode + 1)]
 _SURROGATES = range(0xD800, 0xE000)
+# Where a line begins with a letter, after a line that ends with no white space.
+_BETWEEN_LINES = regex.compile(r"(?<=\S\n)(?=\p{L})", regex.V1)
+# Letters, digits, marks and symbols of many kinds, which may end a line.
+_KINDS = [*"aZéßЯ中の한กअع0²_.,!'\")-/$。€🙂▁<", "\u0301", "\u200d", "\uff17", "\uff0c"]
 # Normal forms that gigatoken may not support; Arrow has them too.
 _FORMS = ("NFC", "NFD", "NFKC", "NFKD")
 
@@ -42,10 +47,14 @@ class Backend(NamedTuple):
         name: FAST or "tokenizers".
         by_reference: With FAST, a regular expression (RE2) for the documents that the reference
             encodes nevertheless; "" for none.
+        by_line: Whether such documents may be split between lines, so that the reference encodes
+            only the parts in question. A book with one such character would take as long as a
+            hundred others.
     """
 
     name: str
     by_reference: str = ""
+    by_line: bool = False
 
 
 REFERENCE = Backend("tokenizers")
@@ -89,7 +98,7 @@ def choose_backend(
     try:
         version = importlib.metadata.version(FAST)
         pattern = _pattern_of_differences(serialized)
-        backend = Backend(FAST, pattern)
+        backend = Backend(FAST, pattern, bool(pattern) and _lines_are_independent(serialized))
         strings = pa.array([*sample, *_around(tokenizer.all_special_tokens)], pa.large_string())
         tokens = tokenize_function(serialized, backend)(strings)
     except BaseException as e:  # a panic in gigatoken's Rust code is not an Exception
@@ -147,6 +156,27 @@ def _pattern_of_differences(serialized: str) -> str:
     return "|".join(parts)
 
 
+def _lines_are_independent(serialized: str) -> bool:
+    """Returns whether a text's ids are those of its parts, where _BETWEEN_LINES splits it.
+
+    No word of a tokenizer that splits texts by a pattern such as GPT-2's or GPT-4's reaches from a
+    line end to a letter, and what follows a single line end does not change how that is split. Here
+    the reference encodes characters of all kinds on both sides.
+    """
+    for token in json.loads(serialized)["added_tokens"]:
+        if "\n" in token["content"] or token["lstrip"] or token["single_word"]:
+            return False  # it may take a line end, or look at it
+    before = [f"{x}{c}\n" for c in _KINDS for x in ("", "a", " ", "7.", "'")]
+    after = [f"{c}{x}" for c in _KINDS if c.isalpha() for x in ("", "b", "'s", " c", "\n", "1")]
+    pairs = [(a, b) for a in before for b in after]
+    wholes = pa.array([a + b for a, b in pairs], pa.large_string())
+    parts = pa.array([part for pair in pairs for part in pair], pa.large_string())
+    reference = _reference(serialized)
+    whole, separate = reference(wholes), reference(parts)
+    joined = TokenLists(separate.offsets[::2], separate.ids)
+    return not whole.differences(joined)
+
+
 def _order_dependent() -> list[tuple[int, int]]:
     """Returns the characters whose normal form depends on those around them, as ranges.
 
@@ -168,8 +198,8 @@ def _order_dependent() -> list[tuple[int, int]]:
 
 
 def _around(texts: Sequence[str]) -> list[str]:
-    """Returns each of these characters or tokens between letters, doubled, and at the end."""
-    return [f"a{t}b{t}{t}1'{t}" for t in texts]
+    """Returns each of these characters or tokens beside those that patterns treat specially."""
+    return [f"a{t}b{t}{t}1'{t}'s {t}'Ul {t}\n \n{t}" for t in texts]
 
 
 def _blocks() -> list[str]:
@@ -186,7 +216,7 @@ def _blocks() -> list[str]:
         )
         for first in range(0, sys.maxunicode + 1, _BLOCK)
         # planes without any assigned character, and private use, are looked at in part
-        if first < 0x32000 or first % 0x1000 == 0
+        if first < 0x34000 or first % 0x1000 == 0
     ]
 
 
@@ -213,9 +243,22 @@ def tokenize_function(serialized: str, backend: Backend) -> Callable[[pa.Array],
         # built only where it is needed: most data tasks meet no such document
         reference = _reference(serialized)
         slow = np.asarray(is_slow.to_numpy(zero_copy_only=False), bool)
+        encode_slow = by_line if backend.by_line else reference
         return _merge(
-            slow, fast(strings.filter(pc.invert(is_slow))), reference(strings.filter(is_slow))
+            slow, fast(strings.filter(pc.invert(is_slow))), encode_slow(strings.filter(is_slow))
         )
+
+    def by_line(strings: pa.Array) -> TokenLists:
+        parts = [_BETWEEN_LINES.split(text) for text in strings.to_pylist()]
+        flat = pa.array([part for text in parts for part in text], pa.large_string())
+        is_slow = pc.match_substring_regex(flat, backend.by_reference)
+        tokens = _merge(
+            np.asarray(is_slow.to_numpy(zero_copy_only=False), bool),
+            fast(flat.filter(pc.invert(is_slow))),
+            _reference(serialized)(flat.filter(is_slow)),
+        )
+        ends = np.cumsum([0, *map(len, parts)])
+        return TokenLists(tokens.offsets[ends], tokens.ids)
 
     return tokenize
 

@@ -19,7 +19,11 @@ def load_encoder(recipe: Recipe, tokenizer: str) -> TextEncoder:
     """
     description = storage.read_json(encoder_file(tokenizer))
     # runs of earlier versions have no date, and the same backend for all documents
-    backend = Backend(description["backend"], description.get("by_reference", ""))
+    backend = Backend(
+        description["backend"],
+        description.get("by_reference", ""),
+        description.get("by_line", False),
+    )
     return build_encoder(recipe, tokenizer, backend, description.get("today"))
 
 

@@ -98,7 +98,7 @@ def _choose_encoder(
         folder: The tokenizer's folder.
 
     Returns:
-        The encoder; and its "backend" (with the documents that are encoded "by_reference") and
+        The encoder; and its "backend" (with what it encodes "by_reference" and "by_line") and
         "identity", the reason for the backend ("why"), the date for chat templates ("today"), and
         the "tokens_per_byte" of each source.
     """
@@ -120,6 +120,7 @@ def _choose_encoder(
     return encoder, {
         "backend": backend.name,
         "by_reference": backend.by_reference,
+        "by_line": backend.by_line,
         "why": why,
         "today": today,
         "identity": encoder.identity(),
