@@ -32,6 +32,9 @@ SCRIPTS = {
 OTHER = "other"
 PLACES = 5  # examples that are listed of each finding
 SHINGLE = 5  # words of a shingle, as in arXiv 2107.06499
+# Characters of a shingle in scripts without spaces, where texts are short: each one that is changed
+# changes as many shingles.
+SHINGLE_UNSPACED = 3
 ALIKE = 0.8  # near duplicates have a Jaccard index of shingles of this or more (arXiv 2107.06499)
 PERMUTATIONS = 128  # the estimate's standard deviation is at most 0.5 / sqrt(128) = 0.044
 
@@ -95,15 +98,14 @@ class NearDuplicates:
             text: A normalised text that is not an exact duplicate of an earlier one.
             place: Where the text is found.
         """
-        words = text.split()
+        words, length = text.split(), SHINGLE
         if regex.search(f"[{UNSPACED}]", text):
-            words = script_words(text)  # a sentence of Chinese would be one word
+            words, length = script_words(text), SHINGLE_UNSPACED
         if self.seen >= self.most:
             return
         self.seen += 1
         shingles = {
-            " ".join(words[i : i + SHINGLE]).encode()
-            for i in range(max(1, len(words) - SHINGLE + 1))
+            " ".join(words[i : i + length]).encode() for i in range(max(1, len(words) - length + 1))
         }
         signature = MinHash(num_perm=PERMUTATIONS, hashfunc=xxh3_64_intdigest, scheme="affine64")
         signature.update_batch(sorted(shingles))
