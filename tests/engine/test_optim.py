@@ -1,5 +1,7 @@
 """Learning rate schedules and the parameter groups of the optimizers."""
 
+from itertools import pairwise
+
 import pytest
 from torch import nn
 
@@ -22,6 +24,13 @@ def test_schedules_have_the_expected_rates(name: str, expected: dict[int, float]
     with_floor = Schedule(name=name, warmup_steps=10, min_ratio=0.1)  # type: ignore[arg-type]
     rates = [learning_rate(s, 100, 2.0, with_floor) for s in range(10, 100)]
     assert rates == sorted(rates, reverse=True) and max(rates) == 2.0 and min(rates) >= 0.2
+
+
+def test_wsd_that_decays_from_the_warmup_on_does_not_jump() -> None:
+    schedule = Schedule(name="wsd", warmup_steps=10, decay_fraction=1.0)
+    rates = [learning_rate(step, 100, 1.0, schedule) for step in range(100)]
+    assert rates[9] == rates[10] == 1.0
+    assert max(abs(a - b) for a, b in pairwise(rates[9:])) < 0.012
 
 
 def test_weight_decay_spares_norms_and_embeddings() -> None:

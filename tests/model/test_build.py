@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers.objectives import BERT, T5
@@ -185,3 +186,55 @@ def test_a_new_head_is_trained_fully_beside_an_adapter(
     assert {name for name in trained if "lora_" not in name} == head
     assert not any("lora_" in name and name.startswith(tuple(head)) for name in trained)
     assert any("lora_" in name for name in trained)
+
+
+# Encoders whose positions begin at padding_idx + 1, and two whose begin at 0.
+ROBERTA = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "pad_token_id": 1,
+}
+OFFSETS = {
+    "roberta": 2,
+    "xlm-roberta": 2,
+    "camembert": 2,
+    "data2vec-text": 2,
+    "bert": 0,
+    "electra": 0,
+}
+
+
+@pytest.mark.parametrize("model_type", OFFSETS)
+def test_positions_of_packed_texts_are_those_of_transformers(
+    model_type: str, tree: dict[str, Any]
+) -> None:
+    from sevenfold.data.rows import Rows
+    from sevenfold.engine.objectives import Masked, SpecialTokens
+
+    fields = {"model_type": model_type, **ROBERTA}
+    recipe = Recipe.model_validate(
+        tree
+        | {"objective": "masked", "model": {"config": fields}, "tokenizer": {"vocab_size": 300}}
+    )
+    length, offset = recipe.data.sequence_length, OFFSETS[model_type]
+    config = build.config_of(recipe, 300)
+    assert config.max_position_embeddings == length + offset
+    model: Any = build.build(recipe, config, weights=True).eval()
+    texts = [np.arange(5, 25), np.arange(40, 40 + length - 20), np.arange(60, 60 + length)]
+    tokens = np.concatenate(texts).astype(np.uint16).reshape(2, length)
+    rows = Rows(tokens, np.array([0, 20, 0], np.int32), np.array([length, length], np.int32))
+    objective = Masked(SpecialTokens(300, (0, 1, 2), 4, pad=1), 0, 1e-9, 3)
+    batch = objective.collate(rows, 0)
+    batch.input_ids[:] = torch.from_numpy(tokens.astype(np.int64))  # nothing is masked
+    with torch.no_grad():
+        packed = objective.logits(model, batch).reshape(2 * length, -1)
+        alone = [model(input_ids=torch.from_numpy(text)[None]).logits[0] for text in texts]
+    assert torch.allclose(packed, torch.cat(alone), atol=1e-5)
+    # a base with too few positions is refused before anything is paid for
+    short = recipe.override(
+        {"model.config": {**fields, "max_position_embeddings": length + offset - 1}}
+    )
+    with pytest.raises(InputError, match=f"above the model's {length - 1} positions"):
+        build.config_of(short, 300)

@@ -221,6 +221,6 @@ def learning_rate(step: int, steps: int, peak: float, schedule: r.Schedule) -> f
     elif schedule.name == "linear":
         factor = 1 - progress
     else:  # wsd: constant, then linear over the last decay_fraction of the steps
-        remaining = steps - step
-        factor = min(1.0, remaining / max(1.0, schedule.decay_fraction * steps))
+        decay = min(schedule.decay_fraction * steps, steps - schedule.warmup_steps)
+        factor = min(1.0, (steps - step) / max(1.0, decay))
     return peak * (schedule.min_ratio + (1 - schedule.min_ratio) * factor)

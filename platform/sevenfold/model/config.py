@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import re
 from typing import Any, Literal
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from sevenfold import storage
+from sevenfold.engine.positions import position_offset
 from sevenfold.errors import InputError, first_line
 from sevenfold.model import gguf, hub
 from sevenfold.recipe import Recipe
 from sevenfold.run_folder import RunFolder
 
+_MAX_OFFSET = 8  # no model reserves as many positions
 Family = Literal["decoder", "encoder", "encoder-decoder"]
 
 
@@ -106,6 +111,8 @@ def _new_config(recipe: Recipe, vocab_size: int, tokenizer: Any) -> PreTrainedCo
     sizes = {"vocab_size": vocab_size, "max_position_embeddings": length, "n_positions": length}
     defaults = {name: size for name, size in sizes.items() if name in known}
     config = AutoConfig.for_model(**(defaults | fields))
+    if "max_position_embeddings" in defaults.keys() - fields.keys():
+        config.max_position_embeddings += first_position(config)
     if tokenizer is not None:
         for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
             setattr(config, name, getattr(tokenizer, name))
@@ -144,12 +151,30 @@ def _check_sizes(config: PreTrainedConfig, vocab_size: int, length: int) -> None
         raise InputError(
             f"model: vocab_size {config.vocab_size} is below the tokenizer's {vocab_size}"
         )
-    positions = getattr(config, "max_position_embeddings", length)
-    if positions < length:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is None or positions > length + _MAX_OFFSET:
+        return
+    first = first_position(config)
+    if positions - first < length:
+        reserved = f", of which the first {first} are for no token" if first else ""
         raise InputError(
-            f"data.sequence_length {length} is above the model's {positions} positions "
-            "(max_position_embeddings)"
+            f"data.sequence_length {length} is above the model's {positions - first} positions "
+            f"(max_position_embeddings {positions}{reserved})"
         )
+
+
+def first_position(config: PreTrainedConfig) -> int:
+    """Returns the position of a text's first token, see `position_offset`; 0 for most models.
+
+    A model with one layer is built on the meta device, which allocates no memory.
+    """
+    if family(config) != "encoder":
+        return 0
+    small = copy.deepcopy(config)
+    small.num_hidden_layers = 1
+    with torch.device("meta"), contextlib.suppress(Exception):  # told when the model is built
+        return position_offset(AutoModel.from_config(small))
+    return 0
 
 
 def family(config: PreTrainedConfig) -> Family:

@@ -120,7 +120,8 @@ class Recipe(Section):
                 "train: give either steps or tokens; or data.epochs, to train as long as the data "
                 "lasts"
             )
-        if self.validation.max_new_tokens >= self.data.sequence_length:
+        is_generated = self.objective == "sft"  # an encoder-decoder's answer needs no room
+        if is_generated and self.validation.max_new_tokens >= self.data.sequence_length:
             raise ValueError(
                 f"validation.max_new_tokens ({self.validation.max_new_tokens}) must be below "
                 f"data.sequence_length ({self.data.sequence_length}): there is no room for a prompt"

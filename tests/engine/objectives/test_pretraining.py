@@ -30,6 +30,23 @@ def test_masking_has_the_rates_of_bert() -> None:
     )
 
 
+def test_masking_always_leaves_something_to_predict() -> None:
+    ids = np.arange(30, 36)
+    maskable = np.array([False, True, True, True, True, False])
+    counts = []
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        _, is_masked = masking.mask_tokens(rng, ids, maskable, 0.15, 3, VOCAB)
+        assert not is_masked[~maskable].any()
+        counts.append(int(is_masked.sum()))
+        # the draws of the others are the same
+        chosen = maskable & (np.random.default_rng(seed).random(6) < 0.15)
+        assert not chosen.any() or np.array_equal(chosen, is_masked)
+    assert min(counts) == 1 and max(counts) > 1
+    rng = np.random.default_rng(0)
+    assert not masking.mask_tokens(rng, ids, np.zeros(6, bool), 0.15, 3, VOCAB)[1].any()
+
+
 @pytest.mark.parametrize("length", [0, 1, 2, 3, 7, 20, 500])
 def test_spans_mask_the_expected_number_of_tokens(length: int) -> None:
     noise = masking.select_spans(np.random.default_rng(length), length, 0.15, 3.0, 100)

@@ -13,6 +13,7 @@ from xxhash import xxh3_64_intdigest
 from sevenfold.data.rows import Rows
 from sevenfold.engine.batch import Batch, to_batch
 from sevenfold.engine.objectives.special_tokens import SpecialTokens
+from sevenfold.engine.positions import position_offset
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ class Objective:
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Runs the model on a batch and returns its logits."""
         output = model.forward(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids + position_offset(model),
+            use_cache=False,
         )
         logits: torch.Tensor = output.logits
         return logits

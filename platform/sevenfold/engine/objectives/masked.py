@@ -12,6 +12,7 @@ from sevenfold.engine.batch import IGNORE, Batch, to_batch
 from sevenfold.engine.objectives import masking
 from sevenfold.engine.objectives.base import Objective
 from sevenfold.engine.objectives.layout import same_document
+from sevenfold.engine.positions import position_offset
 
 
 class Masked(Objective):
@@ -51,7 +52,7 @@ class Masked(Objective):
         """Runs the model on a batch and returns its logits."""
         output = model.forward(
             input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
+            position_ids=batch.position_ids + position_offset(model),
             attention_mask=same_document(batch.documents, batch.documents),
         )
         logits: torch.Tensor = output.logits

@@ -19,6 +19,8 @@ def mask_tokens(
     """Applies BERT's masking (arXiv 1810.04805, section 3.1).
 
     Of the selected tokens 80% are replaced by the mask token and 10% by a random token; 10% stay.
+    If none is selected, which happens in short texts, the one with the lowest draw is, so that
+    there is always something to predict.
 
     Args:
         rng: The source of random numbers.
@@ -33,6 +35,8 @@ def mask_tokens(
     """
     selection, kind = rng.random(len(ids)), rng.random(len(ids))
     selected = maskable & (selection < rate)
+    if maskable.any() and not selected.any():
+        selected[np.argmin(np.where(maskable, selection, 2.0))] = True
     input_ids = np.where(selected & (kind < 0.8), mask, ids)
     random = selected & (kind >= 0.8) & (kind < 0.9)
     return np.where(random, rng.integers(0, vocab_size, len(ids)), input_ids), selected
