@@ -3,9 +3,10 @@
 from itertools import pairwise
 
 import pytest
+import torch
 from torch import nn
 
-from sevenfold.engine.optim import build, learning_rate
+from sevenfold.engine.optim import Muon, build, learning_rate
 from sevenfold.recipe import Optimizer, Schedule
 
 
@@ -47,3 +48,29 @@ def test_weight_decay_spares_norms_and_embeddings() -> None:
         id(model["norm"].weight),
         id(model["norm"].bias),
     }
+
+
+@pytest.mark.parametrize("shape", [(8, 64, 32), (4, 32, 64), (1, 48, 48)])
+def test_muon_makes_each_expert_orthogonal(shape: tuple[int, ...]) -> None:
+    """Experts that are kept as one tensor are updated as separate matrices are."""
+    torch.manual_seed(0)
+    together = nn.Parameter(torch.zeros(shape))
+    alone = [nn.Parameter(torch.zeros(shape[1:])) for _ in range(shape[0])]
+    together.grad = torch.randn(shape)
+    for p, grad in zip(alone, together.grad, strict=True):
+        p.grad = grad.clone()
+    Muon([together], 0.1, 0.0, 0.9).step()
+    Muon(alone, 0.1, 0.0, 0.9).step()
+    expected = torch.stack([p.detach() for p in alone])
+    assert torch.allclose(together.detach(), expected, atol=1e-6)
+    update = together.detach() / (0.1 * 0.2 * max(shape[1:]) ** 0.5)
+    values = torch.linalg.svdvals(update)
+    assert values.min() > 0.5 and values.max() < 1.3
+
+
+def test_kernels_are_no_matrices() -> None:
+    model = nn.ModuleDict({"conv": nn.Conv1d(8, 8, 3, groups=8), "linear": nn.Linear(8, 8)})
+    adamw, muon = build(model, Optimizer(name="muon", weight_decay=0.1))
+    assert isinstance(muon, Muon) and muon.param_groups[0]["params"] == [model["linear"].weight]
+    decayed = [p for g in adamw.param_groups if g["weight_decay"] for p in g["params"]]
+    assert decayed == [model["conv"].weight]

@@ -26,23 +26,27 @@ def build(model: nn.Module, settings: r.Optimizer) -> list[torch.optim.Optimizer
     to matrices that are not embeddings.
     """
     embeddings = {id(p) for p in embedding_parameters(model)}
+    # Muon is for matrices; the kernels of Mamba's convolutions, for example, are none
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    kernels = {id(m.weight) for m in model.modules() if isinstance(m, convolutions)}
     head = getattr(model, "get_output_embeddings", lambda: None)()
     matrices: list[nn.Parameter] = []
-    head_matrices: list[nn.Parameter] = []  # the output layer, unless it is tied to an embedding
+    # those that Muon leaves to AdamW: the output layer, unless it is tied to an embedding; kernels
+    adamw_matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for p in model.parameters():
         if not p.requires_grad:
             continue
         if p.ndim < 2 or id(p) in embeddings:
             others.append(p)
-        elif head is not None and p is head.weight:
-            head_matrices.append(p)
+        elif id(p) in kernels or (head is not None and p is head.weight):
+            adamw_matrices.append(p)
         else:
             matrices.append(p)
 
     optimizers: list[torch.optim.Optimizer] = []
     muon = settings.name == "muon"
-    decayed = head_matrices if muon else matrices + head_matrices
+    decayed = adamw_matrices if muon else matrices + adamw_matrices
     groups = [
         {"params": decayed, "weight_decay": settings.weight_decay, "l1": settings.l1},
         {"params": others, "weight_decay": 0.0, "l1": 0.0},
@@ -119,7 +123,8 @@ class Muon(torch.optim.Optimizer):
     """Muon, for matrices: momentum whose updates are made orthogonal (Jordan 2024).
 
     Updates are scaled by 0.2 * sqrt(max(rows, columns)), which gives them the size of AdamW's, so
-    that AdamW's learning rates can be used (arXiv 2502.16982, section 2.2).
+    that AdamW's learning rates can be used (arXiv 2502.16982, section 2.2). A tensor of experts,
+    [experts, rows, columns], is a matrix for each expert.
 
     torch.optim.Muon (torch 2.13) orthogonalizes in bfloat16, and on whichever part of a matrix
     DTensor's sharding rules leave on a rank. Here each matrix is gathered, orthogonalized by one
@@ -161,7 +166,7 @@ class Muon(torch.optim.Optimizer):
                 nesterov = p.grad.lerp(buffer, group["momentum"])
                 update = _orthogonalized(nesterov, index)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape)))
+                p.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(p.shape[-2:])))
                 index += 1
 
 
@@ -183,18 +188,21 @@ def _orthogonalized(matrix: torch.Tensor, index: int) -> torch.Tensor:
 def newton_schulz(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """Approximates the nearest orthogonal matrix: singular values end up between 0.7 and 1.2.
 
+    Of a tensor with more dimensions, the last two are those of the matrices.
+
     Coefficients are Jordan's, as in torch.optim.Muon. It computes in bfloat16 on a GPU, which
     multiplies matrices fastest in it, and in float32 on a CPU.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix.flatten(1).to(torch.bfloat16 if matrix.is_cuda else torch.float32)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
-    x = x / (x.norm() + 1e-7)
+    x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    norm = x.norm() if x.ndim == 2 else x.flatten(-2).norm(dim=-1)[..., None, None]
+    x = x / (norm + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.T if tall else x).reshape(matrix.shape).to(matrix.dtype)
+    return (x.mT if tall else x).to(matrix.dtype)
 
 
 def embedding_parameters(model: nn.Module) -> list[torch.Tensor]:
