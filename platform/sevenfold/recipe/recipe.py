@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -15,6 +14,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sevenfold.errors import InputError
 from sevenfold.recipe.data import Data, Section, Tokenizer, without_unset
+from sevenfold.recipe.plain_yaml import load_yaml
 from sevenfold.recipe.sweep import BUDGETS, Sweep
 from sevenfold.recipe.training import (
     Adapter,
@@ -246,37 +246,6 @@ class Recipe(Section):
         return _validate(tree, where="override")
 
 
-_YAML_1_1 = {f"tag:yaml.org,2002:{tag}" for tag in ("bool", "int", "float", "timestamp")}
-
-
-class _Loader(yaml.SafeLoader):
-    """A safe loader that reads plain values as YAML 1.2 does.
-
-    PyYAML follows YAML 1.1: 1e-3 is a string there, `no`, `off` and `y` (labels, or the code of
-    Norwegian) are booleans, 12:30 is a number, and 2024-01-31 no text.
-    """
-
-
-# a copy, since PyYAML's own loaders share theirs
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _YAML_1_1]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-for _tag, _pattern, _first in (
-    ("float", r"[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+", "-+0123456789"),
-    (
-        "float",
-        r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*|\.(inf|Inf|INF))|\.(nan|NaN|NAN)",
-        "-+.0123456789",
-    ),
-    ("int", r"[-+]?(0|[1-9][\d_]*|0x[\da-fA-F_]+|0b[01_]+)", "-+0123456789"),
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first)
-    )
-
-
 def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Reads a recipe from a file.
 
@@ -298,7 +267,7 @@ def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
         key, equals_sign, value = item.partition("=")
         if not equals_sign or not key:
             raise InputError(f"{item!r}: expected key.path=value, for example train.steps=100")
-        changes[key] = _load_yaml(value, item)
+        changes[key] = load_yaml(value, item)
         _refuse_old_name(key.partition(".")[0], item)
     tree = _load_tree(text, path)
     for key in tree:
@@ -327,23 +296,12 @@ def loads(text: str, where: str, changes: dict[str, Any] | None = None) -> Recip
 
 
 def _load_tree(text: str, where: str) -> dict[str, Any]:
-    tree = _load_yaml(text, where)
+    tree = load_yaml(text, where)
     if not isinstance(tree, dict):
         raise InputError(
             f"{where}: expected a recipe (keys and values), found {type(tree).__name__}"
         )
     return tree
-
-
-def _load_yaml(text: str, where: str) -> Any:
-    try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise InputError(
-            f"{where}{line}: expected YAML, found {getattr(e, 'problem', e)}"
-        ) from None
 
 
 def _apply_changes(tree: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
