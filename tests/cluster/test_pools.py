@@ -18,7 +18,7 @@ from sevenfold.faults.inject import Run
 from sevenfold.faults.nodes import LocalNodes
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.usefixtures("no_ray_token")
 def test_data_tasks_stay_on_their_pool(
     tree: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

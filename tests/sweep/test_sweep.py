@@ -239,7 +239,7 @@ def test_a_failed_trial_is_marked_and_the_sweep_continues(home: Path) -> None:
     assert alone["metrics"]["validation/loss"] == good["score"]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_a_sweep_stops_when_its_budget_is_used_up(home: Path) -> None:
     # A cost of 0.012 at 2 per worker hour is 22 s of one worker.
     budget = ["sweep.trials=40", "sweep.worker_hour_cost=2", "sweep.max_cost=0.012"]

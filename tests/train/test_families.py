@@ -14,9 +14,14 @@ from helpers.objectives import BERT, T5
 KINDS = {"masked": BERT | {"initializer_range": 0.06}, "denoise": T5}
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("on_shared_ray")
-@pytest.mark.parametrize("objective", ["masked", "denoise"])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        pytest.param("masked", marks=pytest.mark.slow),
+        pytest.param("denoise", marks=pytest.mark.nightly),
+    ],
+)
 def test_pretrain_and_load_with_transformers(texts: Path, tmp_path: Path, objective: str) -> None:
     tree: dict[str, Any] = json.loads(json.dumps(RECIPE))
     tree["data"] |= {

@@ -77,7 +77,9 @@ def test_classification(tmp_path: Path) -> None:
         validation={"every": 10, "rows": 16, "metric": "validation/f1_macro", "patience": 3},
     )
     run, metrics, output = finetune(tmp_path, "classify")
-    assert "270 examples of" in output and "0 examples are truncated" in output
+    # what is trained on, and what is held out
+    assert "train data: 244 examples of" in output and "0 examples are truncated" in output
+    assert "held-out data: 26 examples of" in output
     assert metrics["accuracy"] > 0.75 and set(metrics["per_class"]) == {"animal", "thing"}
     assert list(metrics["baselines"]) == ["the commonest class", "TF-IDF and logistic regression"]
     assert "f1_macro" in (run / "model/README.md").read_text()
@@ -168,25 +170,30 @@ def test_embeddings(tmp_path: Path) -> None:
     assert json.loads((run / "model/1_Pooling/config.json").read_text())["pooling_mode_mean_tokens"]
 
 
-@pytest.mark.slow
-def test_sft_then_dpo(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        pytest.param(None, marks=pytest.mark.slow),
+        pytest.param({"rank": 4}, marks=pytest.mark.nightly),
+    ],
+)
+def test_sft_then_dpo(adapter: dict[str, int] | None, tmp_path: Path) -> None:
     write_recipe(tmp_path, "sft", tokenizer={"vocab_size": 512, "chat_template": "plain"})
     run, metrics, output = finetune(tmp_path, "sft")
     assert "reply to the nearest training prompt" in metrics["baselines"] and "masked" in output
     template = (run / "model/chat_template.jinja").read_text()
     assert "user: " in template or "message['role']" in template
-    for name, adapter in (("dpo", None), ("lora", {"rank": 4})):
-        sections = {
-            "optimizer": {"learning_rate": 3e-3},
-            "model": {"path": str(run)},
-            "tokenizer": {},
-            "adapter": adapter,
-        }
-        write_recipe(tmp_path, "dpo", **sections)
-        words = (f"data.path={tmp_path / 'dpo'}.jsonl", f"name={name}", "cluster.num_workers=2")
-        run_job("finetune", "dpo.yaml", *words, home=tmp_path)
-        metrics = json.loads((tmp_path / "runs" / name / "summary.json").read_text())["metrics"]
-        assert metrics["validation/accuracy"] > 0.7 and metrics["validation/loss"] < 0.6
+    sections = {
+        "optimizer": {"learning_rate": 3e-3},
+        "model": {"path": str(run)},
+        "tokenizer": {},
+        "adapter": adapter,
+    }
+    write_recipe(tmp_path, "dpo", **sections)
+    words = (f"data.path={tmp_path / 'dpo'}.jsonl", "cluster.num_workers=2")
+    run_job("finetune", "dpo.yaml", *words, home=tmp_path)
+    metrics = json.loads((tmp_path / "runs/dpo/summary.json").read_text())["metrics"]
+    assert metrics["validation/accuracy"] > 0.7 and metrics["validation/loss"] < 0.6
     run_job("evaluate", "runs/dpo", home=tmp_path)
     metrics = json.loads((tmp_path / "runs/dpo/metrics.json").read_text())
     assert metrics["accuracy"] > 0.7 and metrics["loss"] < 0.6 and metrics["pairs"] > 10
