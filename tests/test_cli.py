@@ -71,7 +71,10 @@ def folder(
         (["pretrain", "recipe.yaml", "adapter={rank: 4}"], "adapter needs model.path"),
         (["pretrain", "recipe.yaml", "data.corpus=python", "model.config.model_type=lama"], "lama"),
         (["pretrain", "recipe.yaml", "seed=20261123000"], "seed"),
-        (["pretrain", "recipe.yaml", "validation.max_new_tokens=64"], "no room for a prompt"),
+        (
+            ["finetune", "recipe.yaml", "objective=sft", "validation.max_new_tokens=64"],
+            "no room for a prompt",
+        ),
         (["evaluate", "empty", "--workers", "0"], "greater than or equal to 1"),
         (["evaluate", "empty"], "expected a run"),
         (["evaluate"], "Missing argument"),
