@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        # a terminal in another encoding than UTF-8 shows question marks, and the command goes on
+        # A character that the terminal's encoding lacks is printed as "?"; by default it would end
+        # the command.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:

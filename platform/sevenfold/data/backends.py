@@ -234,31 +234,31 @@ def tokenize_function(serialized: str, backend: Backend) -> Callable[[pa.Array],
         return _reference(serialized)
     fast = _fast(serialized)
 
-    def tokenize(strings: pa.Array) -> TokenLists:
-        if not backend.by_reference or not len(strings):
-            return fast(strings)
+    def route(strings: pa.Array, encode_slow: Callable[[pa.Array], TokenLists]) -> TokenLists:
         is_slow = pc.match_substring_regex(strings, backend.by_reference)
         if not pc.any(is_slow).as_py():
             return fast(strings)
-        # built only where it is needed: most data tasks meet no such document
-        reference = _reference(serialized)
-        slow = np.asarray(is_slow.to_numpy(zero_copy_only=False), bool)
-        encode_slow = by_line if backend.by_line else reference
         return _merge(
-            slow, fast(strings.filter(pc.invert(is_slow))), encode_slow(strings.filter(is_slow))
+            np.asarray(is_slow.to_numpy(zero_copy_only=False), bool),
+            fast(strings.filter(pc.invert(is_slow))),
+            encode_slow(strings.filter(is_slow)),
         )
+
+    def by_reference(strings: pa.Array) -> TokenLists:
+        # built only where it is needed: most data tasks meet no such document
+        return _reference(serialized)(strings)
 
     def by_line(strings: pa.Array) -> TokenLists:
         parts = [_BETWEEN_LINES.split(text) for text in strings.to_pylist()]
         flat = pa.array([part for text in parts for part in text], pa.large_string())
-        is_slow = pc.match_substring_regex(flat, backend.by_reference)
-        tokens = _merge(
-            np.asarray(is_slow.to_numpy(zero_copy_only=False), bool),
-            fast(flat.filter(pc.invert(is_slow))),
-            _reference(serialized)(flat.filter(is_slow)),
-        )
+        tokens = route(flat, by_reference)
         ends = np.cumsum([0, *map(len, parts)])
         return TokenLists(tokens.offsets[ends], tokens.ids)
+
+    def tokenize(strings: pa.Array) -> TokenLists:
+        if not backend.by_reference or not len(strings):
+            return fast(strings)
+        return route(strings, by_line if backend.by_line else by_reference)
 
     return tokenize
 

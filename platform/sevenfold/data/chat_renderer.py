@@ -24,8 +24,6 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}assistant:{% endif %}"
 )
-
-
 # The names under which transformers gives reasoning to a template.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 _STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")

@@ -141,8 +141,8 @@ class ChatTemplate:
     def _refuse_special_tokens(self, conversation: Conversation) -> None:
         """Raises UnusableExampleError if a call or a tool has the spelling of a special token.
 
-        Templates write them as JSON, so that their strings cannot be told from the template's own
-        text, and such a string would become the token itself.
+        Templates write them as JSON. Where their strings are in the rendered text is not known, so
+        that such a string would be encoded as the token itself.
         """
         if not conversation.tools and not any("tool_calls" in m for m in conversation.messages):
             return

@@ -30,7 +30,7 @@ from sevenfold.data.sources.shards import (
     fingerprint,
     wrong_content,
 )
-from sevenfold.data.sources.text_encoding import tell_encodings, with_text_format
+from sevenfold.data.sources.text_encoding import report_encodings, with_text_format
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
 
@@ -161,20 +161,21 @@ class Manifest:
         Raises:
             InputError: A file is new, missing or has changed. Names the file.
         """
-        recorded = [s.path for s in self.shards]
+        recorded = {s.path for s in self.shards}
         current = {path for _, path in _list_files(self.sources)}
         skipped = {message.partition(": ")[0] for message in self.skipped}
-        for path in sorted({*recorded, *(current - skipped)}):
+        for path in sorted(recorded | (current - skipped)):
             if path not in current:
                 raise InputError(f"{path}: is gone since this run began: {CHANGED_HINT}")
             if path not in recorded:
                 raise InputError(f"{path}: is new since this run began: {CHANGED_HINT}")
         with ThreadPoolExecutor(_THREADS) as pool:
-            for path, has_changed in zip(
-                recorded, pool.map(_has_changed, self.shards), strict=True
-            ):
+            results = pool.map(_has_changed, self.shards)
+            for shard, has_changed in zip(self.shards, results, strict=True):
                 if has_changed:
-                    raise InputError(f"{path}: has changed since this run began: {CHANGED_HINT}")
+                    raise InputError(
+                        f"{shard.path}: has changed since this run began: {CHANGED_HINT}"
+                    )
 
 
 def _has_changed(shard: Shard) -> bool:
@@ -297,7 +298,7 @@ def _with_text_formats(
             _reject(result, on_bad, skipped)
         else:
             examined.append(result)
-    tell_encodings(examined, sources)
+    report_encodings(examined, sources)
     return examined
 
 

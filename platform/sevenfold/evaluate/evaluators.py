@@ -84,7 +84,8 @@ def _evaluate_causal(
 ) -> Evaluation:
     """Computes bits per byte with overlapping windows; the baselines are a unigram model and xz."""
     rows = overlapping_rows(held)
-    bytes_of_token = token_bytes(load_tokenizer(folder.tokenizer))
+    tokenizer = load_tokenizer(folder.tokenizer)
+    bytes_of_token = token_bytes(tokenizer)
     row_labels = labels(rows)
     targets = row_labels[row_labels != IGNORE]
     chunks = range(min(UNIGRAM_CHUNKS, train.order.chunks_per_epoch))
@@ -112,15 +113,14 @@ def _evaluate_causal(
         "bytes": text_bytes,
         "tokens": len(targets),
     }
-    return Evaluation(results, _sample_continuations(folder, recipe, texts[:SAMPLES], pool))
+    prompts = [beginning(text, tokenizer) for text in texts[:SAMPLES]]
+    return Evaluation(results, _sample_continuations(folder, recipe, prompts, pool))
 
 
 def _sample_continuations(
-    folder: RunFolder, recipe: Recipe, texts: list[str], pool: ActorPool
+    folder: RunFolder, recipe: Recipe, prompts: list[str], pool: ActorPool
 ) -> list[dict[str, Any]]:
-    """Continues the beginnings of texts by sampling."""
-    tokenizer = load_tokenizer(folder.tokenizer)
-    prompts = [beginning(text, tokenizer) for text in texts]
+    """Continues texts by sampling."""
     max_new_tokens = min(SAMPLE_TOKENS, recipe.data.sequence_length // 2)
     sampling = Sampling(max_new_tokens, 0.7, seed=recipe.seed)
     rows = map_rows(

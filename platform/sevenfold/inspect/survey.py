@@ -98,12 +98,12 @@ class NearDuplicates:
             text: A normalised text that is not an exact duplicate of an earlier one.
             place: Where the text is found.
         """
-        words, length = text.split(), SHINGLE
-        if regex.search(f"[{UNSPACED}]", text):
-            words, length = script_words(text), SHINGLE_UNSPACED
         if self.seen >= self.most:
             return
         self.seen += 1
+        words, length = text.split(), SHINGLE
+        if regex.search(f"[{UNSPACED}]", text):
+            words, length = script_words(text), SHINGLE_UNSPACED
         shingles = {
             " ".join(words[i : i + length]).encode() for i in range(max(1, len(words) - length + 1))
         }

@@ -172,7 +172,7 @@ def first_position(config: PreTrainedConfig) -> int:
         return 0
     small = copy.deepcopy(config)
     small.num_hidden_layers = 1
-    with torch.device("meta"), contextlib.suppress(Exception):  # told when the model is built
+    with torch.device("meta"), contextlib.suppress(Exception):  # reported when the model is built
         return position_offset(AutoModel.from_config(small))
     return 0
 

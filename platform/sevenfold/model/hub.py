@@ -80,9 +80,7 @@ def pinned(path: str, stored: str | None = None) -> str:
         info = HfApi().model_info(
             model.repository, revision=model.revision, timeout=TIMEOUT_SECONDS
         )
-    except (
-        Exception
-    ) as e:  # errors of the network are those of the HTTP library that the hub's uses
+    except Exception as e:  # network errors have the types of huggingface_hub's HTTP library
         raise _refusal(path, e) from None
     return f"{PREFIX}{model.repository}@{info.sha}"
 
@@ -131,9 +129,7 @@ def _snapshot(path: str, patterns: list[str]) -> str:
         # asked first, since a download tries again for half a minute if there is no network
         HfApi().model_info(model.repository, revision=model.revision, timeout=TIMEOUT_SECONDS)
         return download(offline=False)
-    except (
-        Exception
-    ) as e:  # errors of the network are those of the HTTP library that the hub's uses
+    except Exception as e:  # network errors have the types of huggingface_hub's HTTP library
         raise _refusal(path, e) from None
 
 

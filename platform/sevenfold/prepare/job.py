@@ -106,11 +106,10 @@ def prepare_job(
     if folder.finished():
         say(f"{folder.root}: already finished; nothing to do")
         return None
-    if storage.exists(encoder_file(folder.tokenizer)):
-        # a run keeps the order of the classes that it was started with
-        resolved = _connect_and_check_model(with_stored_classes(recipe, folder), inputs, verbose)
-    else:
-        resolved = _connect_and_check_model(recipe, inputs, verbose)
+    # a run keeps the order of the classes that it was started with
+    has_started = storage.exists(encoder_file(folder.tokenizer))
+    known = with_stored_classes(recipe, folder) if has_started else recipe
+    resolved = _connect_and_check_model(known, inputs, verbose)
     _check_cluster(recipe, need, what)
     build_missing_corpus(recipe)
     inputs = inputs or find_inputs(recipe)

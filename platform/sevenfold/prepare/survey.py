@@ -52,7 +52,7 @@ def survey_examples(
             if size > SURVEY_MB * 1e6:
                 break
         if not count["examples"]:
-            continue  # `check_documents` has told what to do about a split without documents
+            continue  # `check_documents` reports a split without documents
         if not count["targets"]:
             raise InputError(
                 f"{split} data: all labels of the {count['examples']:,} examples are masked: "

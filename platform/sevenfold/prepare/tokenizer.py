@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from datetime import date
 from typing import Any
@@ -59,7 +58,7 @@ def prepare_tokenizer(recipe: Recipe, inputs: Inputs, tokenizer: str) -> Inputs:
             "classes": recipe.data.classes,
             "examples": survey_examples(recipe, inputs, encoder),
         }
-    storage.write(encoder_file(tokenizer), json.dumps(description, indent=1))
+    storage.write_json(encoder_file(tokenizer), description)
     return replace(inputs, train=inputs.train.measured(description["tokens_per_byte"]))
 
 

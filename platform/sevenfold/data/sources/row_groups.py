@@ -146,7 +146,7 @@ def _check_keys(shard: Shard, filter_columns: Sequence[str]) -> None:
     keys: dict[str, None] = {}
     with storage.open_read(shard.path) as file:
         for line in first_block(file, shard):
-            with contextlib.suppress(ValueError, RecursionError):  # bad lines are told when read
+            with contextlib.suppress(ValueError, RecursionError):  # reported when they are read
                 keys |= dict.fromkeys(parse_object(line)) if line.strip() else {}
     for column in filter_columns:
         if keys and column not in keys:

@@ -153,24 +153,34 @@ def blocks_from(file: Any, shard: Shard, offset: int) -> Iterator[bytes]:
 
 def lines(file: Any, shard: Shard) -> Iterator[bytes]:
     """Yields the lines of an opened file without their ends, and without a byte order mark."""
-    rest, is_first = b"", True
-    for block in blocks(file, shard):
-        *complete, rest = (rest + block).split(b"\n")
-        for line in complete:
-            yield without_bom(line) if is_first else line
-            is_first = False
-    if rest:
-        yield without_bom(rest) if is_first else rest
+    for index, line in enumerate(_split_lines(blocks(file, shard))):
+        yield line if index else without_bom(line)
+
+
+def _split_lines(text: Iterator[bytes]) -> Iterator[bytes]:
+    parts: list[bytes] = []  # of a line that may reach over many blocks
+    for block in text:
+        first, *others = block.split(b"\n")
+        parts.append(first)
+        if others:
+            yield b"".join(parts)
+            yield from others[:-1]
+            parts = [others[-1]]
+    if rest := b"".join(parts):
+        yield rest
 
 
 def first_block(file: Any, shard: Shard) -> list[bytes]:
     """Returns the lines of the first block of an opened file; at least one that is not blank."""
-    head = b""
+    head: list[bytes] = []
+    has_text = False
     for block in blocks(file, shard):
-        head += block
-        if b"\n" in head.lstrip():
+        head.append(block)
+        text = block if has_text else block.lstrip()
+        has_text = bool(text)
+        if b"\n" in text:
             break
-    found = without_bom(head).split(b"\n")
+    found = without_bom(b"".join(head)).split(b"\n")
     return found if len(found) == 1 else found[:-1]
 
 

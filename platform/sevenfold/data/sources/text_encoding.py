@@ -39,7 +39,7 @@ def with_text_format(shard: Shard, source: Source) -> Shard:
     return shard
 
 
-def tell_encodings(shards: Sequence[Shard], sources: Sequence[Source]) -> None:
+def report_encodings(shards: Sequence[Shard], sources: Sequence[Source]) -> None:
     """Prints the encodings that were guessed, and which files they are of."""
     for index, source in enumerate(sources):
         if source.encoding != "auto":
@@ -59,7 +59,7 @@ def _first_block(shard: Shard) -> bytes:
 
 
 def _guess(shard: Shard) -> str:
-    """Returns UTF-8 if it fits, else the encoding that charset-normalizer finds the likeliest."""
+    """Returns UTF-8 if it fits, else the encoding that charset-normalizer ranks first."""
     from charset_normalizer import from_bytes
 
     head = _first_block(shard)
