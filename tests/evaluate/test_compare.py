@@ -1,12 +1,15 @@
 """The comparison of systems by paired bootstrap."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import RECIPE
 
 from sevenfold.evaluate.compare import Compared, paired_bootstrap
 from sevenfold.evaluate.metrics import bleu
+from sevenfold.recipe import Recipe
 
 WORDS = [f"word{i}" for i in range(50)]
 RNG = np.random.default_rng(0)
@@ -106,3 +109,16 @@ def test_baselines_that_predict_the_same_are_shown_once(capsys: pytest.CaptureFi
     assert results == {"copy": {"first": "a"}, "other": {"first": "b"}}
     output = capsys.readouterr().out
     assert "lead: it predicts the same as: copy" in output and "none: no words" in output
+
+
+def test_a_baseline_whose_files_are_gone_is_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sevenfold.evaluate.evaluators import BASE, _evaluate_baselines, _with_absolute_base
+
+    base = str(tmp_path / "gone")
+    data = RECIPE["data"] | {"sources": [{"path": str(tmp_path)}]}
+    recipe = Recipe.model_validate(RECIPE | {"data": data, "model": {"path": base}})
+    predictors = {BASE: lambda: _with_absolute_base(recipe), "copy": lambda: ["a"]}
+    assert _evaluate_baselines(predictors, lambda p: {"first": p[0]}) == {"copy": {"first": "a"}}
+    assert f"baseline skipped: {BASE}: {base}: expected a run" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from sevenfold.data.rows import IGNORE, Rows, labels
 from sevenfold.data.stream import Stream
 from sevenfold.data.tokenizer import load_tokenizer, token_bytes
 from sevenfold.engine.decode import Sampling
+from sevenfold.errors import InputError
 from sevenfold.evaluate import baselines, metrics
 from sevenfold.evaluate.actors import (
     BATCH,
@@ -73,9 +74,6 @@ def measure(
         "embed": _evaluate_retrieval,
     }
     evaluate = by_objective.get(recipe.objective, _evaluate_loss)
-    if recipe.model.path is not None:
-        # The path is made absolute, since the actors may have another working directory.
-        recipe = recipe.override({"model.path": build.model_path(recipe.model.path)})
     return evaluate(folder, recipe, train, held, pool)
 
 
@@ -95,20 +93,23 @@ def _evaluate_causal(
     text_bytes = int(bytes_of_token[targets].sum())
     unigram = metrics.unigram_bits_per_byte(train_targets, targets, text_bytes, len(bytes_of_token))
 
-    def text_metrics(base: bool) -> dict[str, float]:
+    def text_metrics(recipe: Recipe, base: bool = False) -> dict[str, float]:
         nats = sum(r["nats"] for r in _score(folder, recipe, rows, pool, base))
         return {
             "bits_per_byte": metrics.bits_per_byte(nats, text_bytes),
             "perplexity": float(np.exp(nats / len(targets))),
         }
 
+    measurements: dict[str, Callable[[], Any]] = {
+        "unigram of its tokens": lambda: {"bits_per_byte": unigram},
+        "xz -9 of the same text": lambda: {"bits_per_byte": metrics.xz_bits_per_byte(texts)},
+    }
+    if recipe.model.path is not None:
+        of_base = {BASE: lambda: text_metrics(_with_absolute_base(recipe), base=True)}
+        measurements = {**of_base, **measurements}
     results = {
-        **text_metrics(base=False),
-        "baselines": {
-            **({BASE: text_metrics(base=True)} if recipe.model.path else {}),
-            "unigram of its tokens": {"bits_per_byte": unigram},
-            "xz -9 of the same text": {"bits_per_byte": metrics.xz_bits_per_byte(texts)},
-        },
+        **text_metrics(recipe),
+        "baselines": _evaluate_baselines(measurements, lambda measured: measured),
         "documents": len(texts),
         "bytes": text_bytes,
         "tokens": len(targets),
@@ -142,6 +143,8 @@ def _evaluate_loss(
     """
     rows = held.epoch()
     is_preference = recipe.objective == "dpo"
+    if is_preference and recipe.model.path is not None:
+        recipe = _with_absolute_base(recipe)
     scores = _score(folder, recipe, rows, pool)
     targets = sum(int(r["targets"]) for r in scores)
     loss = sum(r["nats"] for r in scores) / max(1, targets)
@@ -175,11 +178,11 @@ def _evaluate_completions(
     sampling = Sampling(recipe.validation.max_new_tokens, 0.0, seed=recipe.seed)
     table = pa.table({name: [pair[i] for pair in pairs] for i, name in enumerate(columns)})
 
-    def complete(base: bool) -> list[dict[str, Any]]:
+    def complete(recipe: Recipe, base: bool = False) -> list[dict[str, Any]]:
         arguments = {"folder": folder, "recipe": recipe, "sampling": sampling, "base": base}
         return map_rows(table, Completer, arguments, pool)
 
-    rows = complete(base=False)
+    rows = complete(recipe)
     prompts = [r["prompt"] for r in rows]
     references = [r["reference"] for r in rows]
     tokenize = recipe.validation.bleu_tokenize
@@ -189,7 +192,11 @@ def _evaluate_completions(
 
     predictors = _completion_baselines(recipe, train, prompts)
     if recipe.model.path is not None:
-        predictors = {BASE: lambda: [r["completion"] for r in complete(base=True)], **predictors}
+
+        def complete_by_base() -> list[str]:
+            return [r["completion"] for r in complete(_with_absolute_base(recipe), base=True)]
+
+        predictors = {BASE: complete_by_base, **predictors}
     results = {
         **text_metrics([r["completion"] for r in rows]),
         "prompts": len(rows),
@@ -223,13 +230,23 @@ def _completion_baselines(
     return predictors
 
 
+def _with_absolute_base(recipe: Recipe) -> Recipe:
+    """Returns the recipe with an absolute `model.path`: actors may have another working directory.
+
+    Raises:
+        InputError: The model that the run began with is gone.
+    """
+    return recipe.override({"model.path": build.model_path(str(recipe.model.path))})
+
+
 def _evaluate_baselines(
     predictors: dict[str, Callable[[], Any]], compute: Callable[[Any], dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
     """Returns the metrics of each baseline.
 
-    Baselines that cannot be used on the data are left out, such as TF-IDF on texts without words;
-    and those that predict the same as an earlier one.
+    Baselines that cannot be used are left out, such as TF-IDF on texts without words, or the model
+    that the run began with if its files are gone; and those that predict the same as an earlier
+    one.
 
     Args:
         predictors: Functions that return the predictions, by the baseline's name.
@@ -245,7 +262,7 @@ def _evaluate_baselines(
                 say(f"baseline not shown: {name}: it predicts the same as: {same}")
                 continue
             results[name] = compute(predictions)
-        except ValueError as e:
+        except (ValueError, InputError) as e:
             say(f"baseline skipped: {name}: {e}")
             continue
         seen[name] = predictions
