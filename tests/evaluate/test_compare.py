@@ -118,7 +118,8 @@ def test_a_baseline_whose_files_are_gone_is_skipped(
 
     base = str(tmp_path / "gone")
     data = RECIPE["data"] | {"sources": [{"path": str(tmp_path)}]}
-    recipe = Recipe.model_validate(RECIPE | {"data": data, "model": {"path": base}})
+    changes = {"data": data, "model": {"path": base}, "tokenizer": {}}
+    recipe = Recipe.model_validate(RECIPE | changes)
     predictors = {BASE: lambda: _with_absolute_base(recipe), "copy": lambda: ["a"]}
     assert _evaluate_baselines(predictors, lambda p: {"first": p[0]}) == {"copy": {"first": "a"}}
     assert f"baseline skipped: {BASE}: {base}: expected a run" in capsys.readouterr().out
