@@ -58,7 +58,7 @@ def test_pretrain_and_load_with_transformers(texts: Path, tmp_path: Path, object
     sys.path.insert(0, str(Path(__file__).parents[2] / "platform"))
     from sevenfold.data.draw import draw_rows
     from sevenfold.data.tokenizer import load_tokenizer
-    from sevenfold.engine.objectives import build_objective
+    from sevenfold.engine.objectives import Support, build_objective
     from sevenfold.model import build
     from sevenfold.prepare.streams import open_streams
     from sevenfold.recipe import loads
@@ -70,7 +70,9 @@ def test_pretrain_and_load_with_transformers(texts: Path, tmp_path: Path, object
     assert validation is not None
     tokenizer = load_tokenizer(folder.tokenizer)
     config = build.config_of(recipe, len(tokenizer), tokenizer)
-    batch = build_objective(recipe, tokenizer, config).collate(draw_rows(validation, 16), 0)
+    batch = build_objective(recipe, tokenizer, config, Support()).collate(
+        draw_rows(validation, 16), 0
+    )
     from safetensors.torch import save_file
 
     # Several documents share a row; attention is limited to tokens of the same document.

@@ -23,6 +23,7 @@ from sevenfold.engine.objectives import (
 )
 from sevenfold.inference.embed import Embedder
 from sevenfold.model import build
+from sevenfold.model.probe import probe
 from sevenfold.recipe import Recipe
 from sevenfold.run_folder import RunFolder
 
@@ -81,13 +82,15 @@ class Scorer:
     def __init__(self, folder: RunFolder, recipe: Recipe, base: bool = False):
         torch.set_num_threads(1)
         self._model = _load_model(folder, recipe, base)
+        support = probe(recipe, self._model.config)
         self._objective = build_objective(
-            recipe, load_tokenizer(folder.tokenizer), self._model.config
+            recipe, load_tokenizer(folder.tokenizer), self._model.config, support
         )
         if isinstance(self._objective, Preference):
             reference = _load_model(folder, recipe, base=True)
             # The numbers are those of masking and corruption, which Causal does not use.
             causal = Causal(self._objective.special_tokens, 0, 0.5, 1)
+            causal.support = support
             attach_losses(reference, causal, recipe.train.loss_chunk)
             self._objective.reference = reference
         self._losses = attach_losses(self._model, self._objective, recipe.train.loss_chunk)

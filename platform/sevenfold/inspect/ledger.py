@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from sevenfold.data.ledger import Ledger, Replay
 from sevenfold.data.stream import ReadRange
 from sevenfold.data.tokenizer import load_tokenizer
-from sevenfold.engine.objectives import build_objective
+from sevenfold.engine.objectives import Support, build_objective
 from sevenfold.errors import InputError
 from sevenfold.model import build
 from sevenfold.prepare.job import read_recipe
@@ -104,7 +104,7 @@ def replay(path: str, step: int, out: str | None = None) -> None:
     rows = replayer.rows(draws)
     tokenizer = load_tokenizer(RunFolder.existing(path).tokenizer)
     config = build.config_of(recipe, len(tokenizer), tokenizer)
-    batch = build_objective(recipe, tokenizer, config).collate(rows, step - 1)
+    batch = build_objective(recipe, tokenizer, config, Support()).collate(rows, step - 1)
     say(
         f"step {step}: {len(rows)} rows of {rows.tokens.shape[1]} tokens; "
         f"all {len(draws)} hashes match the ledger"

@@ -95,6 +95,12 @@ def check_model(recipe: Recipe, vocab_size: int) -> int:
             "model.attention: flex_attention does not support attention dropout, which this model "
             "uses: set it to auto"
         )
+    supported = _supported_attention(recipe, config)
+    if recipe.model.attention not in ("auto", *supported):
+        raise InputError(
+            f"model.attention: {recipe.model.attention}: transformers' {config.model_type} has "
+            f"{' and '.join(sorted(supported - {SDPA_IN_CHUNKS}))}: set it to auto"
+        )
     with torch.device("meta"):
         try:
             model = model_class.from_config(
@@ -151,16 +157,41 @@ def choose_attention(recipe: Recipe, device: torch.device, config: PreTrainedCon
     if recipe.model.attention != "auto":
         return recipe.model.attention
     kind = MODEL_CLASSES[recipe.objective][1]
+    wanted = "sdpa"
     if recipe.objective in ("classify", "embed"):
-        return "sdpa"  # each row is one padded document
-    if device.type == "cuda":
-        supports_flex = kind == "decoder" and not _has_attention_dropout(config)
-        return "flex_attention" if supports_flex else "sdpa"
-    return "sdpa" if kind == "encoder-decoder" or recipe.train.compile else SDPA_IN_CHUNKS
+        pass  # each row is one padded document
+    elif device.type == "cuda":
+        if kind == "decoder" and not _has_attention_dropout(config):
+            wanted = "flex_attention"
+    elif kind != "encoder-decoder" and not recipe.train.compile:
+        wanted = SDPA_IN_CHUNKS
+    supported = _supported_attention(recipe, config)
+    return next(name for name in (wanted, "sdpa", "eager") if name in supported)
+
+
+def _supported_attention(recipe: Recipe, config: PreTrainedConfig) -> set[str]:
+    """Returns the attention implementations that the model's class in transformers has."""
+    auto_class = MODEL_CLASSES[recipe.objective][0]
+    model_class = auto_class._model_mapping.get(type(config), None)
+    if isinstance(model_class, tuple):
+        model_class = model_class[0]
+    if model_class is None:  # code of its own
+        return {"eager", "sdpa", "flex_attention", SDPA_IN_CHUNKS}
+    supported = {"eager"}
+    if model_class._supports_sdpa:
+        supported |= {"sdpa", SDPA_IN_CHUNKS}
+    if model_class._supports_flex_attn:
+        supported.add("flex_attention")
+    return supported
 
 
 def build(
-    recipe: Recipe, config: PreTrainedConfig, *, weights: bool, attention: str = "sdpa"
+    recipe: Recipe,
+    config: PreTrainedConfig,
+    *,
+    weights: bool,
+    attention: str = "sdpa",
+    base: bool = True,
 ) -> PreTrainedModel:
     """Builds the recipe's model on the CPU, in float32.
 
@@ -169,7 +200,8 @@ def build(
         config: The model's config, from `config_of`.
         weights: Whether to load or initialize the weights. If False the parameters stay
             uninitialized, and their memory untouched; for ranks that receive them from rank 0.
-        attention: The attention implementation, from `attention`.
+        attention: The attention implementation, from `choose_attention`.
+        base: Whether the weights are those of the recipe's base, if it has one.
     """
     torch.manual_seed(recipe.seed)
     model_class: Any = MODEL_CLASSES[recipe.objective][0]
@@ -179,9 +211,9 @@ def build(
         "trust_remote_code": recipe.model.trust_remote_code,
     }
     model: PreTrainedModel
-    if weights and recipe.model.path is not None:
+    if weights and base and recipe.model.path is not None:
         folder = local_model(recipe.model.path)
-        with _quiet_transformers():  # it warns that a new head is not among the base's weights
+        with quiet_transformers():  # it warns that a new head is not among the base's weights
             model = model_class.from_pretrained(
                 folder,
                 config=config,
@@ -219,7 +251,7 @@ def generation_config(recipe: Recipe, config: PreTrainedConfig) -> GenerationCon
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Hides transformers' warnings."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

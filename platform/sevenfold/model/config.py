@@ -96,6 +96,13 @@ def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrai
         raise InputError(f"{recipe.model.path or 'model.config'}: {first_line(e)}") from None
     if recipe.train.dropout is not None:
         _set_dropout(config, recipe.train.dropout)
+    if not hasattr(config, "vocab_size"):
+        parts = [type(v).model_type for v in vars(config).values() if hasattr(v, "vocab_size")]
+        part = f": choose {parts[0]}, its part for text" if parts else ": choose another model"
+        raise InputError(
+            f"{recipe.model.path or 'model.config'}: expected a model of text alone, found "
+            f"{config.model_type}, which has no vocabulary of its own{part}"
+        )
     _check_sizes(config, vocab_size, recipe.data.sequence_length)
     return config
 
@@ -127,7 +134,7 @@ def _set_classes(config: PreTrainedConfig, classes: list[str], tokenizer: Any) -
     config.id2label = dict(enumerate(classes))
     config.label2id = {name: i for i, name in enumerate(classes)}
     # a decoder uses the padding token to find the last token of a text
-    if config.pad_token_id is None:
+    if getattr(config, "pad_token_id", None) is None:
         # any token will do for `sevenfold plan`, which has no tokenizer
         candidates = (getattr(tokenizer, "pad_token_id", 0), getattr(tokenizer, "eos_token_id", 0))
         config.pad_token_id = next((i for i in candidates if i is not None), None)
@@ -152,7 +159,8 @@ def _check_sizes(config: PreTrainedConfig, vocab_size: int, length: int) -> None
             f"model: vocab_size {config.vocab_size} is below the tokenizer's {vocab_size}"
         )
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or positions > length + _MAX_OFFSET:
+    # -1 says that there is no limit (XLNet)
+    if positions is None or positions < 0 or positions > length + _MAX_OFFSET:
         return
     first = first_position(config)
     if positions - first < length:

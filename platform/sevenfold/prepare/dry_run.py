@@ -5,7 +5,7 @@ from __future__ import annotations
 from sevenfold import storage
 from sevenfold.data.order import DataOrder, max_rows_per_rank
 from sevenfold.prepare.data import Inputs, find_inputs, missing_corpus, with_classes
-from sevenfold.prepare.job import required_resources
+from sevenfold.prepare.job import UNPACKED, required_resources
 from sevenfold.prepare.model import check_model
 from sevenfold.recipe import Recipe
 
@@ -18,7 +18,7 @@ def describe(recipe: Recipe) -> str:
     """
     root = missing_corpus(recipe)
     inputs = None if root else find_inputs(recipe)
-    _, parameters = check_model(recipe if inputs is None else with_classes(recipe, inputs.train))
+    checked = check_model(recipe if inputs is None else with_classes(recipe, inputs.train))
     if inputs is None:
         data = [f"corpus: {root} does not exist yet; the run builds it first"]
     else:
@@ -28,12 +28,13 @@ def describe(recipe: Recipe) -> str:
     micro_batches = -(-rows // recipe.train.micro_batch)
     resources = required_resources(recipe).items()
     figures = [
-        f"parameters: {parameters:,}",
+        f"parameters: {checked.parameters:,}",
         f"tokens per step: {tokens:,} ({batch} sequences of {recipe.data.sequence_length})",
         f"steps: {recipe.steps:,}, {recipe.steps * tokens:,} tokens in total"
         if recipe.steps
         else f"steps: those of {recipe.data.epochs} epochs; their number is not known yet",
         f"per worker: at most {rows} sequences per step, in {micro_batches} micro-batches",
+        *([] if checked.support.packing else [UNPACKED]),
         *data,
         "needs: " + ", ".join(f"{amount:g} {name}" for name, amount in resources if amount),
         f"run folder: {storage.join(storage.resolve_output(recipe.storage), recipe.name)}",

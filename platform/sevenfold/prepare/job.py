@@ -26,13 +26,19 @@ from sevenfold.prepare.data import (
     with_classes,
 )
 from sevenfold.prepare.encoder import encoder_file
-from sevenfold.prepare.model import check_model, pin_model
+from sevenfold.prepare.model import CheckedModel, check_model, pin_model
 from sevenfold.prepare.steps import with_steps
 from sevenfold.prepare.streams import build_streams
 from sevenfold.prepare.tokenizer import prepare_tokenizer
 from sevenfold.recipe import Recipe, loads
 from sevenfold.report.console import say
 from sevenfold.run_folder import RunFolder
+
+# said of a model whose documents would see each other in a packed row
+UNPACKED = (
+    "this model does not keep packed documents apart: each document is trained on as a padded row "
+    "of its own, which takes more memory and time"
+)
 
 
 @dataclass
@@ -46,6 +52,7 @@ class Job:
         tokenizer: The folder of the run's tokenizer.
         train: The training stream.
         validation: The held-out stream, None if nothing is held out.
+        support: What the model supports, an engine.objectives.Support.
         queue: A ray.util.queue.Queue for the driver, which shows the sentences and the
             (step, metrics) that it receives. None: nothing is shown.
         reporter: worker_pool.Reporter of a trial: it sends the reports to the sweep, once their
@@ -64,6 +71,7 @@ class Job:
     tokenizer: str
     train: Stream
     validation: Stream | None
+    support: Any
     queue: Any = None
     reporter: Any = None
     stop_signal: Any = None
@@ -109,7 +117,8 @@ def prepare_job(
     # a run keeps the order of the classes that it was started with
     has_started = storage.exists(encoder_file(folder.tokenizer))
     known = with_stored_classes(recipe, folder) if has_started else recipe
-    resolved = _connect_and_check_model(known, inputs, verbose)
+    checked = _connect_and_check_model(known, inputs, verbose)
+    resolved = checked.recipe
     _check_cluster(recipe, need, what)
     build_missing_corpus(recipe)
     inputs = inputs or find_inputs(recipe)
@@ -118,6 +127,8 @@ def prepare_job(
         token_cache.require_cache(storage.resolve_input(recipe.data.cache), inputs.train, selection)
     inputs = _write_folder(folder, recipe, resolved, inputs)
     train, validation = build_streams(resolved, inputs, folder.tokenizer)
+    if not checked.support.packing:
+        say(UNPACKED)
     estimated = False
     if not resolved.steps:
         resolved, estimated = with_steps(resolved, train, folder.tokenizer)
@@ -128,24 +139,25 @@ def prepare_job(
         folder.tokenizer,
         train,
         validation,
+        support=checked.support,
         verbose=verbose,
         estimated_steps=estimated,
     )
 
 
-def _connect_and_check_model(recipe: Recipe, inputs: Inputs | None, verbose: bool) -> Recipe:
-    """Connects to the cluster and checks the model. Returns the recipe with absolute paths."""
+def _connect_and_check_model(recipe: Recipe, inputs: Inputs | None, verbose: bool) -> CheckedModel:
+    """Connects to the cluster and checks the model."""
     # torch and transformers take as long to import as Ray to start: both are done at a time
     threading.Thread(
         target=importlib.import_module, args=("sevenfold.model.build",), daemon=True
     ).start()
     connect.connect(verbose, dashboard=recipe.sweep is not None)
     try:
-        resolved, _ = check_model(recipe if inputs is None else with_classes(recipe, inputs.train))
+        checked = check_model(recipe if inputs is None else with_classes(recipe, inputs.train))
     except InputError:
         ray.shutdown()
         raise
-    return resolved
+    return checked
 
 
 def _check_cluster(recipe: Recipe, need: dict[str, float], what: str) -> None:

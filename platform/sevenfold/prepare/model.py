@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,18 +17,32 @@ from sevenfold.recipe.bleu import require_modules
 from sevenfold.run_folder import RunFolder
 
 
-def check_model(recipe: Recipe) -> tuple[Recipe, int]:
+@dataclass(frozen=True)
+class CheckedModel:
+    """The result of the check of a recipe's model.
+
+    Attributes:
+        recipe: The recipe with absolute paths, so that it means the same in any working directory.
+        parameters: The number of the model's parameters, without those of the adapter.
+        support: What the model supports, an engine.objectives.Support.
+    """
+
+    recipe: Recipe
+    parameters: int
+    support: Any
+
+
+def check_model(recipe: Recipe) -> CheckedModel:
     """Checks the model, the tokenizer and the adapter of a recipe.
 
-    Returns:
-        The recipe with absolute paths, so that it means the same in any working directory, and the
-        model's number of parameters.
+    The model is tried on a tiny copy of it, see `model.probe`.
 
     Raises:
         InputError: The model, tokenizer or adapter does not exist, or they do not fit together.
     """
     from sevenfold.engine.objectives import SpecialTokens
     from sevenfold.model import build
+    from sevenfold.model.probe import probe
 
     require_modules(recipe.validation.bleu_tokenize)
     changes: dict[str, Any] = {}
@@ -48,7 +63,9 @@ def check_model(recipe: Recipe) -> tuple[Recipe, int]:
         encoder_class(tokenizer, resolved.data.sequence_length, classes=resolved.data.classes)
         SpecialTokens.from_tokenizer(tokenizer, resolved.objective)
         vocab_size = len(tokenizer)
-    return resolved, build.check_model(resolved, vocab_size)
+    parameters = build.check_model(resolved, vocab_size)
+    support = probe(resolved, build.config_of(resolved, vocab_size))
+    return CheckedModel(resolved, parameters, support)
 
 
 def pin_model(recipe: Recipe, folder: RunFolder) -> Recipe:

@@ -48,7 +48,8 @@ def run(recipe: Recipe, verbose: bool = False) -> str:
     folder = storage.resolve_output(recipe.data.cache)
     token_cache.require_usable_folder(folder)
     inputs = None if missing_corpus(recipe) else find_inputs(recipe)
-    resolved, _ = check_model(recipe if inputs is None else with_classes(recipe, inputs.train))
+    checked = check_model(recipe if inputs is None else with_classes(recipe, inputs.train))
+    resolved = checked.recipe
     connect.connect(verbose)
     capacity.require_resources({"CPU": 1}, f"tokenizing {recipe.name}", recipe.cluster.wait_seconds)
     tokenizer = storage.join(folder, "tokenizer")

@@ -194,7 +194,7 @@ class Worker:
         if recipe.adapter is not None:
             build.with_adapter(model, recipe)
         train = recipe.train
-        objective = build_objective(recipe, self.tokenizer, config)
+        objective = build_objective(recipe, self.tokenizer, config, self.job.support)
         if isinstance(objective, Preference) and recipe.adapter is None:
             objective.reference = self._build_reference(config, objective)
         attach_losses(model, objective, train.loss_chunk, train.z_loss, train.label_smoothing)
@@ -209,7 +209,9 @@ class Worker:
         recipe = self.recipe
         kernel = build.choose_attention(recipe, self.device, config)
         model = build.build(recipe, config, weights=self.rank == 0, attention=kernel)
-        attach_losses(model, Causal(objective.special_tokens, 0, 0.5, 1), recipe.train.loss_chunk)
+        causal = Causal(objective.special_tokens, 0, 0.5, 1)
+        causal.support = objective.support
+        attach_losses(model, causal, recipe.train.loss_chunk)
         settings = recipe.train.model_copy(update={"activation_checkpointing": "none"})
         return parallel.shard(
             model.requires_grad_(False), self.device, settings, recipe.parallel

@@ -4,7 +4,7 @@ All objectives share one training step. The random draws of a collator depend on
 and the row's own tokens, never on the rank that holds the row.
 """
 
-from sevenfold.engine.objectives.base import Objective, Scoring
+from sevenfold.engine.objectives.base import Objective, Scoring, Support
 from sevenfold.engine.objectives.causal import Causal
 from sevenfold.engine.objectives.classify import Classify
 from sevenfold.engine.objectives.contrastive import Contrastive
@@ -17,6 +17,7 @@ from sevenfold.engine.objectives.preference import Preference, preference_margin
 from sevenfold.engine.objectives.seq2seq import Seq2Seq
 from sevenfold.engine.objectives.special_tokens import SpecialTokens
 from sevenfold.engine.objectives.table import OBJECTIVES, build_objective
+from sevenfold.engine.objectives.unpack import unpacked
 
 __all__ = [
     "CPU_LOGITS",
@@ -31,9 +32,11 @@ __all__ = [
     "Scoring",
     "Seq2Seq",
     "SpecialTokens",
+    "Support",
     "attach_losses",
     "build_objective",
     "documents_of",
     "padded_batch",
     "preference_margins",
+    "unpacked",
 ]

@@ -13,6 +13,7 @@ from xxhash import xxh3_64_intdigest
 from sevenfold.data.rows import Rows
 from sevenfold.engine.batch import Batch, to_batch
 from sevenfold.engine.objectives.special_tokens import SpecialTokens
+from sevenfold.engine.objectives.unpack import unpacked
 from sevenfold.engine.positions import position_offset
 
 
@@ -31,6 +32,20 @@ class Scoring:
     cross_entropy: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+@dataclass(frozen=True)
+class Support:
+    """What a model supports; see `model.probe`.
+
+    Attributes:
+        packing: Whether the documents of a packed row are trained on as if each were alone. If not,
+            each document becomes a padded row.
+        chunked_logits: Whether the output layer can be applied to a part of the tokens at a time.
+    """
+
+    packing: bool = True
+    chunked_logits: bool = True
+
+
 class Objective:
     """Next-token prediction, and the base class of the other objectives.
 
@@ -44,9 +59,11 @@ class Objective:
 
     Attributes:
         has_predictions: Whether `losses` also returns predictions.
+        support: What the model supports.
     """
 
     has_predictions = False
+    support = Support()
 
     def __init__(self, special_tokens: SpecialTokens, seed: int, rate: float, mean_span: float):
         self.special_tokens, self.seed, self.rate, self.mean_span = (
@@ -63,15 +80,21 @@ class Objective:
             rows: The rows of one micro-batch.
             step: The step's number, from 0; random draws depend on it.
         """
+        batch = self._packed_batch(rows, step)
+        return batch if self.support.packing else unpacked(batch, self.special_tokens.pad)
+
+    def _packed_batch(self, rows: Rows, step: int) -> Batch:
+        """Builds the batch of packed rows; see `collate`."""
         return to_batch(rows)
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Runs the model on a batch and returns its logits."""
-        output = model.forward(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids + position_offset(model),
-            use_cache=False,
-        )
+        context: dict[str, torch.Tensor]
+        if batch.attention_mask is None:
+            context = {"position_ids": batch.position_ids + position_offset(model)}
+        else:
+            context = {"attention_mask": batch.attention_mask.long()}
+        output = model.forward(input_ids=batch.input_ids, use_cache=False, **context)
         logits: torch.Tensor = output.logits
         return logits
 

@@ -31,7 +31,10 @@ class Classify(Objective):
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Runs the model on a batch and returns the logits of the classes."""
-        output = model.forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        assert batch.attention_mask is not None
+        output = model.forward(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()
+        )
         logits: torch.Tensor = output.logits
         return logits
 

@@ -20,7 +20,7 @@ class Denoise(Objective):
     The encoder reads a document with some spans removed, the decoder predicts the removed spans.
     """
 
-    def collate(self, rows: Rows, step: int) -> Batch:
+    def _packed_batch(self, rows: Rows, step: int) -> Batch:
         """Builds a batch of packed encoder inputs and decoder labels."""
         pairs = self._sources_and_targets(rows, step)
         sources = [[source for source, _ in row] for row in pairs]
@@ -76,6 +76,16 @@ class Denoise(Objective):
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Runs the model on a batch and returns the decoder's logits."""
         assert batch.decoder is not None
+        if batch.attention_mask is not None:
+            output = model.forward(
+                input_ids=batch.input_ids,
+                attention_mask=batch.attention_mask.long(),
+                decoder_input_ids=batch.decoder.input_ids,
+                decoder_attention_mask=(batch.decoder.documents >= 0).long(),
+                use_cache=False,
+            )
+            unpacked_logits: torch.Tensor = output.logits
+            return unpacked_logits
         documents, decoder_documents = batch.documents, batch.decoder.documents
         encoded = model.encoder(
             input_ids=batch.input_ids, attention_mask=same_document(documents, documents)

@@ -37,7 +37,8 @@ def attach_losses(
 
     Args:
         model: The model; for objectives that predict tokens it has an output layer.
-        objective: Computes the losses.
+        objective: Computes the losses. If its `support` says that the model does not support
+            logits in chunks, they are always computed at once.
         chunk: The logits are computed for this number of tokens at a time, and recomputed in the
             backward pass, which saves memory. None: all at once.
         z_loss: The weight of log(sum(exp(logits)))^2. It is added to the gradient only, not to the
@@ -47,7 +48,8 @@ def attach_losses(
         cpu_logits: On a CPU and without `chunk`, this number of logits is computed at a time and
             kept for the backward pass, which is faster. None: all at once, as on a GPU.
     """
-    softcap = getattr(model.config, "final_logit_softcapping", None)
+    if not objective.support.chunked_logits:
+        chunk = cpu_logits = None
     cross_entropy = functools.partial(
         cross_entropy_losses, z_loss=z_loss, label_smoothing=label_smoothing
     )
@@ -56,8 +58,7 @@ def attach_losses(
         head = self.get_output_embeddings()
         flat_labels = labels.flatten()
         size = chunk
-        # the model applies a softcap to its logits, which chunks would leave out
-        if cpu_logits and not (chunk or softcap) and batch.labels.device.type == "cpu":
+        if cpu_logits and not chunk and batch.labels.device.type == "cpu":
             size = max(1, cpu_logits // head.weight.shape[0])
         if size is None:
             losses = cross_entropy(objective.logits(self, batch).flatten(0, 1), flat_labels)
@@ -100,7 +101,7 @@ def _losses_in_chunks(
     """
 
     def chunk_losses(hidden: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(F.linear(hidden, head.weight, head.bias), labels)
+        return cross_entropy(head(hidden), labels)
 
     compute: Callable[..., torch.Tensor] = chunk_losses
     if recompute:

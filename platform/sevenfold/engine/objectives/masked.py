@@ -21,7 +21,7 @@ class Masked(Objective):
     Packed documents are kept apart: each token attends to its own document only.
     """
 
-    def collate(self, rows: Rows, step: int) -> Batch:
+    def _packed_batch(self, rows: Rows, step: int) -> Batch:
         """Builds a batch in which random tokens are masked; these are its labels."""
         batch = to_batch(rows)
         assert self.special_tokens.mask is not None
@@ -50,10 +50,26 @@ class Masked(Objective):
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Runs the model on a batch and returns its logits."""
+        if batch.attention_mask is not None:
+            return super().logits(model, batch)
         output = model.forward(
             input_ids=batch.input_ids,
             position_ids=batch.position_ids + position_offset(model),
-            attention_mask=same_document(batch.documents, batch.documents),
+            attention_mask=_attention_mask(model, batch),
         )
         logits: torch.Tensor = output.logits
         return logits
+
+
+def _attention_mask(model: Any, batch: Batch) -> torch.Tensor | dict[str, torch.Tensor]:
+    """Returns the mask that keeps packed documents apart, or one for each kind of layer.
+
+    ModernBERT and its kin have layers in which a token attends to its neighbors only. They compute
+    that mask themselves unless they are given one.
+    """
+    mask = same_document(batch.documents, batch.documents)
+    if "sliding_attention" not in (getattr(model.config, "layer_types", None) or ()):
+        return mask
+    places = torch.arange(mask.shape[-1], device=mask.device)
+    is_near = (places[:, None] - places).abs() <= model.config.sliding_window
+    return {"full_attention": mask, "sliding_attention": mask & is_near}

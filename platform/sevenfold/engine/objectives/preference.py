@@ -35,7 +35,7 @@ class Preference(Objective):
     reference: Any = None
     beta = 0.1
 
-    def collate(self, rows: Rows, step: int) -> Batch:
+    def _packed_batch(self, rows: Rows, step: int) -> Batch:
         """Builds a batch in which the two halves of each pair are documents of their own."""
         width = rows.tokens.shape[1]
         second_starts: list[int] = []  # where second halves start in the concatenated rows

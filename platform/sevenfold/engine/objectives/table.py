@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sevenfold.engine.objectives.base import Objective
+from sevenfold.engine.objectives.base import Objective, Support
 from sevenfold.engine.objectives.causal import Causal
 from sevenfold.engine.objectives.classify import Classify
 from sevenfold.engine.objectives.contrastive import Contrastive
@@ -28,7 +28,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def build_objective(recipe: Recipe, tokenizer: Any, config: Any) -> Objective:
+def build_objective(recipe: Recipe, tokenizer: Any, config: Any, support: Support) -> Objective:
     """Builds the objective of a recipe.
 
     Args:
@@ -36,6 +36,7 @@ def build_objective(recipe: Recipe, tokenizer: Any, config: Any) -> Objective:
         tokenizer: The tokenizer of the data.
         config: The model's config. Its decoder start token and padding token take precedence over
             the tokenizer's.
+        support: What the model supports.
 
     Raises:
         InputError: The tokenizer lacks a token that the objective needs.
@@ -48,6 +49,7 @@ def build_objective(recipe: Recipe, tokenizer: Any, config: Any) -> Objective:
     objective = OBJECTIVES[recipe.objective](
         special_tokens, recipe.seed, recipe.corruption.rate, recipe.corruption.mean_span
     )
+    objective.support = support
     if isinstance(objective, Preference):
         objective.beta = recipe.preference.beta
     if isinstance(objective, Contrastive):
