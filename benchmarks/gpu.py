@@ -323,7 +323,6 @@ def exact() -> dict[str, float]:
 
 def _losses(objective: str, device: Any, **train: Any) -> list[float]:
     from sevenfold.engine import optim
-    from sevenfold.engine.batch import micro_batches
     from sevenfold.engine.objectives import (
         OBJECTIVES,
         Causal,
@@ -418,9 +417,7 @@ def _losses(objective: str, device: Any, **train: Any) -> list[float]:
             rows.tokens.reshape(-1)[rows.edges[1:] - 1] %= 3
         if objective == "dpo":
             rows.targets = _pairs(rows)
-        batches = micro_batches(
-            rows, count // 2, 2, lambda rows, step=step: loss_function.collate(rows, step), device
-        )
+        batches = loss_function.batches(rows, step, count // 2, count, device)
         losses.append(train_step(model, batches, optimizers, 1e-3, 1.0).loss)
     return losses
 

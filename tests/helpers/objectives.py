@@ -1,11 +1,14 @@
-"""Tiny model configs, special tokens and packed rows for tests of the objectives."""
+"""Tiny models, special tokens and packed rows for tests of the objectives."""
 
 import itertools
+from typing import Any
 
 import numpy as np
 
 from sevenfold.data.rows import Rows
-from sevenfold.engine.objectives import SpecialTokens
+from sevenfold.engine.objectives import OBJECTIVES, SpecialTokens, attach_losses
+from sevenfold.model import build
+from sevenfold.recipe import Recipe
 
 VOCAB, LENGTH = 512, 64
 
@@ -32,6 +35,16 @@ BERT = {
     "attention_probs_dropout_prob": 0.0,
 }
 
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "initializer_range": 0.3,
+}
 
 T5 = {
     "model_type": "t5",
@@ -70,3 +83,45 @@ ROWS = packed(
         [document(4, 5), document(5, 2), document(6, 40)],
     ]
 )
+
+
+Example = tuple[list[int], list[bool]]
+
+
+def rows_of(rows: list[list[Example]]) -> Rows:
+    """Packs examples (ids, targets) into rows, padded."""
+    tokens, targets = np.zeros((len(rows), LENGTH), np.uint16), np.zeros((len(rows), LENGTH), bool)
+    starts, used = [], []
+    for i, row in enumerate(rows):
+        start = 0
+        for ids, is_target in row:
+            stop = start + len(ids)
+            tokens[i, start:stop], targets[i, start:stop] = ids, is_target
+            starts.append(start)
+            start = stop
+        used.append(start)
+        starts += [start] if start < LENGTH else []
+    return Rows(tokens, np.array(starts, np.int32), np.array(used, np.int32), targets)
+
+
+def example(seed: int, prompt_length: int, completion_length: int) -> Example:
+    """A prompt and a completion of these lengths."""
+    ids = document(seed, prompt_length) + document(seed + 100, completion_length)
+    return ids, [False] * prompt_length + [True] * completion_length
+
+
+def model_of(
+    tree: dict[str, Any], objective: str, config: dict[str, Any], **changes: Any
+) -> tuple[Any, Any, Recipe]:
+    """Builds a model with the losses of this objective."""
+    kind = objective if objective != "dpo" else "sft"  # unlike DPO, SFT needs no model.path
+    recipe = Recipe.model_validate(
+        tree | {"objective": kind, "model": {"config": config}} | changes
+    )
+    model = build.build(recipe, build.config_of(recipe, VOCAB), weights=True).eval()
+    built_objective = OBJECTIVES[objective](SPECIAL_TOKENS, 0, 0.15, 3.0)
+    attach_losses(model, built_objective)
+    return model, built_objective, recipe
+
+
+EXAMPLES = [example(1, 12, 9), example(2, 5, 20), example(3, 30, 8)]

@@ -36,8 +36,8 @@ class Batch:
         position_ids: int64 [rows, sequence]. They restart from 0 at each document, which is what
             keeps packed documents apart.
         labels: What is to be predicted; IGNORE where nothing is. int64 [rows, sequence], or
-            [rows, decoder length] for an encoder-decoder. Objectives with one label per document or
-            pair have int64 [documents] or [pairs].
+            [rows, decoder length] for an encoder-decoder. Objectives with one label per text or
+            pair have int64 [rows] or [pairs].
         cu_seqlens: Cumulative sequence lengths, as varlen kernels take them: where each document
             starts in the concatenated rows, and the total length. int32 [documents + 1].
         decoder: The decoder's input, for an encoder-decoder only.
@@ -46,6 +46,11 @@ class Batch:
             [rows, sequence]; for preference pairs only.
         targets: The labels of tokens, where `labels` are those of preference pairs. int64
             [rows, sequence].
+        text_index: The index of each row's text in the flattened `text_keys`, -1 for a row without
+            a text. int64 [rows]; for pairs of query and document only, as is `text_keys`.
+        text_keys: A hash of the query and of the document of each pair that this rank has in the
+            step, -1 where it has fewer pairs than another rank. int64 [pairs, 2]; every rank has
+            the same number of pairs.
     """
 
     input_ids: torch.Tensor
@@ -56,6 +61,8 @@ class Batch:
     attention_mask: torch.Tensor | None = None
     segments: torch.Tensor | None = None
     targets: torch.Tensor | None = None
+    text_index: torch.Tensor | None = None
+    text_keys: torch.Tensor | None = None
 
     @property
     def documents(self) -> torch.Tensor:

@@ -5,7 +5,6 @@ It needs a process group, a model, an iterator of rows, and hooks for logging, s
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 
 from sevenfold.data.rows import Rows
-from sevenfold.engine.batch import micro_batches
 from sevenfold.engine.checkpoint.best import BestTracker
 from sevenfold.engine.checkpoint.interval import Interval, is_due
 from sevenfold.engine.guard import Guard
@@ -69,10 +67,9 @@ class Trainer:
         plan: The number of steps.
         model: Sharded over all ranks; has the method `token_losses`.
         optimizers: The optimizers of the model's parameters.
-        objective: Collates rows to batches.
+        objective: Cuts rows into micro-batches.
         rows: Yields this rank's rows of each step.
-        rows_per_rank: The largest number of rows that any rank gets in a step. It determines the
-            number of micro-batches on every rank.
+        rows_per_rank: The largest number of rows that any rank gets in a step.
         device: The device of this rank.
         meter: Measures the speed.
         guard: Decides which steps are skipped and when to roll back.
@@ -109,9 +106,9 @@ class Trainer:
         recipe = self.recipe
         start = time.perf_counter()
         rows = next(self.rows)
-        collate = functools.partial(self.objective.collate, step=step)
-        count = -(-self.rows_per_rank // recipe.train.micro_batch)
-        batches = micro_batches(rows, recipe.train.micro_batch, count, collate, self.device)
+        batches = self.objective.batches(
+            rows, step, recipe.train.micro_batch, self.rows_per_rank, self.device
+        )
         waited = time.perf_counter() - start
         data_rank = dist.get_rank() // recipe.parallel.tensor
         # dropout depends on (seed, step, rank) only, so that no generator state has to be saved

@@ -58,9 +58,9 @@ def train_step(
     not depend on how the rows are distributed over ranks and micro-batches.
 
     Args:
-        model: Sharded with FSDP over all ranks; has the method `token_losses` (see
-            objectives.attach_losses).
-        batches: This rank's micro-batches. Every rank passes the same number of them.
+        model: Sharded with FSDP over all ranks; has an objective (see objectives.attach_losses).
+        batches: This rank's micro-batches of the step (see Objective.batches). Every rank passes
+            the same number of them.
         optimizers: The optimizers of all trainable parameters.
         learning_rate: The learning rate of this step.
         max_grad_norm: The gradient is scaled down to this norm.
@@ -75,7 +75,7 @@ def train_step(
     data_parallel_size = dist.get_world_size() // tensor
     targets, received_signal = _reduce_targets(batches, tensor, signal)
     # FSDP averages gradients over the data-parallel ranks; times their number it is the sum
-    loss_sum = _forward_backward(model, batches, data_parallel_size / targets)
+    loss_sum = model.objective.backward(model, batches, data_parallel_size / targets, tensor)
     dist.all_reduce(loss_sum)
     loss_sum /= tensor
     grad_norm = clip_grad_norm(model.parameters(), max_grad_norm)
@@ -118,24 +118,6 @@ def _reduce_targets(
     return totals[0] // tensor, totals[1]
 
 
-def _forward_backward(
-    model: Any, batches: Sequence[Batch], scale: float | torch.Tensor
-) -> torch.Tensor:
-    """Accumulates the gradient of `scale` times the summed loss of this rank's micro-batches.
-
-    Returns:
-        The sum of the losses, without the scale.
-    """
-    loss_sum = torch.zeros((), device=batches[0].labels.device)
-    for i, batch in enumerate(batches):
-        # ranks exchange gradients once a step, in the backward pass of the last micro-batch
-        model.set_requires_gradient_sync(i == len(batches) - 1)
-        loss = model.token_losses(batch).sum()
-        (loss * scale).backward()
-        loss_sum += loss.detach()
-    return loss_sum
-
-
 def _update_weights(
     optimizers: Sequence[torch.optim.Optimizer], learning_rate: float, applied: bool
 ) -> None:
@@ -175,16 +157,20 @@ def evaluate(
     batches: Sequence[Batch],
     token_bytes: torch.Tensor,
     pairs: list[tuple[int, int]] | None = None,
+    *,
+    tensor: int = 1,
 ) -> tuple[float, int, int]:
     """Computes the loss of the batches of all ranks, in evaluation mode.
 
     Args:
-        model: Sharded with FSDP over all ranks; has the method `token_losses`. It is left in
-            training mode.
-        batches: This rank's batches. Every rank passes the same number of them.
+        model: Sharded with FSDP over all ranks; has an objective (see objectives.attach_losses). It
+            is left in training mode.
+        batches: This rank's micro-batches, as those of a training step: the loss of objective embed
+            compares texts within all of them.
         token_bytes: The number of bytes of text that each token stands for: int64 [vocabulary].
         pairs: If given, the (label, prediction) of each of this rank's targets is appended. Only
             for an objective that makes predictions (`Objective.has_predictions`).
+        tensor: The number of tensor-parallel ranks.
 
     Returns:
         The sum of -log p in nats, the number of target tokens, and the number of bytes of text that
@@ -192,10 +178,10 @@ def evaluate(
     """
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64)
-    for batch in batches:
+    scores = model.objective.scores(model, batches, tensor)
+    for batch, (losses, predictions) in zip(batches, scores, strict=True):
         is_target = batch.labels != IGNORE
         labels = batch.labels[is_target]
-        losses, predictions = model.token_losses(batch, with_predictions=True)
         nats = float(losses.sum())
         if pairs is not None:
             pairs += zip(labels.tolist(), predictions[is_target].tolist(), strict=True)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from sevenfold.engine.batch import Batch, Decoder
+from sevenfold.engine.batch import IGNORE, Batch, Decoder
 from sevenfold.engine.optim import embedding_parameters
 from sevenfold.errors import InputError
 from sevenfold.model import build, parallel
@@ -254,10 +254,16 @@ def dummy_batch(recipe: Recipe) -> Batch:
     if recipe.objective == "classify":
         labels = torch.zeros(rows, dtype=torch.long)
         return _batch(ids, labels, attention_mask=torch.ones_like(ids, dtype=torch.bool))
-    if recipe.objective == "embed":  # queries, then documents, each half as long as a sequence
+    if recipe.objective == "embed":  # queries and documents, each half as long as a sequence
         halves = _zeros(2 * rows, max(1, length // 2))
-        labels = torch.zeros(rows, dtype=torch.long)
-        return _batch(halves, labels, attention_mask=torch.ones_like(halves, dtype=torch.bool))
+        index = torch.arange(2 * rows)
+        return _batch(
+            halves,
+            torch.tensor([0, IGNORE]).repeat(rows),
+            attention_mask=torch.ones_like(halves, dtype=torch.bool),
+            text_index=index,
+            text_keys=index.view(-1, 2),
+        )
     if recipe.objective == "dpo":
         pairs = torch.zeros(rows, dtype=torch.long)
         return _batch(ids, pairs, segments=torch.zeros_like(ids), targets=_zeros(rows, length))

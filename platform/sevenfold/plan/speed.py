@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sevenfold.errors import InputError
 from sevenfold.model import build
@@ -132,10 +132,13 @@ def estimate(recipe: Recipe, vocab_size: int, layout: Layout, fleet: Fleet) -> S
     """
     checkpointing = layout.activation_checkpointing
     passed = ops.count_operations(recipe, vocab_size, layout.micro_batch, checkpointing)
-    if recipe.objective == "dpo":  # the reference model runs a forward pass, too
-        passed = ops.Pass(
-            passed.forward * 2, passed.backward, passed.rest_forward * 2, passed.rest_backward
-        )
+    count = micro_batches(recipe, layout)
+    # dpo: the reference model runs a forward pass, too; embed: GradCache repeats that of all
+    # micro-batches but one
+    forwards = {"dpo": 2.0, "embed": 2 - 1 / count}.get(recipe.objective, 1.0)
+    passed = replace(
+        passed, forward=passed.forward * forwards, rest_forward=passed.rest_forward * forwards
+    )
     return speed_of_pass(
         passed,
         size(recipe, vocab_size),
@@ -143,7 +146,7 @@ def estimate(recipe: Recipe, vocab_size: int, layout: Layout, fleet: Fleet) -> S
         fleet,
         recipe.train.dtype,
         recipe.train.compile,
-        micro_batches(recipe, layout),
+        count,
         recipe.tokens_per_step,
         recomputations=int(checkpointing != "none"),
     )

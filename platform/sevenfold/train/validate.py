@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -13,13 +12,14 @@ from sevenfold.data.draw import draw_documents, draw_rows
 from sevenfold.data.examples import ConversationEncoder, PairEncoder
 from sevenfold.data.rows import Rows
 from sevenfold.data.tokenizer import token_bytes
-from sevenfold.engine.batch import Batch, micro_batches
+from sevenfold.engine.batch import Batch
 from sevenfold.engine.decode import Sampling, generate, generation_config
 from sevenfold.engine.objectives import Objective
 from sevenfold.engine.step import evaluate
 from sevenfold.evaluate.metrics import bits_per_byte, bleu, classification, rouge
 from sevenfold.model.parallel import DataRank
 from sevenfold.prepare.job import Job
+from sevenfold.recipe import Train
 
 T = TypeVar("T")
 SAMPLES = 5  # number of generated answers shown in TensorBoard
@@ -51,7 +51,7 @@ class Validator:
         self._recipe, self._stream = job.recipe, job.validation
         self._model, self._objective, self._tokenizer = model, objective, tokenizer
         self._token_bytes = torch.from_numpy(token_bytes(tokenizer))
-        self._batches = self._held_out_batches(place, device)
+        self._steps = self._held_out_steps(place, device)
         self._pairs = self._held_out_pairs()
 
     def __call__(self, show: Callable[[str, str], None]) -> dict[str, float]:
@@ -65,9 +65,19 @@ class Validator:
         """
         recipe = self._recipe
         metrics: dict[str, float] = {}
-        if self._batches:
+        if self._steps:
             pairs: list[tuple[int, int]] | None = [] if self._objective.has_predictions else None
-            nats, targets, size = evaluate(self._model, self._batches, self._token_bytes, pairs)
+            sums = [
+                evaluate(
+                    self._model,
+                    batches,
+                    self._token_bytes,
+                    pairs,
+                    tensor=recipe.parallel.tensor,
+                )
+                for batches in self._steps
+            ]
+            nats, targets, size = (sum(part) for part in zip(*sums, strict=True))
             metrics["validation/loss"] = nats / max(1, targets)
             if recipe.objective in ("causal", "sft"):
                 metrics["validation/bits_per_byte"] = bits_per_byte(nats, max(1, size))
@@ -86,27 +96,13 @@ class Validator:
         assert isinstance(encoder, ConversationEncoder | PairEncoder)
         return _from_rank_0(lambda: draw_documents(stream, limit, encoder.prompts))
 
-    def _held_out_batches(self, place: DataRank, device: torch.device) -> list[Batch]:
-        """Returns this rank's part of the held-out rows.
-
-        The number of micro-batches is the same on every rank.
-        """
-        stream = self._stream
+    def _held_out_steps(self, place: DataRank, device: torch.device) -> list[list[Batch]]:
+        """Returns this rank's micro-batches of the held-out rows, see `steps_of`."""
+        stream, recipe = self._stream, self._recipe
         if stream is None:
             return []
-        rows = _from_rank_0(lambda: draw_rows(stream, self._recipe.validation.rows))
-        rows_per_rank = -(-len(rows) // place.world_size)
-        micro_batch = self._recipe.train.micro_batch
-        parts = [rows.part(i, i + 1) for i in range(place.rank, len(rows), place.world_size)]
-        own_rows = (
-            Rows.concatenate(parts)
-            if parts
-            else Rows.empty(0, rows.tokens.shape[1], rows.tokens.dtype)
-        )
-        # random masks are a function of the step: with a fixed one they are always the same
-        collate = functools.partial(self._objective.collate, step=0)
-        count = -(-rows_per_rank // micro_batch)
-        return micro_batches(own_rows, micro_batch, count, collate, device)
+        rows = _from_rank_0(lambda: draw_rows(stream, recipe.validation.rows))
+        return steps_of(rows, self._objective, recipe.train, place, device)
 
     def _accuracy(self, pairs: list[tuple[int, int]]) -> dict[str, float]:
         """Returns the accuracy of all ranks together and, for classification, the macro F1 score.
@@ -166,6 +162,40 @@ class Validator:
             for name, value in scores.items()
             if not isinstance(value, str)
         }
+
+
+def steps_of(
+    rows: Rows, objective: Objective, train: Train, place: DataRank, device: torch.device
+) -> list[list[Batch]]:
+    """Divides rows into groups as large as the global batch, as if they were training steps.
+
+    The negatives of objective embed are the documents of such a group. Its validation loss is
+    therefore comparable to its training loss, and depends on neither the number of ranks nor
+    train.micro_batch.
+
+    Args:
+        rows: The rows, the same on every rank.
+        objective: Cuts rows into micro-batches.
+        train: The recipe's `train`.
+        place: The rank's place among the ranks that read data.
+        device: The device of the batches.
+
+    Returns:
+        This rank's micro-batches of each group; their number is the same on every rank.
+    """
+    steps = []
+    for start in range(0, len(rows), train.global_batch):
+        stop = min(start + train.global_batch, len(rows))
+        own = range(start + place.rank, stop, place.world_size)
+        own_rows = (
+            Rows.concatenate([rows.part(i, i + 1) for i in own])
+            if own
+            else Rows.empty(0, rows.tokens.shape[1], rows.tokens.dtype)
+        )
+        max_rows = -(-(stop - start) // place.world_size)
+        # random masks are a function of the step: with a fixed one they are always the same
+        steps.append(objective.batches(own_rows, 0, train.micro_batch, max_rows, device))
+    return steps
 
 
 def _from_rank_0(compute: Callable[[], T]) -> T:

@@ -13,7 +13,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import run_ranks
-from helpers.objectives import BERT, LENGTH, SPECIAL_TOKENS, T5, VOCAB, document
+from helpers.objectives import (
+    BERT,
+    EXAMPLES,
+    LENGTH,
+    LLAMA,
+    SPECIAL_TOKENS,
+    T5,
+    VOCAB,
+    Example,
+    document,
+    example,
+    model_of,
+    rows_of,
+)
 
 from sevenfold.data.rows import Rows
 from sevenfold.engine import optim
@@ -21,7 +34,6 @@ from sevenfold.engine.batch import IGNORE, micro_batches
 from sevenfold.engine.objectives import (
     OBJECTIVES,
     Causal,
-    Contrastive,
     Preference,
     attach_losses,
     preference_margins,
@@ -29,53 +41,6 @@ from sevenfold.engine.objectives import (
 from sevenfold.engine.step import evaluate, train_step
 from sevenfold.model import build, parallel
 from sevenfold.recipe import Adapter, Recipe
-
-LLAMA = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "initializer_range": 0.3,
-}
-Example = tuple[list[int], list[bool]]
-
-
-def rows_of(rows: list[list[Example]]) -> Rows:
-    """Packs examples (ids, targets) into rows, padded."""
-    tokens, targets = np.zeros((len(rows), LENGTH), np.uint16), np.zeros((len(rows), LENGTH), bool)
-    starts, used = [], []
-    for i, row in enumerate(rows):
-        start = 0
-        for ids, is_target in row:
-            stop = start + len(ids)
-            tokens[i, start:stop], targets[i, start:stop] = ids, is_target
-            starts.append(start)
-            start = stop
-        used.append(start)
-        starts += [start] if start < LENGTH else []
-    return Rows(tokens, np.array(starts, np.int32), np.array(used, np.int32), targets)
-
-
-def example(seed: int, prompt_length: int, completion_length: int) -> Example:
-    """A prompt and a completion of these lengths."""
-    ids = document(seed, prompt_length) + document(seed + 100, completion_length)
-    return ids, [False] * prompt_length + [True] * completion_length
-
-
-def model_of(
-    tree: dict[str, Any], objective: str, config: dict[str, Any], **changes: Any
-) -> tuple[Any, Causal, Recipe]:
-    """Builds a model with the losses of this objective."""
-    kind = objective if objective != "dpo" else "sft"  # unlike DPO, SFT needs no model.path
-    recipe = Recipe.model_validate(
-        tree | {"objective": kind, "model": {"config": config}} | changes
-    )
-    model = build.build(recipe, build.config_of(recipe, VOCAB), weights=True).eval()
-    built_objective = OBJECTIVES[objective](SPECIAL_TOKENS, 0, 0.15, 3.0)
-    attach_losses(model, built_objective)
-    return model, built_objective, recipe
 
 
 def preference(seed: int, prompt_length: int, chosen_length: int, rejected_length: int) -> Example:
@@ -87,7 +52,6 @@ def preference(seed: int, prompt_length: int, chosen_length: int, rejected_lengt
     return [*prompt, *chosen, *prompt, *rejected], in_chosen + in_rejected
 
 
-EXAMPLES = [example(1, 12, 9), example(2, 5, 20), example(3, 30, 8)]
 PACKED = rows_of([EXAMPLES[:2], EXAMPLES[2:]])
 
 
@@ -161,57 +125,6 @@ def test_classification_equals_transformers(tree: dict[str, Any]) -> None:
             empty.labels.tolist() == [IGNORE]
             and float(model.token_losses(empty).detach().sum()) == 0
         )
-
-
-def test_contrastive_losses_equal_a_computation_by_hand(tree: dict[str, Any]) -> None:
-    model, objective, _ = model_of(tree, "embed", BERT)
-    assert isinstance(objective, Contrastive)
-    objective.temperature = 0.2
-    # one example is in the batch twice
-    batch = objective.collate(rows_of([EXAMPLES[:2], [*EXAMPLES[2:], EXAMPLES[0]]]), 0)
-    with torch.no_grad():
-        losses, predictions = model.token_losses(batch, with_predictions=True)
-
-        def vector(ids: list[int]) -> torch.Tensor:
-            return F.normalize(
-                model(input_ids=torch.tensor(ids)[None]).last_hidden_state[0].mean(0), dim=0
-            )
-
-        sides = [
-            [
-                vector(
-                    [
-                        token
-                        for token, is_target in zip(*one_example, strict=True)
-                        if is_target == side
-                    ]
-                )
-                for one_example in EXAMPLES
-            ]
-            for side in (False, True)
-        ]
-    similarities = torch.stack(sides[0]) @ torch.stack(sides[1]).T / 0.2
-    with_duplicate = torch.cat([similarities, similarities[:, :1]], 1)
-    with_duplicate[0, 3] = -torch.inf  # a duplicate is not a negative of itself
-    expected = F.cross_entropy(with_duplicate, torch.arange(3), reduction="none")
-    assert torch.allclose(losses, expected[[0, 1, 2, 0]], atol=1e-4)
-    assert predictions[:3].tolist() == similarities.argmax(1).tolist()
-
-
-def test_a_query_with_two_correct_documents(tree: dict[str, Any]) -> None:
-    _, objective, _ = model_of(tree, "embed", BERT)
-    query, others = EXAMPLES[0], [example(40, 6, 9), EXAMPLES[1]]
-    query_ids = [token for token, is_target in zip(*query, strict=True) if not is_target]
-    document_ids = [token for token, is_target in zip(*others[0], strict=True) if is_target]
-    second_pair = (
-        [*query_ids, *document_ids],
-        [False] * len(query_ids) + [True] * len(document_ids),
-    )
-    batch = objective.collate(rows_of([[query, second_pair], [others[1]]]), 0)
-    model, objective, _ = model_of(tree, "embed", BERT)
-    with torch.no_grad():
-        logits = objective.logits(model, batch)
-    assert torch.isinf(logits).tolist() == [[False, True, False], [True, False, False], [False] * 3]
 
 
 @pytest.mark.parametrize("adapter", [True, False])

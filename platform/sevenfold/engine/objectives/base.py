@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from xxhash import xxh3_64_intdigest
 
 from sevenfold.data.rows import Rows
-from sevenfold.engine.batch import Batch, to_batch
+from sevenfold.engine.batch import Batch, micro_batches, to_batch
 from sevenfold.engine.objectives.special_tokens import SpecialTokens
 from sevenfold.engine.objectives.unpack import unpacked
 from sevenfold.engine.positions import position_offset
@@ -87,6 +88,21 @@ class Objective:
         """Builds the batch of packed rows; see `collate`."""
         return to_batch(rows)
 
+    def batches(
+        self, rows: Rows, step: int, micro_batch: int, max_rows: int, device: torch.device
+    ) -> list[Batch]:
+        """Cuts this rank's rows of a step into micro-batches, as many as on every other rank.
+
+        Args:
+            rows: The rows of this rank.
+            step: See `collate`.
+            micro_batch: The number of rows per micro-batch.
+            max_rows: The largest number of rows that any rank has.
+            device: The device that the batches are moved to.
+        """
+        collate = functools.partial(self.collate, step=step)
+        return micro_batches(rows, micro_batch, -(-max_rows // micro_batch), collate, device)
+
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Runs the model on a batch and returns its logits."""
         context: dict[str, torch.Tensor]
@@ -108,6 +124,43 @@ class Objective:
             else None. Both have the shape of the labels.
         """
         return scoring.per_token(model, batch, batch.labels), None
+
+    def backward(
+        self, model: Any, batches: Sequence[Batch], scale: float | torch.Tensor, tensor: int
+    ) -> torch.Tensor:
+        """Accumulates the gradient of `scale` times the loss of all ranks' micro-batches of a step.
+
+        Ranks exchange gradients once a step, in the last backward pass.
+
+        Args:
+            model: Sharded with FSDP over all ranks; has the method `token_losses`.
+            batches: This rank's micro-batches, from `batches`.
+            scale: The loss is the sum of all labels' losses times this number.
+            tensor: The number of tensor-parallel ranks.
+
+        Returns:
+            The sum of this rank's losses, without the scale.
+        """
+        loss_sum = torch.zeros((), device=batches[0].labels.device)
+        for i, batch in enumerate(batches):
+            model.set_requires_gradient_sync(i == len(batches) - 1)
+            loss = model.token_losses(batch).sum()
+            (loss * scale).backward()
+            loss_sum += loss.detach()
+        return loss_sum
+
+    def scores(
+        self, model: Any, batches: Sequence[Batch], tensor: int
+    ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Yields what `losses` returns for each micro-batch of a step.
+
+        Args:
+            model: See `backward`.
+            batches: See `backward`.
+            tensor: See `backward`.
+        """
+        for batch in batches:
+            yield model.token_losses(batch, with_predictions=True)
 
     def _generator(self, tokens: np.ndarray, step: int) -> np.random.Generator:
         """Returns the random generator for a row's tokens."""

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from sevenfold.data.rows import Rows
-from sevenfold.engine.batch import IGNORE, Batch
-from sevenfold.engine.objectives.base import Objective, Scoring
+from sevenfold.engine.batch import Batch
+from sevenfold.engine.objectives.base import Scoring
 from sevenfold.engine.objectives.layout import documents_of
-from sevenfold.engine.objectives.padding import padded_batch
+from sevenfold.engine.objectives.padding import Padded, Texts
 
 
-class Classify(Objective):
+class Classify(Padded):
     """Predicts one class per document, with transformers' classification head.
 
     Each row of a batch is one document. The last token of a document in the data is its class.
@@ -22,12 +22,11 @@ class Classify(Objective):
 
     has_predictions = True
 
-    def collate(self, rows: Rows, step: int) -> Batch:
-        """Builds a batch of padded documents; labels are class indices [documents]."""
+    def texts(self, rows: Rows) -> Texts:
+        """Returns the documents; labels are class indices."""
         documents = [ids for row in documents_of(rows) for ids, _ in row]
-        batch = padded_batch([ids[:-1] for ids in documents], self.special_tokens.pad)
-        labels = torch.tensor([int(ids[-1]) for ids in documents] or [IGNORE])
-        return replace(batch, labels=labels)
+        labels = np.array([ids[-1] for ids in documents], np.int64)
+        return Texts([ids[:-1] for ids in documents], labels)
 
     def logits(self, model: Any, batch: Batch) -> torch.Tensor:
         """Runs the model on a batch and returns the logits of the classes."""

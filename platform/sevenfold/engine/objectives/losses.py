@@ -29,7 +29,7 @@ def attach_losses(
     label_smoothing: float = 0.0,
     cpu_logits: int | None = CPU_LOGITS,
 ) -> Callable[..., Any]:
-    """Adds the method `token_losses(batch)` to a model and returns it.
+    """Adds the method `token_losses(batch)` to a model and returns it; sets `model.objective`.
 
     The method returns -log p of each label in nats, float32, 0 where the label is IGNORE. With
     `with_predictions=True` it returns both values of `Objective.losses`. It is the model's method
@@ -78,6 +78,7 @@ def attach_losses(
 
     bound: Callable[..., Any] = MethodType(token_losses, model)
     model.token_losses = bound
+    model.objective = objective
     return bound
 
 

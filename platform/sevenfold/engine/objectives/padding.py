@@ -1,11 +1,18 @@
-"""Batches of padded documents, one per row."""
+"""Batches of padded texts, one per row, and the objectives that read them."""
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass, replace
+
 import numpy as np
 import torch
+import torch.distributed as dist
+from xxhash import xxh3_64_intdigest
 
+from sevenfold.data.rows import Rows
 from sevenfold.engine.batch import IGNORE, Batch
+from sevenfold.engine.objectives.base import Objective
 
 
 def padded_batch(texts: list[np.ndarray], pad: int) -> Batch:
@@ -18,7 +25,7 @@ def padded_batch(texts: list[np.ndarray], pad: int) -> Batch:
         pad: The padding token.
     """
     texts = texts or [np.zeros(0, np.int64)]
-    width = max(1, *map(len, texts))
+    width = _width(max(map(len, texts)))
     ids = np.full((len(texts), width), pad, np.int64)
     mask = np.zeros((len(texts), width), bool)
     mask[:, 0] = True  # even of an empty text: a softmax over nothing would be 0/0
@@ -33,3 +40,94 @@ def padded_batch(texts: list[np.ndarray], pad: int) -> Batch:
         cu_seqlens=torch.arange(0, ids.size + 1, width, dtype=torch.int32),
         attention_mask=torch.from_numpy(mask),
     )
+
+
+def _width(length: int) -> int:
+    """Returns the width of a padded batch whose longest text has this length."""
+    return max(1, length)
+
+
+def bounded_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
+    """Divides texts into padded batches of at most `max_tokens` tokens, padding included.
+
+    Texts of about the same length share a batch, so that there is little padding.
+
+    Args:
+        lengths: The length of each text, at most `max_tokens`.
+        max_tokens: The maximum size of a batch: its number of texts times the longest one's length.
+
+    Returns:
+        The indices of the texts of each batch, the longest texts first.
+    """
+    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches = []
+    while by_length:
+        size = max(1, max_tokens // _width(lengths[by_length[0]]))
+        batches.append(by_length[:size])
+        by_length = by_length[size:]
+    return batches
+
+
+@dataclass
+class Texts:
+    """The texts that are read from packed rows.
+
+    Attributes:
+        ids: The token ids of each text.
+        labels: int64 [texts], IGNORE for a text without a label.
+    """
+
+    ids: list[np.ndarray]
+    labels: np.ndarray
+
+    @functools.cached_property
+    def keys(self) -> np.ndarray:
+        """A hash of the tokens of each text: int64 [texts], never negative."""
+        hashes = [xxh3_64_intdigest(ids.astype(np.int64).data) >> 1 for ids in self.ids]
+        return np.array(hashes, np.int64)
+
+
+class Padded(Objective):
+    """The base class of objectives that read one padded text per row of a batch.
+
+    Packed rows may hold many short texts. Padded to the longest one, those of `micro_batch` rows
+    would need memory without bound. The texts of all of a rank's rows are therefore divided into
+    micro-batches anew.
+    """
+
+    def texts(self, rows: Rows) -> Texts:
+        """Returns the texts of packed rows, with their labels."""
+        raise NotImplementedError
+
+    def batch(self, texts: Texts, indices: list[int], max_texts: int) -> Batch:
+        """Builds a batch of some of a rank's texts.
+
+        Args:
+            texts: The texts that this rank has in the step.
+            indices: Those of the batch; if there are none, it is one row of padding.
+            max_texts: The largest number of texts that any rank has in the step.
+        """
+        batch = padded_batch([texts.ids[i] for i in indices], self.special_tokens.pad)
+        labels = texts.labels[indices] if indices else np.array([IGNORE])
+        return replace(batch, labels=torch.from_numpy(labels))
+
+    def collate(self, rows: Rows, step: int) -> Batch:
+        """Builds one batch of all texts of some rows, in their order."""
+        texts = self.texts(rows)
+        return self.batch(texts, list(range(len(texts.ids))), len(texts.ids))
+
+    def batches(
+        self, rows: Rows, step: int, micro_batch: int, max_rows: int, device: torch.device
+    ) -> list[Batch]:
+        """Divides the texts of this rank's rows into micro-batches, as many as on every other rank.
+
+        A micro-batch has at most as many tokens, padding included, as `micro_batch` rows. A rank
+        that needs fewer micro-batches than another one has some of a single token of padding.
+        """
+        texts = self.texts(rows)
+        parts = bounded_batches([len(ids) for ids in texts.ids], micro_batch * rows.tokens.shape[1])
+        largest = torch.tensor([len(parts), len(texts.ids)], device=device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        count, max_texts = largest.tolist()
+        parts += [[] for _ in range(max(1, count) - len(parts))]
+        return [self.batch(texts, part, max_texts).to(device) for part in parts]
