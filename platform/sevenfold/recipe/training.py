@@ -81,7 +81,12 @@ class Preference(Section):
 
 
 class Contrastive(Section):
-    """Settings of objective embed."""
+    """Settings of objective embed.
+
+    The negatives of a query are the documents of all other queries of the optimizer step. Their
+    number depends on train.global_batch, not on train.micro_batch or the number of workers. In a
+    validation they are those of a group of train.global_batch held-out sequences.
+    """
 
     temperature: float = Field(
         0.05, gt=0, description="Cosine similarities are divided by it (arXiv 2104.08821)"
@@ -93,7 +98,9 @@ class Train(Section):
 
     global_batch: int = Field(gt=0, description="Sequences per optimizer step, over all workers")
     micro_batch: int = Field(
-        gt=0, description="Sequences per forward pass of a worker; gradients are accumulated"
+        gt=0,
+        description="Sequences per forward pass of a worker; gradients are accumulated. classify "
+        "and embed: the maximum size of a padded forward pass, times data.sequence_length tokens",
     )
     steps: int | None = Field(
         None, gt=0, description="Optimizer steps. Default: as many as data.epochs gives"

@@ -30,7 +30,7 @@ from sevenfold.model import parallel
 from sevenfold.train.validate import steps_of
 
 CPU = torch.device("cpu")
-LEARNING_RATE, MAX_NORM = 0.1, 1.0
+TEMPERATURE, LEARNING_RATE, MAX_NORM = 0.2, 0.1, 1.0
 
 
 def texts_of(pair: Example) -> tuple[list[int], list[int]]:
@@ -88,12 +88,12 @@ def losses_by_hand(
 
 def test_losses_equal_a_computation_by_hand(tree: dict[str, Any]) -> None:
     model, objective, _ = model_of(tree, "embed", BERT)
-    objective.temperature = 0.2
+    objective.temperature = TEMPERATURE
     pairs = [pair for row in GLOBAL_BATCH for pair in row]
     batch = objective.collate(rows_of(GLOBAL_BATCH), 0)
     with torch.no_grad():
         losses, predictions = model.token_losses(batch, with_predictions=True)
-        expected, ahead = losses_by_hand(model, pairs, 0.2)
+        expected, ahead = losses_by_hand(model, pairs, TEMPERATURE)
     assert batch.labels.tolist() == [0, IGNORE] * len(pairs)
     assert torch.allclose(losses[::2], expected, atol=1e-5) and not losses[1::2].any()
     assert predictions[::2].tolist() == ahead and len(set(ahead)) > 1
@@ -122,6 +122,7 @@ def trained(
     """
     tree = tree | {"train": tree["train"] | {"micro_batch": micro_batch}}
     model, objective, recipe = model_of(tree, "embed", config)
+    objective.temperature = TEMPERATURE
     tensor = recipe.parallel.tensor
     place = parallel.DataRank.from_rank(
         torch.distributed.get_rank(), torch.distributed.get_world_size(), tensor
@@ -157,13 +158,14 @@ def trained(
 
 
 def trained_by_hand(tree: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """What `trained` returns, computed on one rank without batches."""
-    model, objective, recipe = model_of(tree, "embed", config)
+    """What `trained` returns, computed on one rank without batches, in float64."""
+    model, _, recipe = model_of(tree, "embed", config)
+    model.double()
     pairs = [pair for row in GLOBAL_BATCH for pair in row]
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE)
     losses, norms = [], []
     for _ in range(2):
-        loss = losses_by_hand(model, pairs, objective.temperature)[0].mean()
+        loss = losses_by_hand(model, pairs, TEMPERATURE)[0].mean()
         optimizer.zero_grad()
         loss.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
@@ -173,7 +175,7 @@ def trained_by_hand(tree: dict[str, Any], config: dict[str, Any]) -> dict[str, A
     groups = [GLOBAL_BATCH[start : start + size] for start in range(0, len(GLOBAL_BATCH), size)]
     with torch.no_grad():
         validated = [
-            losses_by_hand(model, [pair for row in group for pair in row], objective.temperature)
+            losses_by_hand(model, [pair for row in group for pair in row], TEMPERATURE)
             for group in groups
         ]
     return {
@@ -201,7 +203,12 @@ def embed_tree(tree: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("world", "tensor", "configs"),
-    [(1, 1, [BERT, LLAMA]), (2, 1, [BERT, LLAMA]), (4, 1, [BERT, LLAMA]), (4, 2, [LLAMA])],
+    [
+        (1, 1, [BERT, LLAMA]),
+        (2, 1, [BERT, LLAMA]),
+        (4, 1, [BERT, LLAMA]),
+        pytest.param(4, 2, [LLAMA], marks=pytest.mark.slow),
+    ],
 )
 def test_the_negatives_are_those_of_the_global_batch_on_any_number_of_workers(
     embed_tree: dict[str, Any],

@@ -84,7 +84,7 @@ def classified(
     )
 
 
-@pytest.mark.parametrize("config", [BERT, LLAMA], ids=["bert", "llama"])
+@pytest.mark.parametrize("config", [BERT, pytest.param(LLAMA, marks=pytest.mark.slow)])
 def test_classification_is_the_same_for_any_workers_and_micro_batches(
     tree: dict[str, Any], tmp_path: Path, config: dict[str, Any]
 ) -> None:
