@@ -152,7 +152,7 @@ class Objective:
     def scores(
         self, model: Any, batches: Sequence[Batch], tensor: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
-        """Yields what `losses` returns for each micro-batch of a step.
+        """Yields what `losses` returns for each micro-batch of a step; called without gradients.
 
         Args:
             model: See `backward`.

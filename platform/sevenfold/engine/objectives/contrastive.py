@@ -137,7 +137,6 @@ class Contrastive(Padded):
         own = documents.grad[pool.first : pool.first + len(pairs)] / tensor
         return loss_sum, torch.stack([queries.grad, own], 1)
 
-    @torch.no_grad()
     def scores(
         self, model: Any, batches: Sequence[Batch], tensor: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor | None]]:
