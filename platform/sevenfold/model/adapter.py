@@ -16,6 +16,8 @@ from sevenfold.recipe import Recipe
 
 # peft's task type of each objective; CAUSAL_LM for all others
 TASKS = {
+    "masked": "FEATURE_EXTRACTION",
+    "denoise": "SEQ_2_SEQ_LM",
     "classify": "SEQ_CLS",
     "seq2seq": "SEQ_2_SEQ_LM",
     "embed": "FEATURE_EXTRACTION",

@@ -324,5 +324,6 @@ def _difference_of_outputs(model: Any, batch: Batch) -> float:
 def _output(model: Any, **inputs: torch.Tensor) -> torch.Tensor:
     """Returns the logits of a classifier, or the hidden states of another model."""
     output = model(**inputs)
-    result: torch.Tensor = getattr(output, "logits", None)
-    return output.last_hidden_state.float() if result is None else result.float()
+    logits: torch.Tensor | None = getattr(output, "logits", None)
+    result: torch.Tensor = output.last_hidden_state if logits is None else logits
+    return result.float()

@@ -10,7 +10,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-VOCABULARY = 256  # tokens of a shrunken model
+VOCABULARY = 512  # tokens of a shrunken model
 _MIN_HEAD = 8  # the smallest size of an attention head; rotary embeddings need an even part of it
 _MIN_LAYERS = 2
 _MAX_LAYERS = 12
@@ -95,8 +95,8 @@ def _head_size(config: PreTrainedConfig) -> int:
     for name in ("head_dim", "d_kv", "v_head_dim", "attention_head_dim"):
         if _is_count(fields.get(name)):
             return int(fields[name])
-    width = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
-    heads = getattr(config, "num_attention_heads", None)
+    width: Any = getattr(config, "hidden_size", None) or getattr(config, "d_model", None)
+    heads: Any = getattr(config, "num_attention_heads", None)
     if not _is_count(width) or not _is_count(heads) or width % heads:
         return math.gcd(width, 64) if _is_count(width) else 1
     return int(width // heads)

@@ -167,11 +167,11 @@ class Validator:
 def steps_of(
     rows: Rows, objective: Objective, train: Train, place: DataRank, device: torch.device
 ) -> list[list[Batch]]:
-    """Divides rows into groups as large as the global batch, as if they were training steps.
+    """Divides rows into groups, and each group into micro-batches as if it were a training step.
 
-    The negatives of objective embed are the documents of such a group. Its validation loss is
-    therefore comparable to its training loss, and depends on neither the number of ranks nor
-    train.micro_batch.
+    If the objective compares rows (those of embed are each other's negatives), groups are as large
+    as the global batch. Its validation loss is therefore comparable to its training loss, and
+    depends on neither the number of ranks nor train.micro_batch. Otherwise all rows are one group.
 
     Args:
         rows: The rows, the same on every rank.
@@ -184,8 +184,9 @@ def steps_of(
         This rank's micro-batches of each group; their number is the same on every rank.
     """
     steps = []
-    for start in range(0, len(rows), train.global_batch):
-        stop = min(start + train.global_batch, len(rows))
+    size = train.global_batch if objective.compares_rows else max(1, len(rows))
+    for start in range(0, len(rows), size):
+        stop = min(start + size, len(rows))
         own = range(start + place.rank, stop, place.world_size)
         own_rows = (
             Rows.concatenate([rows.part(i, i + 1) for i in own])

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import hashlib
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,10 +36,15 @@ def load_checkpoint(
     ]
     options = state_dict_options()
     model_state, optimizer_state = get_state_dict(model, optimizers, options=options)
+    reader = shard_reader(checkpoint.path)
+    states = optimizer_state["state"]
+    unused = _unused(states, reader.read_metadata().state_dict_metadata)
+    saved_states = {name: state for name, state in states.items() if name not in unused}
     dcp.load(
-        {"model": model_state, "optimizer": optimizer_state},
-        storage_reader=shard_reader(checkpoint.path),
+        {"model": model_state, "optimizer": optimizer_state | {"state": saved_states}},
+        storage_reader=reader,
     )
+    optimizer_state["state"] = states | saved_states
     set_state_dict(
         model,
         optimizers,
@@ -47,9 +52,28 @@ def load_checkpoint(
         optim_state_dict=optimizer_state,
         options=options,
     )
+    for name, parameter in model.named_parameters():
+        if name in unused:  # set_state_dict requires a state of every parameter
+            for optimizer in optimizers:
+                optimizer.state.pop(parameter, None)
     for optimizer, groups in zip(optimizers, hyperparameters, strict=True):
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group.update(settings)
+
+
+def _unused(names: Iterable[str], saved: Iterable[str]) -> set[str]:
+    """Returns the names of parameters of which a checkpoint has no optimizer state.
+
+    An optimizer keeps no state of a parameter that never had a gradient, such as that of BERT's
+    pooler where hidden states are averaged.
+
+    Args:
+        names: The names of all parameters that are trained.
+        saved: The keys in the checkpoint.
+    """
+    prefix = "optimizer.state."
+    used = {key[len(prefix) :].rpartition(".")[0] for key in saved if key.startswith(prefix)}
+    return set(names) - used
 
 
 class CheckpointWeights:

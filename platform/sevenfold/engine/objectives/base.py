@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 from sevenfold.data.rows import Rows
 from sevenfold.engine.batch import Batch, micro_batches, to_batch
 from sevenfold.engine.objectives.special_tokens import SpecialTokens
-from sevenfold.engine.objectives.unpack import unpacked
+from sevenfold.engine.objectives.unpack import divided, unpacked
 from sevenfold.engine.positions import position_offset
 
 
@@ -60,10 +60,12 @@ class Objective:
 
     Attributes:
         has_predictions: Whether `losses` also returns predictions.
+        compares_rows: Whether the loss of a row depends on the other rows of its step.
         support: What the model supports.
     """
 
     has_predictions = False
+    compares_rows = False
     support = Support()
 
     def __init__(self, special_tokens: SpecialTokens, seed: int, rate: float, mean_span: float):
@@ -93,6 +95,9 @@ class Objective:
     ) -> list[Batch]:
         """Cuts this rank's rows of a step into micro-batches, as many as on every other rank.
 
+        If the model does not support packing, a micro-batch has documents instead of rows, and at
+        most as many tokens, padding included, as `micro_batch` rows.
+
         Args:
             rows: The rows of this rank.
             step: See `collate`.
@@ -100,6 +105,10 @@ class Objective:
             max_rows: The largest number of rows that any rank has.
             device: The device that the batches are moved to.
         """
+        if not self.support.packing:
+            documents = unpacked(self._packed_batch(rows, step), self.special_tokens.pad)
+            parts = divided(documents, micro_batch * rows.tokens.shape[1], device)
+            return [part.to(device) for part in parts]
         collate = functools.partial(self.collate, step=step)
         return micro_batches(rows, micro_batch, -(-max_rows // micro_batch), collate, device)
 

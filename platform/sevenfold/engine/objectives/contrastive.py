@@ -53,6 +53,7 @@ class Contrastive(Padded):
     """
 
     has_predictions = True
+    compares_rows = True
     temperature = 0.05
 
     def texts(self, rows: Rows) -> Texts:
@@ -155,7 +156,7 @@ class Contrastive(Padded):
             batch: The batch.
         """
         assert batch.attention_mask is not None
-        output = forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+        output = forward(input_ids=batch.input_ids, attention_mask=batch.attention_mask.long())
         mask = batch.attention_mask[:, :, None]
         states = output.last_hidden_state.float() * mask
         return F.normalize(states.sum(1) / mask.sum(1), dim=-1)

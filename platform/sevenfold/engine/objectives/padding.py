@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from xxhash import xxh3_64_intdigest
 
 from sevenfold.data.rows import Rows
 from sevenfold.engine.batch import IGNORE, Batch
 from sevenfold.engine.objectives.base import Objective
+from sevenfold.engine.objectives.divide import bounded_batches, largest_on_any_rank
 
 
 def padded_batch(texts: list[np.ndarray], pad: int) -> Batch:
@@ -25,7 +25,7 @@ def padded_batch(texts: list[np.ndarray], pad: int) -> Batch:
         pad: The padding token.
     """
     texts = texts or [np.zeros(0, np.int64)]
-    width = _width(max(map(len, texts)))
+    width = max(1, *map(len, texts))
     ids = np.full((len(texts), width), pad, np.int64)
     mask = np.zeros((len(texts), width), bool)
     mask[:, 0] = True  # even of an empty text: a softmax over nothing would be 0/0
@@ -40,32 +40,6 @@ def padded_batch(texts: list[np.ndarray], pad: int) -> Batch:
         cu_seqlens=torch.arange(0, ids.size + 1, width, dtype=torch.int32),
         attention_mask=torch.from_numpy(mask),
     )
-
-
-def _width(length: int) -> int:
-    """Returns the width of a padded batch whose longest text has this length."""
-    return max(1, length)
-
-
-def bounded_batches(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    """Divides texts into padded batches of at most `max_tokens` tokens, padding included.
-
-    Texts of about the same length share a batch, so that there is little padding.
-
-    Args:
-        lengths: The length of each text, at most `max_tokens`.
-        max_tokens: The maximum size of a batch: its number of texts times the longest one's length.
-
-    Returns:
-        The indices of the texts of each batch, the longest texts first.
-    """
-    by_length = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    batches = []
-    while by_length:
-        size = max(1, max_tokens // _width(lengths[by_length[0]]))
-        batches.append(by_length[:size])
-        by_length = by_length[size:]
-    return batches
 
 
 @dataclass
@@ -126,8 +100,6 @@ class Padded(Objective):
         """
         texts = self.texts(rows)
         parts = bounded_batches([len(ids) for ids in texts.ids], micro_batch * rows.tokens.shape[1])
-        largest = torch.tensor([len(parts), len(texts.ids)], device=device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        count, max_texts = largest.tolist()
+        count, max_texts = largest_on_any_rank(device, len(parts), len(texts.ids))
         parts += [[] for _ in range(max(1, count) - len(parts))]
         return [self.batch(texts, part, max_texts).to(device) for part in parts]
