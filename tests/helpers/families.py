@@ -17,13 +17,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers.models.auto.modeling_auto as auto
-from helpers.tiny_models import tokenizer
 from torch.distributed.checkpoint import CheckpointException
 from transformers import AutoConfig
 
-
-from sevenfold.data.rows import Rows
+from helpers.tiny_models import tokenizer
 from sevenfold.data.manifest import scan
+from sevenfold.data.rows import Rows
 from sevenfold.engine import optim
 from sevenfold.engine.batch import IGNORE
 from sevenfold.engine.checkpoint import CheckpointManager, latest_checkpoint, load_checkpoint
@@ -32,6 +31,7 @@ from sevenfold.engine.step import train_step
 from sevenfold.errors import InputError
 from sevenfold.export.hugging_face import export
 from sevenfold.model import build, parallel
+from sevenfold.model.probe import MAX_PARAMETERS
 from sevenfold.model.shrink import shrunken
 from sevenfold.prepare.model import check_model
 from sevenfold.recipe import Recipe
@@ -39,7 +39,7 @@ from sevenfold.recipe import Recipe
 LENGTH = 64  # tokens of a row
 CPU = torch.device("cpu")
 CLOSE = 2e-4  # nats; see probe.TOLERANCE
-# fields that make a config valid whose defaults are not, or that show layers which the defaults lack
+# fields of configs whose defaults are not valid, or lack a kind of layer that real models have
 FIELDS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
@@ -118,23 +118,30 @@ def _recipe(objective: str, model_type: str, root: Path) -> Recipe:
         config = AutoConfig.for_model(model_type, **FIELDS.get(model_type, {}))
         for small in shrunken(config):
             small.tie_word_embeddings = getattr(config, "tie_word_embeddings", False)
+            if objective == "causal" and getattr(small, "is_decoder", None) is False:
+                small.is_decoder = True  # of BERT and its kin
             if small.is_encoder_decoder:
                 small.decoder_start_token_id = getattr(small, "pad_token_id", None) or 0
             for name in build.dropouts(small):
                 setattr(small, name, 0.0)
             try:
+                with torch.device("meta"):
+                    size = sum(p.numel() for p in model_class.from_config(small).parameters())
+                if size > MAX_PARAMETERS:
+                    reason = reason or f"its smallest copy has {size:,} parameters"
+                    break
                 torch.manual_seed(0)
                 model = model_class.from_config(small)
-            except Exception as e:  # noqa: BLE001  models' code can raise anything
+            except Exception as e:
                 reason = reason or f"{type(e).__name__}: {str(e).splitlines()[:1]}"
                 continue
             model.save_pretrained(base)
             break
-        else:
+        if not (base / "config.json").exists():
             raise InputError(f"transformers cannot build {model_type}: {reason}")
     except InputError:
         raise
-    except Exception as e:  # noqa: BLE001  configs can raise anything
+    except Exception as e:
         raise InputError(f"the default config of {model_type} is invalid: {e}") from None
     return Recipe.model_validate(
         {
@@ -195,7 +202,9 @@ def _compare_with_transformers(recipe: Recipe, support: Any, root: Path) -> Iter
     for i in range(2):
         for inputs, labels in _documents(packed, rows.part(i, i + 1)):
             logits = reference.forward(**inputs).logits[0].float()
-            loss = F.cross_entropy(logits[: len(labels)], labels, ignore_index=IGNORE, reduction="sum")
+            loss = F.cross_entropy(
+                logits[: len(labels)], labels, ignore_index=IGNORE, reduction="sum"
+            )
             loss.backward()
             expected += float(loss)
     count = max(1, 2 * LENGTH)
@@ -267,7 +276,11 @@ def _save_and_export(recipe: Recipe, support: Any, root: Path) -> Iterator[str]:
     export(recipe, checkpoint, str(root / "base"), manifest, {}, output)
     model_class, _ = build.MODEL_CLASSES[recipe.objective]
     exported = model_class.from_pretrained(output, dtype=torch.float32).eval()
-    inputs, _ = next(_documents(type(objective)(objective.special_tokens, 0, 0.3, 2), _rows(3, objective).part(0, 1)))
+    inputs, _ = next(
+        _documents(
+            type(objective)(objective.special_tokens, 0, 0.3, 2), _rows(3, objective).part(0, 1)
+        )
+    )
     with torch.no_grad():
         model.eval()
         ours, theirs = model(**inputs).logits, exported(**inputs).logits
@@ -298,4 +311,3 @@ def _train_adapter(recipe: Recipe, support: Any, root: Path) -> Iterator[str]:
     moved = [n for n in before if not torch.equal(before[n], after[n])]
     if not moved or any("lora_" not in name for name in moved):
         yield f"the steps changed {len(moved)} parameters: {[n for n in moved if 'lora_' not in n]}"
-

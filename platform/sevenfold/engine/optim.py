@@ -6,6 +6,7 @@ The schedule is a function of the step, so that a checkpoint holds no state of i
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,29 +18,29 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from sevenfold import recipe as r
 
+# how transformers names the layers that choose experts, and the gate of a shared expert
+_ROUTER = re.compile(r"(^|[._])(router|(mlp|mixer|moe|feed_forward)\.gate|expert_gate)\.")
+
 
 def build(model: nn.Module, settings: r.Optimizer) -> list[torch.optim.Optimizer]:
     """Builds the optimizers of a model's trainable parameters.
 
     With `name: muon`, Muon updates the matrices and AdamW all other parameters, among them the
-    output layer and the embeddings. Otherwise AdamW updates everything. Weight decay and L1 apply
-    to matrices that are not embeddings.
+    output layer, classifiers' heads, routers and the embeddings. Otherwise AdamW updates
+    everything. Weight decay and L1 apply to matrices that are not embeddings.
     """
     embeddings = {id(p) for p in embedding_parameters(model)}
-    # Muon is for matrices; the kernels of Mamba's convolutions, for example, are none
-    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    kernels = {id(m.weight) for m in model.modules() if isinstance(m, convolutions)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    left_to_adamw = _left_to_adamw(model)
     matrices: list[nn.Parameter] = []
-    # those that Muon leaves to AdamW: the output layer, unless it is tied to an embedding; kernels
     adamw_matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
-    for p in model.parameters():
+    for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if p.ndim < 2 or id(p) in embeddings:
+        # Mamba's A_log is a tensor of decay rates: with weight decay they would all tend to 1
+        if p.ndim < 2 or id(p) in embeddings or name.endswith("A_log"):
             others.append(p)
-        elif id(p) in kernels or (head is not None and p is head.weight):
+        elif id(p) in left_to_adamw:
             adamw_matrices.append(p)
         else:
             matrices.append(p)
@@ -69,6 +70,26 @@ def build(model: nn.Module, settings: r.Optimizer) -> list[torch.optim.Optimizer
         for optimizer in optimizers:
             optimizer.register_step_post_hook(_apply_l1)
     return optimizers
+
+
+def _left_to_adamw(model: Any) -> set[int]:
+    """Returns the ids of the matrices that Muon leaves to AdamW.
+
+    Muon makes all directions of an update equally large. That suits matrices between hidden states,
+    but not those whose rows are classes, tokens or experts to choose from (arXiv 2502.16982), nor
+    the kernels of convolutions, which are no matrices.
+    """
+    convolutions = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    parameters = [m.weight for m in model.modules() if isinstance(m, convolutions)]
+    parameters += [p for name, p in model.named_parameters() if _ROUTER.search(name)]
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
+    if head is not None:
+        parameters.append(head.weight)
+    elif body is not None:  # a classifier: all that is outside its body
+        inner = {id(p) for p in body.parameters()}
+        parameters += [p for p in model.parameters() if id(p) not in inner]
+    return {id(p) for p in parameters}
 
 
 @torch.no_grad()

@@ -6,14 +6,12 @@ import contextlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar
 
 from sevenfold import storage
@@ -21,20 +19,16 @@ from sevenfold.data.manifest import Manifest
 from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.engine.checkpoint import CheckpointWeights
 from sevenfold.engine.checkpoint.manifest import Checkpoint
-from sevenfold.engine.decode import end_tokens
-from sevenfold.errors import RunError, first_line
+from sevenfold.errors import RunError
 from sevenfold.export.card import card
 from sevenfold.model import build
+from sevenfold.model.directory import merged, write_directory
 from sevenfold.recipe import Recipe
-from sevenfold.report.console import say
 
 SHARD = 10**9  # bytes of a weights file, and so of the memory that is needed
 # The weights of an earlier export. They are removed, since the next export may write another number
 # of files and so not replace all of them.
 REPLACED = re.compile(r"(model|adapter_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
-# The largest difference of the outputs before and after an adapter is merged, relative to the
-# largest output, that is not reported. Sums in another order differ by about 1e-6 in float32.
-MERGED = 1e-4
 
 
 def export(
@@ -86,17 +80,10 @@ def export(
                 adapted.save_pretrained(folder)
         if to is None:
             return
-        model = _merged(adapted)
-    if model.can_generate():
-        _mend_generation_config(model)
-    _set_special_tokens(model, loaded_tokenizer)
+        model = merged(adapted)
     assert to is not None
-    with _folder(to, new) as folder, warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Attempting to save a model with offloaded modules"
-        )
-        model.save_pretrained(folder, max_shard_size=shard)
-        loaded_tokenizer.save_pretrained(folder)
+    with _folder(to, new) as folder:
+        write_directory(model, loaded_tokenizer, folder, shard)
         if recipe.objective == "embed":
             _describe_pooling(folder, model.config.hidden_size, recipe.data.sequence_length)
         with open(os.path.join(folder, "README.md"), "w", encoding="utf-8") as f:
@@ -110,7 +97,9 @@ def _streamed_model(recipe: Recipe, config: Any, checkpoint: Checkpoint) -> Any:
     weights of one file at a time.
     """
     with torch.device("meta"):
-        model: Any = build.build(recipe, config, weights=False, attention=_attention(recipe, config))
+        model: Any = build.build(
+            recipe, config, weights=False, attention=_attention(recipe, config)
+        )
     model.hf_device_map = {"": "disk"}
     model._hf_hook = SimpleNamespace(weights_map=CheckpointWeights(checkpoint, model.state_dict()))
     return model
@@ -130,70 +119,6 @@ def _adapted_model(recipe: Recipe, config: Any, checkpoint: Checkpoint) -> Any:
         if parameter.requires_grad:
             parameter.data.copy_(weights[name])
     return adapted
-
-
-@torch.no_grad()
-def _merged(adapted: Any) -> Any:
-    """Returns the model with its adapter merged into it.
-
-    If its output differs from that with the adapter by more than MERGED, it says so. That does not
-    end the export: the run is finished, and its adapter is saved.
-    """
-    adapted.eval()
-    ids = torch.arange(64)[None] % adapted.config.vocab_size
-    inputs = {
-        "input_ids": ids,
-        **({"decoder_input_ids": ids} if adapted.config.is_encoder_decoder else {}),
-    }
-    if getattr(adapted.config, "pad_token_id", None) is not None:
-        # One of the ids may be the pad token; it must not be masked.
-        inputs["attention_mask"] = torch.ones_like(ids)
-    expected = adapted(**inputs)[0]
-    model = adapted.merge_and_unload()
-    difference = float((model(**inputs)[0] - expected).abs().max() / expected.abs().max())
-    if not difference <= MERGED:  # also for NaN
-        say(
-            "warning: the merged model's output differs from that with the adapter by "
-            f"{difference:.1e} of the largest output, expected at most {MERGED:.0e}: compare both "
-            "before you use the merged model; the adapter is saved beside it"
-        )
-    return model
-
-
-def _mend_generation_config(model: Any) -> None:
-    """Changes settings of a base model's generation config that transformers would not save.
-
-    Vicuna's and Llama 2's have a temperature although do_sample is not set.
-    """
-    config = model.generation_config
-    try:
-        config.validate(strict=True)
-        return
-    except ValueError as e:
-        reason = first_line(e)
-    if config.temperature == 0:  # greedy
-        config.do_sample, config.temperature = False, None
-    else:
-        config.do_sample = True
-    try:
-        config.validate(strict=True)
-        say(f"generation_config.json of the base model: do_sample={config.do_sample} ({reason})")
-    except ValueError as e:
-        model.generation_config = GenerationConfig.from_model_config(model.config)
-        say(f"generation_config.json of the base model is left out: {first_line(e)}")
-
-
-def _set_special_tokens(model: Any, tokenizer: Any) -> None:
-    """Sets the tokenizer's BOS, PAD and EOS in the model's configs."""
-    configs = [model.config]
-    if model.can_generate():
-        configs.append(model.generation_config)
-    for config in configs:
-        for field in ("bos_token_id", "pad_token_id"):
-            if getattr(tokenizer, field) is not None:
-                setattr(config, field, getattr(tokenizer, field))
-        ends = end_tokens(config, tokenizer)
-        config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
 
 
 def _describe_pooling(folder: str, width: int, length: int) -> None:

@@ -6,11 +6,14 @@ The model's code does not know about sharding: `parallel` adds it from outside.
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     AutoModel,
@@ -214,13 +217,15 @@ def build(
     if weights and base and recipe.model.path is not None:
         folder = local_model(recipe.model.path)
         with quiet_transformers():  # it warns that a new head is not among the base's weights
-            model = model_class.from_pretrained(
+            model, loaded = model_class.from_pretrained(
                 folder,
                 config=config,
                 local_files_only=True,
                 ignore_mismatched_sizes=recipe.objective == "classify",
+                output_loading_info=True,
                 **kwargs,
             )
+        _check_complete(recipe, model, loaded["missing_keys"])
     else:
         with nullcontext() if weights else no_init_weights():
             model = model_class.from_config(config, **kwargs)
@@ -231,6 +236,50 @@ def build(
     if attention == SDPA_IN_CHUNKS and model._can_set_attn_implementation():
         model.set_attn_implementation(attention)
     return model
+
+
+def _check_complete(recipe: Recipe, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Raises InputError if the base has not all weights, which would then be random.
+
+    A classifier's head is new, and a pooler has no effect where hidden states are averaged.
+    """
+    allowed = "pooler" if recipe.objective == "embed" else None
+    if recipe.objective == "classify":
+        allowed = rf"pooler|^(?!{model.base_model_prefix}\.)"
+    lacking = sorted(name for name in missing if not (allowed and re.search(allowed, name)))
+    if lacking:
+        raise InputError(
+            f"{recipe.model.path}: expected all weights of {type(model).__name__}, found none for "
+            f"{len(lacking)} of them, such as {lacking[0]}, which would be random numbers: choose "
+            "a complete model, or an objective that does not need them"
+        )
+
+
+def check_weights(recipe: Recipe, config: PreTrainedConfig) -> None:
+    """Checks that a base has all weights, by the names and shapes in its files.
+
+    Only a local directory is checked now; another base, when it is loaded.
+
+    Raises:
+        InputError: It lacks some, or its files are damaged.
+    """
+    if recipe.model.path is None or not os.path.isdir(model_path(recipe.model.path)):
+        return
+    model_class: Any = MODEL_CLASSES[recipe.objective][0]
+    try:
+        with quiet_transformers():
+            model, loaded = model_class.from_pretrained(
+                local_model(recipe.model.path),
+                config=config,
+                local_files_only=True,
+                ignore_mismatched_sizes=recipe.objective == "classify",
+                trust_remote_code=recipe.model.trust_remote_code,
+                output_loading_info=True,
+                device_map="meta",
+            )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        raise InputError(f"{recipe.model.path}: {first_line(e)}") from None
+    _check_complete(recipe, model, loaded["missing_keys"])
 
 
 def generation_config(recipe: Recipe, config: PreTrainedConfig) -> GenerationConfig:

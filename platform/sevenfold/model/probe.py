@@ -11,6 +11,7 @@ import itertools
 import json
 import logging
 import math
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +37,7 @@ from sevenfold.errors import InputError, first_line
 from sevenfold.model import build
 from sevenfold.model.adapter import with_adapter
 from sevenfold.model.config import family
+from sevenfold.model.directory import merged, write_directory
 from sevenfold.model.shrink import VOCABULARY, shrunken
 from sevenfold.recipe import Recipe
 
@@ -150,9 +152,35 @@ def _supported(recipe: Recipe, model: Any) -> Support:
     Raises:
         _Unsupported: None has.
     """
-    if recipe.adapter is not None:
-        with_adapter(model, recipe)
+    adapted = None if recipe.adapter is None else with_adapter(model, recipe)
     _randomize(model, recipe.seed)
+    if build.MODEL_CLASSES[recipe.objective][1] == "decoder":
+        _check_causal(model)
+    support = _right_combination(recipe, model)
+    _rehearse_export(recipe, model, adapted)
+    return support
+
+
+def _check_causal(model: Any) -> None:
+    """Raises _Unsupported if the prediction of a token depends on the tokens after it."""
+    _, words = _special_tokens(model.config)
+    ids = torch.from_numpy(words[:16])[None]
+    changed = ids.clone()
+    changed[0, -1] = int(words[-1])
+    model.eval()
+    with torch.no_grad():
+        before, after = (model(input_ids=i).logits[0, :-1].float() for i in (ids, changed))
+    difference = float((before - after).abs().max())
+    if not difference <= TOLERANCE:
+        raise _Unsupported(
+            f"its prediction of a token changes by {difference:.2g} with the tokens after it, so "
+            "that it would be trained to copy them; some models have to be configured with "
+            "is_decoder: true"
+        )
+
+
+def _right_combination(recipe: Recipe, model: Any) -> Support:
+    """Returns the first combination with which the losses are right; see `_supported`."""
     reasons = []
     for support in _combinations():
         try:
@@ -174,6 +202,39 @@ def _supported(recipe: Recipe, model: Any) -> Support:
             "document alone"
         )
     raise _Unsupported(reasons[-1])
+
+
+def _rehearse_export(recipe: Recipe, model: Any, adapted: Any) -> None:
+    """Writes the model as it is exported after training, and loads it again.
+
+    Args:
+        recipe: The recipe.
+        model: The model.
+        adapted: peft's wrapper of it, None without an adapter.
+
+    Raises:
+        _Unsupported: The written model differs, or something fails.
+    """
+    model_class = build.MODEL_CLASSES[recipe.objective][0]
+    special_tokens, words = _special_tokens(model.config)
+    ids = torch.from_numpy(words[:16])[None]
+    if special_tokens.end is not None:
+        ids[0, -1] = special_tokens.end
+    try:
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            model = (model if adapted is None else merged(adapted)).eval()
+            write_directory(model, None, folder, 10**9)
+            if recipe.model.trust_remote_code:
+                return  # its code is not copied
+            loaded = model_class.from_pretrained(folder, dtype=torch.float32).eval()
+            outputs = [_output(m, **_inputs(m, ids, ids)) for m in (model, loaded)]
+    except Exception as e:  # models' code can raise anything
+        raise _Unsupported(f"its export fails: {type(e).__name__}: {first_line(e)}") from None
+    difference = float((outputs[0] - outputs[1]).abs().max())
+    if not difference <= TOLERANCE:
+        raise _Unsupported(
+            f"its export is not the trained model: the outputs differ by {difference:.2g}"
+        )
 
 
 def _combinations() -> Iterator[Support]:

@@ -45,6 +45,7 @@ def check_model(recipe: Recipe) -> CheckedModel:
     from sevenfold.model.probe import probe
 
     require_modules(recipe.validation.bleu_tokenize)
+    _check_loss_settings(recipe)
     changes: dict[str, Any] = {}
     if recipe.model.path:
         changes["model.path"] = build.model_path(recipe.model.path)
@@ -64,8 +65,25 @@ def check_model(recipe: Recipe) -> CheckedModel:
         SpecialTokens.from_tokenizer(tokenizer, resolved.objective)
         vocab_size = len(tokenizer)
     parameters = build.check_model(resolved, vocab_size)
-    support = probe(resolved, build.config_of(resolved, vocab_size))
+    config = build.config_of(resolved, vocab_size)
+    build.check_weights(resolved, config)
+    support = probe(resolved, config)
     return CheckedModel(resolved, parameters, support)
+
+
+def _check_loss_settings(recipe: Recipe) -> None:
+    """Raises InputError for a setting of the loss over tokens, if the objective has another loss.
+
+    The recipe itself may have them, so that finished runs of earlier versions can be read.
+    """
+    if recipe.objective not in ("dpo", "embed"):
+        return
+    for name in ("z_loss", "label_smoothing"):
+        if getattr(recipe.train, name):
+            raise InputError(
+                f"train.{name}: objective {recipe.objective} compares whole texts, and the setting "
+                "is for losses of single tokens: remove it"
+            )
 
 
 def pin_model(recipe: Recipe, folder: RunFolder) -> Recipe:

@@ -125,7 +125,12 @@ class Worker:
         self.objective, self.model, flops_per_token = self._build_model()
         self.optimizers = optim.build(self.model, recipe.optimizer)
         if checkpoint is not None:
-            load_checkpoint(checkpoint, self.model, self.optimizers)
+            moved = load_checkpoint(checkpoint, self.model, self.optimizers)
+            if moved:
+                self._say(
+                    f"{pluralize(len(moved), 'parameter')} had another optimizer in an earlier "
+                    f"version of sevenfold, and its state begins anew: {', '.join(sorted(moved))}"
+                )
         self.manager = state.manager = CheckpointManager(
             self.folder.checkpoints,
             keep=recipe.checkpoint.keep,

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import hashlib
 import warnings
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,11 +22,15 @@ from sevenfold.errors import RunError, first_line
 
 def load_checkpoint(
     checkpoint: Checkpoint, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
-) -> None:
+) -> set[str]:
     """Loads a verified checkpoint into a model and its optimizers.
 
     The number of ranks may differ from that of the save. The hyperparameters of the optimizers'
     parameter groups are not loaded: they stay those of the recipe.
+
+    Returns:
+        The names of the parameters that another optimizer updated when the checkpoint was saved, by
+        an earlier version of sevenfold. Their optimizer begins anew.
     """
     hyperparameters = [
         [
@@ -37,9 +42,9 @@ def load_checkpoint(
     options = state_dict_options()
     model_state, optimizer_state = get_state_dict(model, optimizers, options=options)
     reader = shard_reader(checkpoint.path)
-    states = optimizer_state["state"]
-    unused = _unused(states, reader.read_metadata().state_dict_metadata)
-    saved_states = {name: state for name, state in states.items() if name not in unused}
+    states: Any = optimizer_state["state"]
+    unused, moved = _without_saved_state(states, reader.read_metadata().state_dict_metadata)
+    saved_states = {n: state for n, state in states.items() if n not in unused | moved}
     dcp.load(
         {"model": model_state, "optimizer": optimizer_state | {"state": saved_states}},
         storage_reader=reader,
@@ -53,27 +58,37 @@ def load_checkpoint(
         options=options,
     )
     for name, parameter in model.named_parameters():
-        if name in unused:  # set_state_dict requires a state of every parameter
+        if name in unused | moved:  # set_state_dict requires a state of every parameter
             for optimizer in optimizers:
                 optimizer.state.pop(parameter, None)
     for optimizer, groups in zip(optimizers, hyperparameters, strict=True):
         for group, settings in zip(optimizer.param_groups, groups, strict=True):
             group.update(settings)
+    return moved
 
 
-def _unused(names: Iterable[str], saved: Iterable[str]) -> set[str]:
-    """Returns the names of parameters of which a checkpoint has no optimizer state.
-
-    An optimizer keeps no state of a parameter that never had a gradient, such as that of BERT's
-    pooler where hidden states are averaged.
+def _without_saved_state(
+    states: Mapping[str, Mapping[str, Any]], saved: Iterable[str]
+) -> tuple[set[str], set[str]]:
+    """Finds the parameters of which a checkpoint has not the state that their optimizer needs.
 
     Args:
-        names: The names of all parameters that are trained.
+        states: The state of each parameter by its name, as the optimizers need it.
         saved: The keys in the checkpoint.
+
+    Returns:
+        The names of the parameters without any state: an optimizer keeps none of a parameter that
+        never had a gradient, such as that of BERT's pooler where hidden states are averaged. And
+        the names of those with the state of another optimizer.
     """
     prefix = "optimizer.state."
-    used = {key[len(prefix) :].rpartition(".")[0] for key in saved if key.startswith(prefix)}
-    return set(names) - used
+    fields: dict[str, set[str]] = defaultdict(set)
+    for key in saved:
+        if key.startswith(prefix):
+            name, _, field = key[len(prefix) :].rpartition(".")
+            fields[name].add(field)
+    unused = {name for name in states if not fields[name]}
+    return unused, {name for name in states if not states[name].keys() <= fields[name]} - unused
 
 
 class CheckpointWeights:
