@@ -437,6 +437,18 @@ def run_ranks(world: int, store: Path, target: Callable[..., Any], *args: Any) -
     return [value for _, _, value in sorted(outcomes, key=lambda outcome: outcome[0])]
 
 
+@pytest.fixture
+def one_rank(tmp_path: Path) -> Iterator[None]:
+    """Makes this process the only rank of a gloo group."""
+    import torch.distributed as dist
+
+    dist.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1
+    )
+    yield
+    dist.destroy_process_group()
+
+
 # Ranks are forked from one server process that has already imported the slow modules.
 RANKS = multiprocessing.get_context("forkserver")
 RANKS.set_forkserver_preload(

@@ -301,7 +301,8 @@ def _train_adapter(recipe: Recipe, support: Any, root: Path) -> Iterator[str]:
     try:
         check_model(adapted)
     except InputError as e:
-        yield f"refused: {e}"
+        if "adapter.target_modules" not in str(e):  # which names the layers that peft refuses
+            yield f"refused: {e}"
         return
     model, objective, optimizers = _sharded(adapted, support)
     before = {n: p.full_tensor().clone() for n, p in model.named_parameters()}

@@ -24,11 +24,16 @@ from sevenfold.export.card import card
 from sevenfold.model import build
 from sevenfold.model.directory import merged, write_directory
 from sevenfold.recipe import Recipe
+from sevenfold.report.console import say
 
 SHARD = 10**9  # bytes of a weights file, and so of the memory that is needed
 # The weights of an earlier export. They are removed, since the next export may write another number
 # of files and so not replace all of them.
 REPLACED = re.compile(r"(model|adapter_model)(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
+
+# the largest difference of the outputs before and after an adapter is merged, relative to the
+# largest output, that is not reported
+MERGED = 1e-4
 
 
 def export(
@@ -80,7 +85,14 @@ def export(
                 adapted.save_pretrained(folder)
         if to is None:
             return
-        model = merged(adapted)
+        model, difference = merged(adapted)
+        if not difference <= MERGED:  # also for NaN
+            # that does not end the export: the run is finished, and its adapter is saved
+            say(
+                "warning: the merged model's output differs from that with the adapter by "
+                f"{difference:.1e} of the largest output, expected at most {MERGED:.0e}: compare "
+                "both before you use the merged model; the adapter is saved beside it"
+            )
     assert to is not None
     with _folder(to, new) as folder:
         write_directory(model, loaded_tokenizer, folder, shard)

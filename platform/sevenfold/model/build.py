@@ -109,7 +109,7 @@ def check_model(recipe: Recipe, vocab_size: int) -> int:
             model = model_class.from_config(
                 config, trust_remote_code=recipe.model.trust_remote_code
             )
-        except (ValueError, KeyError, TypeError, AssertionError) as e:
+        except Exception as e:  # models' code can raise anything
             raise InputError(
                 f"{recipe.model.path or 'model.config'}: transformers cannot build the {kind}: "
                 f"{first_line(e)}"
