@@ -206,6 +206,7 @@ def test_exported_tensors_equal_the_checkpoint_and_can_start_a_run(
         (tmp_path / "x/generation_config.json").write_text(
             json.dumps(settings | {"max_new_tokens": 7})
         )
+        (tmp_path / "x/checksums.json").unlink()  # the change is intended
     next_recipe = export_run(runs, name, tmp_path / "y", 10**6, start=tmp_path / "x")
     next_weights = build.build(
         next_recipe, build.config_of(next_recipe, 512), weights=True
@@ -243,6 +244,7 @@ def test_the_files_of_an_export(
         "tokenizer_config.json",
         "chat_template.jinja",
         "README.md",
+        "checksums.json",
     }
     for file in (run / "model").glob("*.[jm]*"):
         assert str(tmp_path) not in file.read_text() and str(runs) not in file.read_text()
@@ -364,6 +366,7 @@ def test_a_base_whose_generation_config_is_invalid_is_exported(
     base = tmp_path / "base"
     export_run(runs, "llama", base, 10**9)
     (base / "generation_config.json").write_text(json.dumps(settings))
+    (base / "checksums.json").unlink()  # as in a directory from elsewhere
     shutil.copytree(runs / "llama", tmp_path / "tuned")
     recipe = yaml.safe_load((runs / "llama/recipe.yaml").read_text())
     recipe |= {"model": {"path": str(base)}, "tokenizer": {"path": str(base)}}

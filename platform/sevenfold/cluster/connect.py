@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import ActorDiedError, RayTaskError
 
 import sevenfold
 from sevenfold.cluster import ray_private
-from sevenfold.errors import InputError, RunError, first_line
+from sevenfold.errors import InputError, RunError, cause_of, first_line
 from sevenfold.report.console import say
 
 # Silences what Ray would print among a run's own lines.
@@ -152,9 +154,20 @@ def quieten() -> None:
 
 def fetch(ref: Any) -> Any:
     """Returns ray.get(ref); raises an InputError or RunError of the task itself, unwrapped."""
-    try:
+    with unwrapped_errors():
         return ray.get(ref)
+
+
+@contextlib.contextmanager
+def unwrapped_errors() -> Iterator[None]:
+    """Raises an InputError or RunError of a Ray task or actor itself, not what Ray makes of it."""
+    try:
+        yield
     except RayTaskError as e:
         if isinstance(e.cause, InputError | RunError):
             raise e.cause from None
+        raise
+    except ActorDiedError as e:  # of an actor's __init__ only the traceback is known, as text
+        if "sevenfold.errors." in str(e):
+            raise RunError(cause_of(e)) from None
         raise

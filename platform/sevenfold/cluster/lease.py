@@ -16,6 +16,7 @@ from sevenfold import storage
 from sevenfold.errors import InputError
 from sevenfold.report.console import say
 from sevenfold.run_folder import RunFolder
+from sevenfold.storage.retry import MissingError
 
 RENEW_SECONDS = 5.0  # seconds between two renewals by the holder
 
@@ -71,14 +72,36 @@ class Lease:
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_SECONDS):
-            held = self._read()
+            try:
+                held = self._read()
+            except InputError:  # damaged: it is written anew
+                held = None
             if held and held["token"] != self._token:
                 self.lost = True
                 return
             self._write()
 
     def _read(self) -> dict[str, Any] | None:
-        return storage.read_json(self._path) if storage.exists(self._path) else None
+        """Returns what the holder wrote; None if nobody holds the lease.
+
+        Raises:
+            InputError: The file is damaged.
+        """
+        if not storage.exists(self._path):
+            return None
+        try:
+            return storage.read_json(
+                self._path,
+                lambda held: {
+                    **held,
+                    "token": str(held["token"]),
+                    "pid": int(held["pid"]),
+                    "host": str(held["host"]),
+                },
+                "if no other driver works on this sweep, remove the file",
+            )
+        except MissingError:  # the holder has given it back meanwhile
+            return None
 
     def _write(self) -> None:
         self._number += 1  # a renewal must change the file

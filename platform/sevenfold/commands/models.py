@@ -193,10 +193,4 @@ def _read_text(text: str | None, file: str | None, option: str, file_option: str
         raise InputError(f"expected one of {option} and {file_option}, found {found}")
     if text is not None:
         return text
-    path = storage.resolve_input(str(file))
-    try:
-        return storage.read_text(path)
-    except UnicodeDecodeError as e:
-        raise InputError(
-            f"{path}: expected UTF-8 text, found an invalid byte at offset {e.start}"
-        ) from None
+    return storage.read_text(storage.resolve_input(str(file)))

@@ -22,7 +22,7 @@ from sevenfold.data.rows import Chunk, Rows
 from sevenfold.data.sources import shards
 from sevenfold.data.sources.documents import document_hash, texts
 from sevenfold.data.stream import Stream
-from sevenfold.errors import InputError, RunError
+from sevenfold.errors import InputError, RunError, first_line
 
 _PART = re.compile(r"^steps-(\d{9})-(\d{9})\.parquet$")
 # The column of each field of a ReadRange. Chunks were called windows when the first ledgers were
@@ -85,10 +85,8 @@ class Ledger:
         for begin, end, path in self.parts():
             if begin > last or end < first:
                 continue
-            with storage.open_read(path) as f:
-                table = pq.read_table(f)
-            rows = zip(*(table[column].to_pylist() for column in _COLUMNS.values()), strict=True)
-            reads += [read for read in map(ReadRange._make, rows) if first <= read.step <= last]
+            found = _read_part(path)
+            reads += [read for read in found if first <= read.step <= last]
         return sorted(reads)
 
     def step(self, step: int) -> list[ReadRange]:
@@ -107,6 +105,24 @@ class Ledger:
             )
             raise InputError(f"{self.folder}: expected step {step}, found {known}")
         return reads
+
+
+def _read_part(path: str) -> list[ReadRange]:
+    """Returns what is in a file of the ledger.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+    try:
+        with storage.open_read(path) as f:
+            table = pq.read_table(f)
+        rows = zip(*(table[column].to_pylist() for column in _COLUMNS.values()), strict=True)
+        return list(map(ReadRange._make, rows))
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as e:
+        raise InputError(
+            f"{path}: damaged: expected a part of a ledger (Parquet), found {first_line(e)}; "
+            f"{storage.DAMAGED_HINT}"
+        ) from None
 
 
 class Replay:

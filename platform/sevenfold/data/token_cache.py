@@ -63,7 +63,8 @@ def require_cache(
         raise InputError(
             f"{folder}: expected a finished token cache, found none: run jobs/tokenize.py first"
         )
-    actual, expected = storage.read_json(index)["key"], _cache_key(manifest, selection, encoder)
+    actual = storage.read_json(index, lambda tree: dict(tree["key"]))
+    expected = _cache_key(manifest, selection, encoder)
     different = [name for name in expected if actual.get(name) != expected[name]]
     if different:
         raise InputError(

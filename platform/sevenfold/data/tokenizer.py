@@ -159,6 +159,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str) -> None:
     """Saves a tokenizer to a local or remote folder, the file LAST_WRITTEN last."""
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer.save_pretrained(temporary)
+        storage.write_checksums(temporary)
         storage.makedirs(folder)
         files = [p for p in Path(temporary).rglob("*") if p.is_file()]
         for path in sorted(files, key=lambda p: (p.name == LAST_WRITTEN, p)):
@@ -175,17 +176,22 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         folder: A local or remote folder with the files that `save_pretrained` writes.
 
     Raises:
-        InputError: The folder has no fast tokenizer that can be loaded without remote code.
+        InputError: The folder has no fast tokenizer that can be loaded without remote code, or a
+            file is damaged.
     """
     from transformers import AutoTokenizer
 
+    local = storage.local_copy(folder)
+    storage.verify_checksums(local, weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            storage.local_copy(folder), local_files_only=True, trust_remote_code=False
+            local, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError) as e:
+    except Exception as e:  # tokenizers raises Exception itself for a damaged file
+        _check_tokenizer_files(local)
         raise InputError(
-            f"{folder}: expected a Hugging Face tokenizer, found none: {first_line(e)}"
+            f"{folder}: expected a Hugging Face tokenizer (tokenizer.json), found none: "
+            f"{first_line(e)}"
         ) from None
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
@@ -194,6 +200,14 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
         )
     tokenizer.padding_side = "left"
     return tokenizer
+
+
+def _check_tokenizer_files(folder: str) -> None:
+    """Raises InputError for a file of a tokenizer that is damaged, and names it."""
+    for path in sorted(Path(folder).glob("*token*.json")):
+        storage.read_json(str(path), storage.json_object)
+    for path in sorted(Path(folder).rglob("*.jinja")):
+        storage.read_text(str(path))
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase) -> np.ndarray:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import ray
 import torch
 
-from sevenfold import storage
+from sevenfold.cluster import connect
 from sevenfold.data.examples import ENCODERS, ClassEncoder, ConversationEncoder, PairEncoder
 from sevenfold.data.rows import IGNORE, Rows
 from sevenfold.data.tokenizer import load_tokenizer
@@ -23,6 +23,7 @@ from sevenfold.engine.objectives import (
 )
 from sevenfold.inference.embed import Embedder
 from sevenfold.model import build
+from sevenfold.model.config import local_folder
 from sevenfold.model.probe import probe
 from sevenfold.recipe import Recipe
 from sevenfold.run_folder import RunFolder
@@ -67,7 +68,8 @@ def map_rows(
         num_gpus=pool.gpus_per_actor,
         compute=ray.data.ActorPoolStrategy(size=pool.size),
     )
-    return list(outputs.take_all())
+    with connect.unwrapped_errors():
+        return list(outputs.take_all())
 
 
 class Scorer:
@@ -212,7 +214,7 @@ def _load_model(folder: RunFolder, recipe: Recipe, base: bool = False) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model_class, _ = build.MODEL_CLASSES[recipe.objective]
     model = model_class.from_pretrained(
-        build.local_model(str(recipe.model.path)) if base else storage.local_copy(folder.model),
+        build.local_model(str(recipe.model.path)) if base else local_folder(folder.model),
         dtype=torch.float32,
         trust_remote_code=recipe.model.trust_remote_code,
         local_files_only=True,

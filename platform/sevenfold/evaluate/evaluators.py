@@ -6,6 +6,7 @@ Ray Data streams the held-out documents through actors that hold the model.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from sevenfold.evaluate.actors import (
 )
 from sevenfold.evaluate.held_out_text import beginning, overlapping_rows
 from sevenfold.model import build
+from sevenfold.model.config import local_folder
 from sevenfold.recipe import Recipe
 from sevenfold.report.console import say
 from sevenfold.run_folder import RunFolder
@@ -234,9 +236,12 @@ def _with_absolute_base(recipe: Recipe) -> Recipe:
     """Returns the recipe with an absolute `model.path`: actors may have another working directory.
 
     Raises:
-        InputError: The model that the run began with is gone.
+        InputError: The model that the run began with is gone, or a file of it is damaged.
     """
-    return recipe.override({"model.path": build.model_path(str(recipe.model.path))})
+    path = build.model_path(str(recipe.model.path))
+    if os.path.isdir(path):
+        local_folder(path)  # else an actor would find the damage, with a traceback
+    return recipe.override({"model.path": path})
 
 
 def _evaluate_baselines(

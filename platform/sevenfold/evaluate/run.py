@@ -21,6 +21,7 @@ from sevenfold.evaluate.evaluators import (
 from sevenfold.evaluate.harness import harness, require_task
 from sevenfold.evaluate.held_out_text import SAMPLE_CHARACTERS
 from sevenfold.export.card import with_metrics
+from sevenfold.model.config import local_folder
 from sevenfold.prepare.job import read_recipe
 from sevenfold.prepare.streams import open_streams
 from sevenfold.recipe import Recipe
@@ -102,6 +103,8 @@ def _evaluate(
             f"{folder.model}: expected the run's exported model, found none: "
             f"write it again by `sevenfold export {folder.root}`"
         )
+    if not storage.is_url(folder.model):  # before Ray starts; else each machine verifies its copy
+        local_folder(folder.model)
     recipe = read_recipe(folder).override(changes)
     require_modules(recipe.validation.bleu_tokenize)
     train, held = open_streams(folder, recipe, test=True)
@@ -122,7 +125,7 @@ def _evaluate(
     # The metrics are also written before lm-eval runs, since it may fail.
     storage.write_json(folder.metrics, result.metrics)
     if task is not None:
-        result.metrics["harness"] = harness(storage.local_copy(folder.model), task)
+        result.metrics["harness"] = harness(local_folder(folder.model), task)
         storage.write_json(folder.metrics, result.metrics)
     card = storage.join(folder.model, "README.md")
     if storage.exists(card):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from sevenfold import storage
-from sevenfold.data.manifest import Manifest
 from sevenfold.engine.checkpoint import checkpoint_paths, latest_checkpoint, verified_checkpoint
 from sevenfold.engine.checkpoint.manifest import Checkpoint, DamagedError
 from sevenfold.errors import InputError
 from sevenfold.export.hugging_face import export
+from sevenfold.prepare.data import load_inputs
 from sevenfold.prepare.job import read_recipe
 from sevenfold.report.console import say
 from sevenfold.report.run_log import logged_metrics
@@ -42,7 +42,7 @@ def run(path: str, step: int | None = None, out: str | None = None, merge: bool 
         )
     recipe = read_recipe(folder)
     checkpoint = _choose_checkpoint(folder.checkpoints, step, recipe.validation.keeps_best)
-    manifest = Manifest.from_json(storage.read_json(folder.manifest)["train"])
+    manifest = load_inputs(folder).train
     has_adapter = recipe.adapter is not None
     if merge and not has_adapter:
         raise InputError(f"--merge: {folder.root} has no adapter: leave out --merge")

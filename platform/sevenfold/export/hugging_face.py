@@ -47,7 +47,7 @@ def export(
     shard: int = SHARD,
     new: bool = False,
 ) -> None:
-    """Writes a directory of float32 safetensors, configs, tokenizer and model card.
+    """Writes a directory of float32 safetensors, configs, tokenizer, model card and checksums.
 
     It is written completely or not at all. At a URL, everything is first written to the temporary
     folder.
@@ -159,12 +159,15 @@ def _describe_pooling(folder: str, width: int, length: int) -> None:
 def _folder(path: str, new: bool) -> Iterator[str]:
     """Provides a temporary folder that becomes `path`, as `storage.new_folder` does.
 
+    The checksums of its files are added at the end.
+
     Raises:
         RunError: The files cannot be written.
     """
     try:
         with storage.new_folder(path, None if new else REPLACED) as folder:
             yield folder
+            storage.write_checksums(folder)
     except (OSError, SafetensorError) as e:
         raise RunError(
             f"{path}: could not be written ({e}): free some space, or choose another folder"

@@ -154,7 +154,7 @@ class Scene:
 
     def workers(self) -> list[dict[str, Any]]:
         """Returns the rank, node, host and pid of each worker."""
-        return list(storage.read_json(self.folder.workers))
+        return storage.read_json(self.folder.workers, list)
 
     def random_worker(self) -> dict[str, Any]:
         """Draws one of the workers."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,8 +19,9 @@ from transformers.utils import logging
 
 from sevenfold.data.encode import TextEncoder
 from sevenfold.data.tokenizer import load_tokenizer
-from sevenfold.errors import InputError
+from sevenfold.errors import InputError, RunError
 from sevenfold.model.build import Family, family, local_model, model_path
+from sevenfold.model.config import check_values
 
 _CLASSES: dict[Family, Any] = {
     "decoder": AutoModelForCausalLM,
@@ -90,6 +90,7 @@ def load(path: str, *, head: bool = True, attention: str | None = None) -> Loade
     kwargs: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         config = AutoConfig.from_pretrained(folder, **kwargs)
+        check_values(config, f"{location}/config.json")
         model_family = family(config)
         model_class = _CLASSES[model_family] if head else AutoModel
         model, info = model_class.from_pretrained(
@@ -99,8 +100,12 @@ def load(path: str, *, head: bool = True, attention: str | None = None) -> Loade
             **({"attn_implementation": attention} if attention else {}),
             **kwargs,
         )
-    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as e:
+    except (InputError, RunError):
+        raise
+    except Exception as e:  # a model's own code raises anything for values it does not expect
         reason = " ".join(str(e).split())[:300]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "the weights have other shapes than config.json says"
         raise InputError(
             f"{location}: expected a language model that transformers can load: {reason}"
         ) from None

@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 import re
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
 from sevenfold import storage
 from sevenfold.engine.positions import position_offset
-from sevenfold.errors import InputError, first_line
+from sevenfold.errors import InputError, RunError, first_line
 from sevenfold.model import gguf, hub
 from sevenfold.recipe import Recipe
 from sevenfold.run_folder import RunFolder
 
+# fields that are positive wherever a config has them as a number
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_decoder_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 _MAX_OFFSET = 8  # no model reserves as many positions
 Family = Literal["decoder", "encoder", "encoder-decoder"]
 
@@ -55,14 +68,57 @@ def local_model(path: str, *, weights: bool = True) -> str:
         path: As for `model_path`. Remote files are copied, and GGUF files unpacked, once per
             machine.
         weights: Whether the weights are needed. Without them nothing large is downloaded from the
-            hub.
+            hub, and the checksum of the weights is not verified.
+
+    Raises:
+        InputError: There is no such model, or a file of it is damaged.
     """
     location = model_path(path)
     if hub.is_hub(location):
-        return hub.local_folder(location, weights=weights)
-    if location.endswith(gguf.SUFFIX):
-        return gguf.unpacked(location)
-    return storage.local_copy(location)
+        location = hub.local_folder(location, weights=weights)
+    elif location.endswith(gguf.SUFFIX):
+        location = gguf.unpacked(location)
+    return local_folder(location, weights=weights)
+
+
+def local_folder(location: str, *, weights: bool = True) -> str:
+    """Returns a local copy of a Hugging Face directory, after a check of its files.
+
+    Args:
+        location: The directory, a path or a URL. A local one is not copied.
+        weights: Whether to check the weights too.
+
+    Raises:
+        InputError: A file is damaged, or differs from the checksums of the export.
+    """
+    folder = storage.local_copy(location)
+    storage.verify_checksums(folder, weights=weights)
+    _check_files(folder, weights)
+    return folder
+
+
+def _check_files(folder: str, weights: bool) -> None:
+    """Raises InputError for a file of a Hugging Face directory that is not of its format.
+
+    transformers would ignore some of them, and name no file for others.
+
+    Args:
+        folder: The directory.
+        weights: Whether to read the headers of the weights files too.
+    """
+    for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
+        path = os.path.join(folder, name)
+        if os.path.lexists(path):
+            storage.read_json(path, storage.json_object)
+    for weights_file in sorted(Path(folder).glob("*.safetensors")) if weights else []:
+        try:
+            with safe_open(weights_file, "pt"):
+                pass
+        except (SafetensorError, OSError) as e:
+            raise InputError(
+                f"{weights_file}: damaged: expected weights (safetensors), found "
+                f"{first_line(e)}; {storage.DAMAGED_HINT}"
+            ) from None
 
 
 def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrainedConfig:
@@ -77,9 +133,11 @@ def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrai
         InputError: The model type or a field is unknown, or the model's vocabulary or context is
             too small for the data.
     """
+    where = "model.config"
     try:
         if recipe.model.path is not None:
             folder = local_model(recipe.model.path, weights=False)
+            where = os.path.join(folder, "config.json")
             config = AutoConfig.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
             )
@@ -87,13 +145,16 @@ def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrai
             config = _new_config(recipe, vocab_size, tokenizer)
         if recipe.objective == "classify":
             _set_classes(config, recipe.data.classes, tokenizer)
-    except (StrictDataclassError, OSError, ValueError, TypeError, KeyError) as e:
+    except (InputError, RunError):
+        raise
+    except Exception as e:  # a config's own code raises anything for values it does not expect
         if "trust_remote_code" in str(e):
             raise InputError(
                 f"{recipe.model.path}: the model needs Python code of its own: review that code, "
                 "then set model.trust_remote_code=true"
             ) from None
-        raise InputError(f"{recipe.model.path or 'model.config'}: {first_line(e)}") from None
+        raise InputError(f"{where}: {first_line(e)}") from None
+    check_values(config, where)
     if recipe.train.dropout is not None:
         _set_dropout(config, recipe.train.dropout)
     if not hasattr(config, "vocab_size"):
@@ -126,6 +187,36 @@ def _new_config(recipe: Recipe, vocab_size: int, tokenizer: Any) -> PreTrainedCo
         if config.is_encoder_decoder:
             config.decoder_start_token_id = config.pad_token_id
     return config
+
+
+def check_values(config: PreTrainedConfig, where: str) -> None:
+    """Checks values of a config that transformers uses without a look at them.
+
+    Args:
+        config: The config.
+        where: The file or key that errors name.
+
+    Raises:
+        InputError: A size is not a positive integer, heads cannot be shared, or a dropout is not a
+            probability.
+    """
+    names = config.architectures
+    if names is not None and not (isinstance(names, list) and all(type(n) is str for n in names)):
+        raise InputError(f"{where}: architectures: expected a list of names, found {names!r}")
+    for name in _SIZES:
+        size = getattr(config, name, None)
+        if isinstance(size, int) and size < 1:
+            raise InputError(f"{where}: {name}: expected 1 or more, found {size}")
+    heads = getattr(config, "num_attention_heads", None)
+    shared = getattr(config, "num_key_value_heads", None)
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise InputError(
+            f"{where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
+            f"({shared})"
+        )
+    for name, value in config.to_dict().items():
+        if re.search("dropout|pdrop", name) and type(value) in (int, float) and not 0 <= value <= 1:
+            raise InputError(f"{where}: {name}: expected a probability, found {value}")
 
 
 def _set_classes(config: PreTrainedConfig, classes: list[str], tokenizer: Any) -> None:

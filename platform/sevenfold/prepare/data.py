@@ -6,6 +6,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from sevenfold import storage
 from sevenfold.data.examples import ENCODERS
@@ -193,12 +194,17 @@ def load_unchanged_inputs(folder: RunFolder) -> Inputs | None:
 
 
 def load_inputs(folder: RunFolder) -> Inputs:
-    """Returns the inputs that a run has started with, without checking the files."""
-    manifests = {
-        split: Manifest.from_json(tree)
-        for split, tree in storage.read_json(folder.manifest).items()
-    }
-    return Inputs(manifests["train"], manifests.get("validation"), manifests.get("test"))
+    """Returns the inputs that a run has started with, without checking the files.
+
+    Raises:
+        InputError: The run has no manifest.json, or it is damaged.
+    """
+
+    def parse(tree: Any) -> Inputs:
+        manifests = {split: Manifest.from_json(subtree) for split, subtree in tree.items()}
+        return Inputs(manifests["train"], manifests.get("validation"), manifests.get("test"))
+
+    return storage.read_json(folder.manifest, parse)
 
 
 def check_documents(recipe: Recipe, split: str, manifest: Manifest) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sevenfold import storage
 from sevenfold.data.backends import Backend
 from sevenfold.data.encode import TextEncoder
@@ -16,15 +18,22 @@ def load_encoder(recipe: Recipe, tokenizer: str) -> TextEncoder:
     Args:
         recipe: The recipe.
         tokenizer: The tokenizer's folder.
+
+    Raises:
+        InputError: The tokenizer or its description is missing or damaged.
     """
-    description = storage.read_json(encoder_file(tokenizer))
-    # runs of earlier versions have no date, and the same backend for all documents
-    backend = Backend(
-        description["backend"],
-        description.get("by_reference", ""),
-        description.get("by_line", False),
-    )
-    return build_encoder(recipe, tokenizer, backend, description.get("today"))
+
+    def parse(description: Any) -> tuple[Backend, str | None]:
+        # runs of earlier versions have no date, and the same backend for all documents
+        backend = Backend(
+            description["backend"],
+            description.get("by_reference", ""),
+            description.get("by_line", False),
+        )
+        return backend, description.get("today")
+
+    backend, today = storage.read_json(encoder_file(tokenizer), parse)
+    return build_encoder(recipe, tokenizer, backend, today)
 
 
 def build_encoder(

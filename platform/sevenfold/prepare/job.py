@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import threading
 from dataclasses import dataclass
 from typing import Any
@@ -103,6 +104,7 @@ def prepare_job(
     identity = recipe.hash()
     if storage.exists(folder.recipe):
         identity = claim_folder(folder, recipe)
+        _require_records(folder)
     elif taken := folder.existing_outputs():
         raise InputError(
             f"{folder.root}: expected a new folder for this run, found {', '.join(taken)} in it "
@@ -114,6 +116,8 @@ def prepare_job(
     if folder.finished():
         say(f"{folder.root}: already finished; nothing to do")
         return None
+    if storage.exists(folder.log):
+        storage.read_text(folder.log)  # raises InputError if it is damaged, which a worker would
     # a run keeps the order of the classes that it was started with
     has_started = storage.exists(encoder_file(folder.tokenizer))
     known = with_stored_classes(recipe, folder) if has_started else recipe
@@ -143,6 +147,23 @@ def prepare_job(
         verbose=verbose,
         estimated_steps=estimated,
     )
+
+
+def _require_records(folder: RunFolder) -> None:
+    """Checks that a run with checkpoints still has what says how it has read its data.
+
+    Written again, these files could differ: the data may have changed since, and the date that
+    chat templates write has.
+
+    Raises:
+        InputError: A file is gone.
+    """
+    for path in (folder.manifest, encoder_file(folder.tokenizer)):
+        if not storage.exists(path) and storage.listdir(folder.checkpoints):
+            raise InputError(
+                f"{path}: expected this file of a run with checkpoints, found none: "
+                f"{storage.DAMAGED_HINT}, or give this run another name (name=...)"
+            )
 
 
 def _connect_and_check_model(recipe: Recipe, inputs: Inputs | None, verbose: bool) -> CheckedModel:
@@ -206,9 +227,10 @@ def with_stored_classes(recipe: Recipe, folder: RunFolder) -> Recipe:
     """Returns a run's recipe with the classes that its data had when it was started."""
     if recipe.objective != "classify" or recipe.data.classes:
         return recipe
-    return recipe.override(
-        {"data.classes": storage.read_json(encoder_file(folder.tokenizer))["classes"]}
+    classes = storage.read_json(
+        encoder_file(folder.tokenizer), lambda description: list(map(str, description["classes"]))
     )
+    return recipe.override({"data.classes": classes})
 
 
 def required_resources(recipe: Recipe) -> dict[str, float]:
@@ -244,6 +266,12 @@ def claim_folder(folder: RunFolder, recipe: Recipe) -> str:
     stored = loads(storage.read_text(folder.recipe), folder.recipe)
     has_identity = storage.exists(folder.identity)
     identity = storage.read_text(folder.identity) if has_identity else stored.hash()
+    if not re.fullmatch("[0-9a-f]{64}", identity):
+        raise InputError(
+            f"{folder.identity}: damaged: expected the SHA-256 of the run's first recipe, found "
+            f"{identity[:80]!r}; it is in `recipe` of each checkpoint's MANIFEST.json, from where "
+            "you can restore it"
+        )
     if stored.hash() != recipe.hash():
         micro_batch = {"train.micro_batch": stored.train.micro_batch}
         if stored.hash() != recipe.override(micro_batch).hash():

@@ -28,7 +28,7 @@ def with_steps(recipe: Recipe, stream: Stream, tokenizer: str) -> tuple[Recipe, 
         The recipe, and whether the number of steps is an estimate.
     """
     epochs = f"{recipe.data.epochs} epoch{'s' if recipe.data.epochs != 1 else ''}"
-    description = storage.read_json(encoder_file(tokenizer))
+    description = storage.read_json(encoder_file(tokenizer), storage.json_object)
     if "data_steps" not in description:
         counts = stream.order.manifest.bytes <= COUNTED_MB * 1e6
         rows_per_lane = recipe.train.global_batch // recipe.lanes

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from sevenfold.errors import InputError
+from sevenfold.errors import InputError, first_line
 
 _YAML_1_1 = {f"tag:yaml.org,2002:{tag}" for tag in ("bool", "int", "float", "timestamp")}
 
@@ -56,5 +56,5 @@ def load_yaml(text: str, where: str) -> Any:
         mark = getattr(e, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise InputError(
-            f"{where}{line}: expected YAML, found {getattr(e, 'problem', e)}"
+            f"{where}{line}: expected YAML, found {getattr(e, 'problem', None) or first_line(e)}"
         ) from None

@@ -19,6 +19,8 @@ import optuna
 from sevenfold import storage
 from sevenfold.recipe import Sweep
 from sevenfold.report.console import format_cell
+from sevenfold.report.ranking import read_trials
+from sevenfold.report.run_log import read_reports
 from sevenfold.run_folder import RunFolder
 
 STYLE = (
@@ -33,7 +35,7 @@ Trial = Mapping[str, Any]  # an entry of trials.json
 
 def write(folder: RunFolder, sweep: Sweep) -> None:
     """Writes report.html from trials.json and the reports of the trials."""
-    trials = storage.read_json(folder.trials)
+    trials = read_trials(folder)
     plt.switch_backend("svg")
     use_fonts_of_the_reader()
     scored = [trial for trial in trials if trial["score"] is not None]
@@ -110,11 +112,8 @@ def curve(folder: RunFolder, trial: str, metric: str) -> list[tuple[int, float]]
     names.sort(key=lambda n: int(n.partition(".")[2] or 0))
     values = {}
     for name in names:
-        path = storage.join(root, name, "reports.json")
-        if storage.exists(path):
-            values.update(
-                {report["step"]: report.get(metric) for report in storage.read_json(path)}
-            )
+        reports = read_reports(storage.join(root, name, "reports.json"))
+        values.update({report["step"]: report.get(metric) for report in reports})
     return [
         (step, value)
         for step, value in sorted(values.items())

@@ -25,6 +25,7 @@ SHOWN = (
     "train/loss",
 )
 LIVE_ROWS = 20
+TRIAL_FIELDS = {"trial", "config", "step", "score", "metrics", "status", "error"}
 
 
 class Live:
@@ -109,9 +110,27 @@ def _write_csv(path: str, trials: Sequence[Mapping[str, Any]]) -> None:
     storage.write(path, text.getvalue())
 
 
+def read_trials(folder: RunFolder) -> list[dict[str, Any]]:
+    """Returns the trials of a sweep as `write` wrote them, best first; there is at least one.
+
+    Raises:
+        InputError: trials.json is missing or damaged.
+    """
+
+    def parse(trials: Any) -> list[dict[str, Any]]:
+        if not isinstance(trials, list) or not trials:
+            raise TypeError("expected a list of trials")
+        for trial in trials:
+            if missing := TRIAL_FIELDS - trial.keys():
+                raise KeyError(min(missing))
+        return trials
+
+    return storage.read_json(folder.trials, parse)
+
+
 def show(folder: RunFolder) -> None:
     """Prints the trials of a sweep, best first, and the errors of those that failed."""
-    trials = storage.read_json(folder.trials)
+    trials = read_trials(folder)
     metrics = [key for key in SHOWN if key in trials[0]["metrics"]]
     hyperparameters = sorted({key for trial in trials for key in trial["config"]})
     rows = [

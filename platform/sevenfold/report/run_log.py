@@ -8,6 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Callable
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -130,6 +131,21 @@ def logged_metrics(path: str, step: int) -> dict[str, float]:
         if _step(line) == step
         for key, value in json.loads(line).items()
     }
+
+
+def read_reports(path: str) -> list[dict[str, Any]]:
+    """Returns the reports in a trial's reports.json, each with its step; [] if there is no file.
+
+    Raises:
+        InputError: The file is damaged.
+    """
+
+    def parse(reports: Any) -> list[dict[str, Any]]:
+        if not isinstance(reports, list):
+            raise TypeError("expected a list of reports")
+        return [{**report, "step": int(report["step"])} for report in reports]
+
+    return storage.read_json(path, parse) if storage.exists(path) else []
 
 
 def _lines(path: str) -> list[str]:

@@ -3,11 +3,19 @@
 All operations are retried if the storage fails temporarily: see `sevenfold.storage.retry`.
 """
 
+from sevenfold.storage.checksums import (
+    CHECKSUMS,
+    file_digest,
+    verify_checksums,
+    write_checksums,
+)
 from sevenfold.storage.files import (
+    DAMAGED_HINT,
     copy,
     exists,
     find_files,
     input_files,
+    json_object,
     listdir,
     makedirs,
     open_read,
@@ -32,15 +40,19 @@ from sevenfold.storage.paths import home, in_ray_job, is_url, join, resolve_inpu
 from sevenfold.storage.reader import Reader
 
 __all__ = [
+    "CHECKSUMS",
+    "DAMAGED_HINT",
     "Reader",
     "copy",
     "exists",
+    "file_digest",
     "find_files",
     "home",
     "in_ray_job",
     "input_files",
     "is_url",
     "join",
+    "json_object",
     "listdir",
     "local_copy",
     "makedirs",
@@ -57,7 +69,9 @@ __all__ = [
     "to_json",
     "upload",
     "user_temporary_folder",
+    "verify_checksums",
     "version",
     "write",
+    "write_checksums",
     "write_json",
 ]

@@ -9,15 +9,19 @@ import os
 import re
 import secrets
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import fsspec
 
-from sevenfold.errors import InputError
+from sevenfold.errors import InputError, first_line
 from sevenfold.storage.filesystem import VERSION_KEYS, filesystem, is_http, is_listing, stat
 from sevenfold.storage.paths import is_url
 from sevenfold.storage.reader import Reader
-from sevenfold.storage.retry import with_retries
+from sevenfold.storage.retry import T, with_retries
+
+# What a user can do about a damaged file that a run needs.
+DAMAGED_HINT = "restore the file from a copy"
 
 
 def input_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
@@ -201,14 +205,66 @@ def copy(path: str, to: str) -> None:
 
 
 def read_text(path: str) -> str:
-    """Returns the content of a text file in UTF-8."""
+    """Returns the content of a text file in UTF-8.
+
+    Raises:
+        InputError: There is no such file, or it is not UTF-8.
+        RunError: The storage keeps failing.
+    """
     with open_read(path) as f:
-        return f.read().decode()
+        content = f.read()
+    try:
+        return content.decode()
+    except UnicodeDecodeError as e:
+        raise InputError(
+            f"{path}: expected UTF-8 text, found an invalid byte at offset {e.start}"
+        ) from None
 
 
-def read_json(path: str) -> Any:
-    """Returns the content of a JSON file."""
-    return json.loads(read_text(path))
+def read_json(
+    path: str, parse: Callable[[Any], T] = lambda tree: tree, hint: str = DAMAGED_HINT
+) -> T:
+    """Returns what a JSON file holds.
+
+    Args:
+        path: The file.
+        parse: Makes the result of the file's content. Where it fails because the content lacks a
+            key or has another type, the file is damaged.
+        hint: What a user can do about a damaged file.
+
+    Raises:
+        InputError: There is no such file, or it is damaged.
+        RunError: The storage keeps failing.
+    """
+    text = read_text(path)
+    try:
+        tree = json.loads(text)
+    except ValueError as e:
+        found = e if text.strip() else "an empty file"
+        raise InputError(f"{path}: damaged: expected JSON, found {found}; {hint}") from None
+    try:
+        return parse(tree)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        reason = f"the key {e} is missing" if isinstance(e, KeyError) else first_line(e)
+        raise InputError(
+            f"{path}: damaged: found {_describe_json(tree)}: {reason}; {hint}"
+        ) from None
+
+
+def json_object(tree: Any) -> dict[str, Any]:
+    """Returns the tree of a JSON file that holds an object, for `read_json`."""
+    if not isinstance(tree, dict):
+        raise TypeError("expected an object (keys and values)")
+    return tree
+
+
+def _describe_json(tree: Any) -> str:
+    """Returns what kind of JSON this is, for messages."""
+    if isinstance(tree, dict):
+        keys = ", ".join(map(repr, list(tree)[:4])) or "no keys"
+        return f"an object with {keys}{', ...' if len(tree) > 4 else ''}"
+    names = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    return names.get(type(tree), "a number")
 
 
 def write_json(path: str, tree: Any) -> None:

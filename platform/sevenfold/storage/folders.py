@@ -19,6 +19,7 @@ import filelock
 import psutil
 
 from sevenfold.errors import InputError
+from sevenfold.storage.checksums import CHECKSUMS
 from sevenfold.storage.files import find_files, open_read, remove
 from sevenfold.storage.filesystem import VERSION_KEYS, filesystem, stat
 from sevenfold.storage.paths import is_url, join
@@ -61,11 +62,11 @@ def local_copy(folder: str) -> str:
 def upload(folder: str, to: str) -> None:
     """Copies a local folder to a path or URL.
 
-    JSON files, which name the files next to them, are copied last.
+    JSON files, which name the files next to them, are copied last, and of these the checksums.
     """
     fs, root = filesystem(to)
     paths = [p for p in Path(folder).rglob("*") if p.is_file()]
-    for path in sorted(paths, key=lambda p: (p.suffix == ".json", p)):
+    for path in sorted(paths, key=lambda p: (p.suffix == ".json", p.name == CHECKSUMS, p)):
         target = f"{root}/{path.relative_to(folder).as_posix()}"
         parent = target.rsplit("/", 1)[0]
         with_retries(to, "created", functools.partial(fs.makedirs, parent, exist_ok=True))

@@ -60,7 +60,11 @@ def run(config: dict[str, Any], job: Job, dispatcher: Any) -> None:
         folder = _start_from_other_trial(trials_folder, trial_id, pointer, recipe.hash())
     claim_folder(folder, recipe)
     descent = _descent_file(folder)
-    parent_identity = storage.read_json(descent)["recipe"] if storage.exists(descent) else ""
+    parent_identity = (
+        storage.read_json(descent, lambda tree: str(tree["recipe"]))
+        if storage.exists(descent)
+        else ""
+    )
     sweep = job.recipe.sweep
     metric = sweep.metric if sweep else "train/loss"
     step = pointer["step"] if pointer else 0

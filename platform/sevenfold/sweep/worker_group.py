@@ -15,6 +15,7 @@ from sevenfold import storage
 from sevenfold.engine.signals import Signal
 from sevenfold.prepare.job import Job
 from sevenfold.recipe import Parallel, Recipe
+from sevenfold.report import run_log
 from sevenfold.run_folder import RunFolder
 from sevenfold.sweep.dispatcher import AssignmentStart
 
@@ -66,9 +67,7 @@ def read_reports(folder: RunFolder) -> list[dict[str, Any]]:
 
     Each has the metrics and step, checkpoint, report (its number) and time (seconds since 1970).
     """
-    path = _reports_file(folder)
-    reports: list[dict[str, Any]] = storage.read_json(path) if storage.exists(path) else []
-    return reports
+    return run_log.read_reports(_reports_file(folder))
 
 
 def train_trials(dispatcher: Any, group: str, sweep_job: Job) -> dict[str, Any]:

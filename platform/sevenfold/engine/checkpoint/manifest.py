@@ -91,6 +91,8 @@ def latest_checkpoint(folder: str, warn: Callable[[str], None] = log.warning) ->
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     names = on_each_rank(lambda: committed_names(folder) if rank == 0 else [])[0]
+    if rank == 0:
+        _report_uncommitted(folder, names, warn)
     for name in reversed(names):
         path = storage.join(folder, name)
         try:
@@ -99,6 +101,17 @@ def latest_checkpoint(folder: str, warn: Callable[[str], None] = log.warning) ->
             if rank == 0:
                 warn(f"{e}; trying the previous checkpoint")
     return None
+
+
+def _report_uncommitted(folder: str, committed: list[str], warn: Callable[[str], None]) -> None:
+    """Reports directories without a manifest that are later than all that have one."""
+    newest = number_of(committed[-1]) if committed else (-1, 0)
+    for name in checkpoint_names(folder):
+        if name not in committed and number_of(name) > newest:
+            warn(
+                f"{storage.join(folder, name)}: not used: it has no {MANIFEST}, which is written "
+                "when a save is complete"
+            )
 
 
 def verified_checkpoint(path: str, rank: int = 0, world: int = 1) -> Checkpoint:
@@ -125,12 +138,14 @@ def read_manifest(path: str) -> Checkpoint:
             outside its directory, or is of another step than the directory's name says.
     """
     try:
-        tree = storage.read_json(storage.join(path, MANIFEST))
+        tree: dict[str, Any] = storage.read_json(storage.join(path, MANIFEST))
         if tree.pop("sha256") != tree_digest(tree):
             raise DamagedError(f"{path}: damaged: {MANIFEST} does not match its own checksum")
         # older manifests lack `run`; there the recipe's hash identifies the run
         tree.setdefault("run", tree["extra"].get("recipe", ""))
         checkpoint = Checkpoint(path=path, **tree)
+        for file in checkpoint.files.values():
+            int(file["bytes"]), str(file["sha256"])
     except (InputError, OSError, ValueError, TypeError, LookupError, AttributeError) as e:
         raise DamagedError(
             f"{path}: damaged: {MANIFEST} cannot be read ({type(e).__name__})"
@@ -164,7 +179,7 @@ def verify_files(checkpoint: Checkpoint, names: Sequence[str] | None = None) -> 
         file, expected = storage.join(checkpoint.path, name), checkpoint.files[name]
         if not storage.exists(file):
             raise DamagedError(f"{file}: damaged: the file is missing")
-        if storage.size(file) != expected["bytes"] or file_digest(file) != expected:
+        if storage.size(file) != expected["bytes"] or storage.file_digest(file) != expected:
             raise DamagedError(f"{file}: damaged: size or checksum does not match {MANIFEST}")
 
 
@@ -204,10 +219,3 @@ def fresh_name(folder: str, step: int) -> str:
     while (name := f"step-{step:08d}.{number:02d}") in existing:
         number += 1
     return name
-
-
-def file_digest(path: str) -> dict[str, Any]:
-    """Returns the size and SHA-256 of a file, as they stand in a manifest."""
-    with storage.open_read(path) as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return {"bytes": file.tell(), "sha256": digest}
