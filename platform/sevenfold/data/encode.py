@@ -96,9 +96,10 @@ class TextEncoder:
         # encoder models have CLS in the place of BOS
         begin = tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         if end is None:
+            place = f" in {tokenizer.name_or_path}" if tokenizer.name_or_path else ""
             raise InputError(
-                "the tokenizer has no end-of-text token (eos_token or sep_token), which is needed "
-                "to separate documents"
+                f"the tokenizer{place} has no end-of-text token (eos_token or sep_token in "
+                "tokenizer_config.json), which is needed to separate documents"
             )
         self._serialized = tokenizer.backend_tokenizer.to_str()
         self.backend = backend
