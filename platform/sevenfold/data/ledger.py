@@ -120,7 +120,7 @@ def _read_part(path: str) -> list[ReadRange]:
         return list(map(ReadRange._make, rows))
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as e:
         raise InputError(
-            f"{path}: damaged: expected a part of a ledger (Parquet), found {first_line(e)}; "
+            f"{path}: damaged: not a Parquet file of a ledger ({first_line(e)}); "
             f"{storage.DAMAGED_HINT}"
         ) from None
 

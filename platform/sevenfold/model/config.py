@@ -116,8 +116,8 @@ def _check_files(folder: str, weights: bool) -> None:
                 pass
         except (SafetensorError, OSError) as e:
             raise InputError(
-                f"{weights_file}: damaged: expected weights (safetensors), found "
-                f"{first_line(e)}; {storage.DAMAGED_HINT}"
+                f"{weights_file}: damaged: not valid safetensors ({first_line(e)}); "
+                f"{storage.DAMAGED_HINT}"
             ) from None
 
 

@@ -201,7 +201,8 @@ def load_inputs(folder: RunFolder) -> Inputs:
     """
 
     def parse(tree: Any) -> Inputs:
-        manifests = {split: Manifest.from_json(subtree) for split, subtree in tree.items()}
+        items = storage.json_object(tree).items()
+        manifests = {split: Manifest.from_json(subtree) for split, subtree in items}
         return Inputs(manifests["train"], manifests.get("validation"), manifests.get("test"))
 
     return storage.read_json(folder.manifest, parse)

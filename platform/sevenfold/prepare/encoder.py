@@ -24,6 +24,7 @@ def load_encoder(recipe: Recipe, tokenizer: str) -> TextEncoder:
     """
 
     def parse(description: Any) -> tuple[Backend, str | None]:
+        storage.json_object(description)
         # runs of earlier versions have no date, and the same backend for all documents
         backend = Backend(
             description["backend"],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sevenfold.errors import InputError
-from sevenfold.storage.files import open_read, read_json, size, to_json
+from sevenfold.storage.files import json_object, open_read, read_json, size, to_json
 from sevenfold.storage.filesystem import stat
 from sevenfold.storage.paths import join
 
@@ -60,7 +60,7 @@ def verify_checksums(folder: str, *, weights: bool) -> None:
         checksums,
         lambda tree: {
             str(name): {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])}
-            for name, file in tree["files"].items()
+            for name, file in json_object(json_object(tree)["files"]).items()
         },
     )
     for name, expected in files.items():

@@ -240,8 +240,8 @@ def read_json(
     try:
         tree = json.loads(text)
     except ValueError as e:
-        found = e if text.strip() else "an empty file"
-        raise InputError(f"{path}: damaged: expected JSON, found {found}; {hint}") from None
+        problem = f"not valid JSON ({e})" if text.strip() else "the file is empty"
+        raise InputError(f"{path}: damaged: {problem}; {hint}") from None
     try:
         return parse(tree)
     except (LookupError, TypeError, ValueError, AttributeError) as e:
