@@ -104,8 +104,8 @@ def _probe(recipe: Recipe, config: PreTrainedConfig) -> Support | str:
         reason = str(e) if isinstance(e, _Unsupported) else f"{type(e).__name__}: {first_line(e)}"
         alternatives = ALTERNATIVES[family(config)]
         return (
-            f"model: {config.model_type} cannot be trained with objective {recipe.objective}: {reason} "
-            f"(tried on a tiny copy of the model): choose another model, such as {alternatives}"
+            f"model: {config.model_type} cannot be trained with objective {recipe.objective}: "
+            f"{reason} (tried on a tiny copy of the model): choose another model, such as {alternatives}"
         )
     finally:
         torch.set_rng_state(generator_state)
