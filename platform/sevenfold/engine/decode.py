@@ -96,7 +96,8 @@ def end_tokens(
     They are those that the config names, the tokenizer's own, and those with which its chat
     template ends a reply, such as <|im_end|>.
     """
-    ids = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    named = getattr(config, "eos_token_id", None)
+    ids = named if isinstance(named, list) else [named]
     ends = (*ids, tokenizer.eos_token_id, *reply_end_tokens(tokenizer))
     return sorted({int(i) for i in ends if i is not None})
 

@@ -112,6 +112,7 @@ def _streamed_model(recipe: Recipe, config: Any, checkpoint: Checkpoint) -> Any:
         model: Any = build.build(
             recipe, config, weights=False, attention=_attention(recipe, config)
         )
+    model.to("meta")  # some models create parameters elsewhere, which would be saved as they are
     model.hf_device_map = {"": "disk"}
     model._hf_hook = SimpleNamespace(weights_map=CheckpointWeights(checkpoint, model.state_dict()))
     return model

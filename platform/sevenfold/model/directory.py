@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import GenerationConfig
 
 from sevenfold.engine.decode import end_tokens
@@ -51,7 +52,7 @@ def merged(adapted: Any) -> tuple[Any, float]:
     adapted.eval()
     config = adapted.config
     ids = torch.arange(16)[None] % config.vocab_size
-    if type(config.eos_token_id) is int:
+    if type(getattr(config, "eos_token_id", None)) is int:
         ids[0, -1] = config.eos_token_id  # where BART's classifier reads
     inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if config.is_encoder_decoder else {})}
     if getattr(config, "pad_token_id", None) is not None:
@@ -103,4 +104,7 @@ def _set_special_tokens(model: Any, tokenizer: Any) -> None:
             if getattr(tokenizer, field) is not None:
                 setattr(config, field, getattr(tokenizer, field))
         ends = end_tokens(config, tokenizer)
-        config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+        try:
+            config.eos_token_id = ends if len(ends) > 1 else next(iter(ends), None)
+        except StrictDataclassError:  # some models' configs take one only; generation's takes all
+            config.eos_token_id = tokenizer.eos_token_id

@@ -57,7 +57,7 @@ ALTERNATIVES = {
 }
 
 
-def probe(recipe: Recipe, config: PreTrainedConfig) -> Support:
+def probe(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any = None) -> Support:
     """Tries a model on a tiny copy of it, with random weights.
 
     The losses of a few documents are computed as in training, and by plain calls of transformers'
@@ -66,6 +66,7 @@ def probe(recipe: Recipe, config: PreTrainedConfig) -> Support:
     Args:
         recipe: The recipe.
         config: The model's config, from `config_of`.
+        tokenizer: The tokenizer that is exported with it, if it exists already.
 
     Raises:
         InputError: The model cannot be trained right with this objective.
@@ -80,7 +81,7 @@ def probe(recipe: Recipe, config: PreTrainedConfig) -> Support:
         json.dumps(config.to_dict(), sort_keys=True, default=str),
     )
     if key not in _RESULTS:
-        _RESULTS[key] = _probe(recipe, config)
+        _RESULTS[key] = _probe(recipe, config, tokenizer)
     result = _RESULTS[key]
     if isinstance(result, str):
         raise InputError(result)
@@ -90,7 +91,7 @@ def probe(recipe: Recipe, config: PreTrainedConfig) -> Support:
 _RESULTS: dict[Any, Support | str] = {}  # by what the result depends on; a string is the refusal
 
 
-def _probe(recipe: Recipe, config: PreTrainedConfig) -> Support | str:
+def _probe(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any) -> Support | str:
     """Returns what the model supports, or the message that refuses it."""
     if recipe.model.attention == "flex_attention":  # it has no backward pass on a CPU
         recipe = recipe.override({"model.attention": "auto"})
@@ -99,13 +100,14 @@ def _probe(recipe: Recipe, config: PreTrainedConfig) -> Support | str:
         with warnings.catch_warnings(), build.quiet_transformers():
             warnings.simplefilter("ignore")
             model = _shrunken_model(recipe, config)
-            return _supported(recipe, model)
+            return _supported(recipe, model, tokenizer)
     except Exception as e:  # models' code can raise anything
         reason = str(e) if isinstance(e, _Unsupported) else f"{type(e).__name__}: {first_line(e)}"
         alternatives = ALTERNATIVES[family(config)]
         return (
             f"model: {config.model_type} cannot be trained with objective {recipe.objective}: "
-            f"{reason} (tried on a tiny copy of the model): choose another model, such as {alternatives}"
+            f"{reason} (tried on a tiny copy of the model): choose another model, such as "
+            f"{alternatives}"
         )
     finally:
         torch.set_rng_state(generator_state)
@@ -150,18 +152,18 @@ def _shrunken_model(recipe: Recipe, config: PreTrainedConfig) -> Any:
     raise _Unsupported(f"transformers' model fails: {reasons[0] if reasons else 'no copy of it'}")
 
 
-def _supported(recipe: Recipe, model: Any) -> Support:
-    """Returns what a model supports: the first combination with the right losses.
+def _supported(recipe: Recipe, model: Any, tokenizer: Any) -> Support:
+    """Returns what a model supports, if it can be trained right and exported.
 
     Raises:
-        _Unsupported: None has.
+        _Unsupported: It cannot.
     """
     adapted = None if recipe.adapter is None else with_adapter(model, recipe)
     _randomize(model, recipe.seed)
     if build.MODEL_CLASSES[recipe.objective][1] == "decoder":
         _check_causal(model)
     support = _right_combination(recipe, model)
-    _rehearse_export(recipe, model, adapted)
+    _rehearse_export(recipe, model, adapted, tokenizer)
     return support
 
 
@@ -184,7 +186,11 @@ def _check_causal(model: Any) -> None:
 
 
 def _right_combination(recipe: Recipe, model: Any) -> Support:
-    """Returns the first combination with which the losses are right; see `_supported`."""
+    """Returns the first combination with which the losses are right.
+
+    Raises:
+        _Unsupported: There is none.
+    """
     reasons = []
     for support in _combinations():
         try:
@@ -208,13 +214,14 @@ def _right_combination(recipe: Recipe, model: Any) -> Support:
     raise _Unsupported(reasons[-1])
 
 
-def _rehearse_export(recipe: Recipe, model: Any, adapted: Any) -> None:
+def _rehearse_export(recipe: Recipe, model: Any, adapted: Any, tokenizer: Any) -> None:
     """Writes the model as it is exported after training, and loads it again.
 
     Args:
         recipe: The recipe.
         model: The model.
         adapted: peft's wrapper of it, None without an adapter.
+        tokenizer: The tokenizer, None if it does not exist yet.
 
     Raises:
         _Unsupported: The written model differs, or something fails.
@@ -230,7 +237,7 @@ def _rehearse_export(recipe: Recipe, model: Any, adapted: Any) -> None:
                 model, difference = merged(adapted)
                 if not difference <= MERGED:
                     raise ValueError(f"the merged adapter changes the output by {difference:.2g}")
-            write_directory(model.eval(), None, folder, 10**9)
+            write_directory(model.eval(), tokenizer, folder, 10**9)
             if recipe.model.trust_remote_code:
                 return  # its code is not copied
             loaded = model_class.from_pretrained(folder, dtype=torch.float32).eval()

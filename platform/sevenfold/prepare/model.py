@@ -52,6 +52,7 @@ def check_model(recipe: Recipe) -> CheckedModel:
     if recipe.tokenizer.path:
         changes["tokenizer.path"] = storage.resolve_input(recipe.tokenizer.path)
     resolved = recipe.override(changes)
+    tokenizer = None
     vocab_size, template = resolved.tokenizer.vocab_size, resolved.tokenizer.chat_template
     if vocab_size is not None:
         set_chat_template(SimpleNamespace(chat_template=None), template)  # only checks the setting
@@ -67,7 +68,7 @@ def check_model(recipe: Recipe) -> CheckedModel:
     parameters = build.check_model(resolved, vocab_size)
     config = build.config_of(resolved, vocab_size)
     build.check_weights(resolved, config)
-    support = probe(resolved, config)
+    support = probe(resolved, config, tokenizer)
     return CheckedModel(resolved, parameters, support)
 
 
