@@ -8,6 +8,7 @@ part that the model learns to predict. An objective also uses them to find the p
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from sevenfold.data.backends import REFERENCE, Backend
 from sevenfold.data.conversations import ConversationEncoder, PreferenceEncoder
 from sevenfold.data.encode import TextEncoder
 from sevenfold.data.example_encoder import Example, ExampleEncoder, prompt_and_reply, short_hash
+from sevenfold.data.pair_frames import Frame, PairFrames
 from sevenfold.errors import InputError
 
 if TYPE_CHECKING:
@@ -76,19 +78,43 @@ class ClassEncoder(ExampleEncoder):
 
 
 class PairEncoder(ExampleEncoder):
-    """Encodes BOS source EOS target EOS for an encoder-decoder.
+    """Encodes source and target for an encoder-decoder, each in a frame of special tokens.
 
-    The model learns to predict the target and its EOS.
+    The model learns to predict the target and its frame.
 
     A source is cut at its end to leave room for the target. A target is cut only if it is longer
     than half a row, and longer than what the source leaves.
+
+    Attributes:
+        frames: The frames.
     """
 
     fields = ("source", "target")
 
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        sequence_length: int,
+        backend: Backend = REFERENCE,
+        classes: Sequence[str] = (),
+        today: str | None = None,
+        frames: PairFrames | None = None,
+    ):
+        super().__init__(tokenizer, sequence_length, backend, classes, today)
+        self._given_frames = frames
+        default = PairFrames(Frame(tuple(self.begin), (self._eos,)), Frame((), (self._eos,)))
+        self.frames = frames or default
+
+    def identity(self) -> str:
+        """Returns a hash of all that determines the ids; see `TextEncoder.identity`."""
+        own = super().identity()
+        if self._given_frames is None:
+            return own
+        return short_hash(own + json.dumps(self.frames.to_json()))
+
     def prompt(self, text: str, room: int) -> list[int]:
-        """Returns what the encoder reads: BOS text EOS, at most `room` ids."""
-        return [*self.begin, *self.ids([text])[0][: room - len(self.begin) - 1], self._eos]
+        """Returns what the encoder reads: the text in the source's frame, at most `room` ids."""
+        return self.frames.source.around(self.ids([text])[0], room)
 
     @staticmethod
     def prompts(columns: list[list[str]]) -> list[tuple[str, str, str]]:
@@ -97,13 +123,13 @@ class PairEncoder(ExampleEncoder):
 
     def _examples(self, columns: list[list[str]]) -> list[Example]:
         examples = []
-        frame = len(self.begin) + 1  # BOS and EOS of the source
+        frame = len(self.frames.source)
         for source, target in zip(*(self.ids(column) for column in columns), strict=True):
             max_target = max(self._max_tokens // 2, self._max_tokens - frame - len(source))
-            kept_target = [*target, self._eos][:max_target]
-            kept_source = source[: self._max_tokens - len(kept_target) - frame]
-            prompt = [*self.begin, *kept_source, self._eos]
-            cut = len(prompt) + len(kept_target) < frame + len(source) + len(target) + 1
+            whole_target = self.frames.target.around(target)
+            kept_target = whole_target[:max_target]
+            prompt = self.frames.source.around(source, self._max_tokens - len(kept_target))
+            cut = len(prompt) + len(kept_target) < frame + len(source) + len(whole_target)
             examples.append(prompt_and_reply(prompt, kept_target, cut))
         return examples
 

@@ -129,7 +129,10 @@ def generation_config(
     if pad_id is None and end_ids:
         pad_id = end_ids[0]
     if plain:
-        config = GenerationConfig(bos_token_id=tokenizer.bos_token_id)
+        config = GenerationConfig(
+            bos_token_id=tokenizer.bos_token_id,
+            forced_bos_token_id=getattr(model_settings, "forced_bos_token_id", None),
+        )
     else:
         config = copy.deepcopy(model_settings)
     config.update(

@@ -23,6 +23,7 @@ from sevenfold.errors import RunError
 from sevenfold.export.card import card
 from sevenfold.model import build
 from sevenfold.model.directory import merged, write_directory
+from sevenfold.prepare.encoder import load_encoder, set_first_token
 from sevenfold.recipe import Recipe
 from sevenfold.report.console import say
 
@@ -93,6 +94,8 @@ def export(
                 f"{difference:.1e} of the largest output, expected at most {MERGED:.0e}: compare "
                 "both before you use the merged model; the adapter is saved beside it"
             )
+    if recipe.objective == "seq2seq":
+        set_first_token(model, load_encoder(recipe, tokenizer))
     assert to is not None
     with _folder(to, new) as folder:
         write_directory(model, loaded_tokenizer, folder, shard)

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.utils import logging
 
 from sevenfold.data.encode import TextEncoder
+from sevenfold.data.pair_frames import source_frame
 from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.errors import InputError, RunError
 from sevenfold.model.build import Family, family, local_model, model_path
@@ -59,7 +60,12 @@ class Loaded:
         return device
 
     def framed(self, text: str, *, tail: bool) -> list[int]:
-        """Returns the ids of a text after the encoder's `head`, and before its `tail` if asked."""
+        """Returns the ids of a text after the encoder's `head`, and before its `tail` if asked.
+
+        An encoder-decoder's source is framed as its tokenizer does.
+        """
+        if self.family == "encoder-decoder":
+            return source_frame(self.tokenizer).around(self.encoder.ids([text])[0])
         head, end = self.encoder.head, self.encoder.tail if tail else None
         return [
             *([] if head is None else [head]),

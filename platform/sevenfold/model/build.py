@@ -301,13 +301,17 @@ def generation_config(recipe: Recipe, config: PreTrainedConfig) -> GenerationCon
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Hides transformers' warnings."""
+    """Hides transformers' warnings and progress bars."""
     verbosity = transformers_logging.get_verbosity()
+    has_bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
+        if has_bars:
+            transformers_logging.enable_progress_bar()
 
 
 def flops_per_token(model: PreTrainedModel, recipe: Recipe) -> float:
@@ -338,9 +342,12 @@ def flops_per_token(model: PreTrainedModel, recipe: Recipe) -> float:
     if recipe.objective == "seq2seq":
         rate, spans = 0.5, 0.0  # assumes that sources and targets have the same length
     decoder_share = rate + spans
-    head_flops = 6.0 * head.weight.numel() * decoder_share
-    decoder_layers = getattr(config, "num_decoder_layers", None) or config.num_hidden_layers
-    encoder, decoder = model.get_submodule("encoder"), model.get_submodule("decoder")
+    head_flops = 0.0 if head is None else 6.0 * head.weight.numel() * decoder_share
+    # T5's name, and BART's
+    names = ("num_decoder_layers", "decoder_layers")
+    depths = (getattr(config, name, None) for name in names)
+    decoder_layers = next((n for n in depths if n), config.num_hidden_layers)
+    encoder, decoder = model.get_encoder(), model.get_decoder()
     return (
         head_flops
         + stack_flops(encoder, config.num_hidden_layers, 1 - rate + spans)

@@ -163,6 +163,7 @@ def _supported(recipe: Recipe, model: Any, tokenizer: Any) -> Support:
     if build.MODEL_CLASSES[recipe.objective][1] == "decoder":
         _check_causal(model)
     support = _right_combination(recipe, model)
+    build.flops_per_token(model, recipe)
     _rehearse_export(recipe, model, adapted, tokenizer)
     return support
 

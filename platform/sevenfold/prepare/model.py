@@ -9,9 +9,11 @@ from typing import Any
 from sevenfold import storage
 from sevenfold.data.chat_renderer import PLAIN_TEMPLATE
 from sevenfold.data.examples import ENCODERS
+from sevenfold.data.pair_frames import set_languages
 from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.errors import InputError
 from sevenfold.model import hub
+from sevenfold.prepare.encoder import frames_of
 from sevenfold.recipe import Recipe, loads
 from sevenfold.recipe.bleu import require_modules
 from sevenfold.run_folder import RunFolder
@@ -60,6 +62,9 @@ def check_model(recipe: Recipe) -> CheckedModel:
         path = resolved.tokenizer.path or build.local_model(str(resolved.model.path), weights=False)
         tokenizer = load_tokenizer(path)
         set_chat_template(tokenizer, template)
+        if resolved.objective == "seq2seq":
+            set_languages(tokenizer, resolved.data.languages)
+            frames_of(resolved, tokenizer)
         # both raise InputError if the tokenizer lacks a token that the objective needs
         encoder_class = ENCODERS[resolved.objective]
         encoder_class(tokenizer, resolved.data.sequence_length, classes=resolved.data.classes)

@@ -11,6 +11,7 @@ from sevenfold.data.backends import choose_backend
 from sevenfold.data.encode import TextEncoder
 from sevenfold.data.examples import ENCODERS
 from sevenfold.data.manifest import Manifest
+from sevenfold.data.pair_frames import set_languages
 from sevenfold.data.sources.documents import Selection
 from sevenfold.data.tokenizer import (
     LAST_WRITTEN,
@@ -21,7 +22,7 @@ from sevenfold.data.tokenizer import (
     train_tokenizer,
 )
 from sevenfold.prepare.data import Inputs, check_documents
-from sevenfold.prepare.encoder import build_encoder, encoder_file
+from sevenfold.prepare.encoder import build_encoder, encoder_file, frames_of
 from sevenfold.prepare.model import set_chat_template
 from sevenfold.prepare.survey import survey_examples
 from sevenfold.recipe import PRETRAINING, Recipe
@@ -83,6 +84,8 @@ def _save_tokenizer(recipe: Recipe, manifest: Manifest, folder: str) -> None:
             settings.path or local_model(str(recipe.model.path), weights=False)
         )
     set_chat_template(tokenizer, settings.chat_template)
+    if recipe.objective == "seq2seq":
+        set_languages(tokenizer, recipe.data.languages)
     save_tokenizer(tokenizer, folder)
 
 
@@ -98,8 +101,9 @@ def _choose_encoder(
 
     Returns:
         The encoder; and its "backend" (with what it encodes "by_reference" and "by_line") and
-        "identity", the reason for the backend ("why"), the date for chat templates ("today"), and
-        the "tokens_per_byte" of each source.
+        "identity", the reason for the backend ("why"), the date for chat templates ("today"), the
+        "tokens_per_byte" of each source and, for pretrained encoder-decoders, the "frames" of
+        pairs.
     """
     selection = Selection.from_data(recipe.data, ENCODERS[recipe.objective].fields)
     sources = range(len(manifest.sources))
@@ -109,9 +113,11 @@ def _choose_encoder(
         for column in sample(manifest, selection, source, SAMPLE_MB, recipe.seed)
         for text in column
     ]
-    backend, why = choose_backend(load_tokenizer(folder), texts)
+    tokenizer = load_tokenizer(folder)
+    backend, why = choose_backend(tokenizer, texts)
     today = date.today().isoformat()
-    encoder = build_encoder(recipe, folder, backend, today)
+    frames = frames_of(recipe, tokenizer)
+    encoder = build_encoder(recipe, folder, backend, today, frames)
     tokens_per_byte = [
         estimate_tokens_per_byte(manifest, selection, encoder, source, SAMPLE_MB, recipe.seed)
         for source in sources
@@ -124,4 +130,5 @@ def _choose_encoder(
         "today": today,
         "identity": encoder.identity(),
         "tokens_per_byte": tokens_per_byte,
+        **({} if frames is None else {"frames": frames.to_json()}),
     }

@@ -192,6 +192,12 @@ class Data(Section):
         description="Maximum number of times that a document is read; then the data ends. "
         "Default: endless",
     )
+    languages: dict[Literal["source", "target"], str] | None = Field(
+        None,
+        description="seq2seq with a multilingual tokenizer, such as mBART-50's or NLLB's: the "
+        "codes of both languages, {source: en_XX, target: de_DE}. The target's is learnt, and the "
+        "decoder begins with it when it generates",
+    )
     sequence_length: int = Field(
         gt=1, description="Tokens per sequence, which is the model's context length in training"
     )

@@ -149,6 +149,13 @@ class Recipe(Section):
                 f"data.packing: objective {self.objective} needs best_fit, which never cuts an "
                 "example in two"
             )
+        languages = self.data.languages
+        if languages is not None and self.objective != "seq2seq":
+            raise ValueError(
+                f"data.languages is for objective seq2seq, found {self.objective}: remove it"
+            )
+        if languages is not None and len(languages) != 2:
+            raise ValueError("data.languages: give both, such as {source: en_XX, target: de_DE}")
         if self.data.classes and self.objective != "classify":
             raise ValueError(
                 f"data.classes is for objective classify, found {self.objective}: remove it"
@@ -208,7 +215,7 @@ class Recipe(Section):
         for key in ("executor", "cache", "skip", "on_bad_document"):
             del tree["data"][key]
         # settings that recipes of earlier versions do not have change no hash while they are unset
-        tree["data"] = without_unset(tree["data"], ("ignore_columns",))
+        tree["data"] = without_unset(tree["data"], ("ignore_columns", "languages"))
         for key in ("sources", "validation", "test"):
             tree["data"][key] = [without_unset(s, ("encoding",)) for s in tree["data"][key]]
         for key in ("log_every", "activation_checkpointing", "compile", "loss_chunk"):

@@ -39,6 +39,7 @@ from sevenfold.engine.objectives import (
 from sevenfold.engine.signals import Signal
 from sevenfold.errors import DivergedError, RunError, StoppedError
 from sevenfold.model import build, parallel
+from sevenfold.prepare.encoder import set_first_token
 from sevenfold.prepare.job import Job
 from sevenfold.report.run_log import RunLog, logged_metrics
 from sevenfold.run_folder import RunFolder
@@ -196,6 +197,7 @@ class Worker:
         config = build.config_of(recipe, len(self.tokenizer), self.tokenizer)
         kernel = build.choose_attention(recipe, self.device, config)
         model = build.build(recipe, config, weights=self.rank == 0, attention=kernel)
+        set_first_token(model, self.job.train.encoder)
         if recipe.adapter is not None:
             build.with_adapter(model, recipe)
         train = recipe.train
