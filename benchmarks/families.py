@@ -59,6 +59,11 @@ def _begin() -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
 
 
+def _cell(message: str) -> str:
+    """Returns a message as the cell of a table."""
+    return " ".join(message.split()).replace("|", "/")
+
+
 def write_table(outcomes: dict[tuple[str, str], Outcome], path: Path) -> None:
     """Writes the accepted and the refused types as Markdown."""
     import transformers
@@ -72,12 +77,11 @@ def write_table(outcomes: dict[tuple[str, str], Outcome], path: Path) -> None:
             f"## {names}\n",
             f"packed ({len(packed)}): {', '.join(sorted(packed))}\n",
             f"one per row ({len(padded)}): {', '.join(sorted(padded))}\n",
+            "| no adapter of all linear layers | reason |\n|-|-|",
+            *(f"| {t} | {_cell(o.no_adapter)} |" for t, o in sorted(found.items()) if o.no_adapter),
+            "",
             "| refused | reason |\n|-|-|",
-            *(
-                f"| {t} | {' '.join(o.refused.split()).replace('|', '/')} |"
-                for t, o in sorted(found.items())
-                if o.refused
-            ),
+            *(f"| {t} | {_cell(o.refused)} |" for t, o in sorted(found.items()) if o.refused),
             "",
         ]
     path.write_text("\n".join(lines))

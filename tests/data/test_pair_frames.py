@@ -168,6 +168,5 @@ def test_a_translation_model_learns_its_languages(tmp_path: Path) -> None:
     ids = loaded.generate(**tokenizer(["hi e", "hi n"], return_tensors="pt"), max_new_tokens=6)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     assert all(text.startswith("ba ") for text in texts)
-    assert "ba " in run_job("generate", "runs/mbart", "--prompt", "hi e", home=tmp_path)
     run_job("evaluate", "runs/mbart", home=tmp_path)
     assert json.loads((tmp_path / "runs/mbart/metrics.json").read_text())["chrf"] > 30

@@ -31,8 +31,8 @@ from sevenfold.engine.step import train_step
 from sevenfold.errors import InputError
 from sevenfold.export.hugging_face import export
 from sevenfold.model import build, parallel
-from sevenfold.model.probe import MAX_PARAMETERS
-from sevenfold.model.shrink import shrunken
+from sevenfold.model.probe.shrink import shrunken
+from sevenfold.model.probe.tiny import MAX_PARAMETERS
 from sevenfold.prepare.model import check_model
 from sevenfold.recipe import Recipe
 
@@ -58,11 +58,13 @@ class Outcome(NamedTuple):
     Attributes:
         refused: The message of the refusal, "" if the type is accepted.
         packed: Whether packed documents are trained on as they are.
+        no_adapter: The message that refuses an adapter of all linear layers, "" if it is accepted.
         problems: What is wrong with an accepted type. If there are none, it is trained right.
     """
 
     refused: str
     packed: bool
+    no_adapter: str
     problems: list[str]
 
 
@@ -86,18 +88,25 @@ def examine(objective: str, model_type: str) -> Outcome:
             recipe = _recipe(objective, model_type, root)
             support = check_model(recipe).support
         except InputError as e:
-            return Outcome(str(e), False, [])
+            return Outcome(str(e), False, "", [])
+        no_adapter = ""
+        try:
+            check_model(_adapted(recipe))
+        except InputError as e:
+            no_adapter = str(e)
         problems = []
         for name, examination in (
             ("losses and gradients", _compare_with_transformers),
             ("checkpoint and export", _save_and_export),
             ("adapter", _train_adapter),
         ):
+            if no_adapter and name == "adapter":
+                continue
             try:
                 problems += [f"{name}: {p}" for p in examination(recipe, support, root)]
             except (Exception, CheckpointException) as e:  # a problem is reported, whatever it is
                 problems.append(f"{name}: {type(e).__name__}: {str(e).strip().splitlines()[-1:]}")
-        return Outcome("", support.packing, problems)
+        return Outcome("", support.packing, no_adapter, problems)
 
 
 def _recipe(objective: str, model_type: str, root: Path) -> Recipe:
@@ -122,7 +131,8 @@ def _recipe(objective: str, model_type: str, root: Path) -> Recipe:
                 small.is_decoder = True  # of BERT and its kin
             if small.is_encoder_decoder:
                 small.decoder_start_token_id = getattr(small, "pad_token_id", None) or 0
-            for name in build.dropouts(small):
+            layerdrops = [n for n in vars(small) if "layerdrop" in n]
+            for name in (*build.dropouts(small), *layerdrops):
                 setattr(small, name, 0.0)
             try:
                 with torch.device("meta"):
@@ -189,7 +199,7 @@ def _compare_with_transformers(recipe: Recipe, support: Any, root: Path) -> Iter
     for name, parameter in model.named_parameters():
         if parameter.ndim >= 2 and "A_log" not in name:  # so that every matrix has an effect
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    model.eval()
+    model.train()  # Reformer computes gradients in no other mode; nothing is dropped
     reference = copy.deepcopy(model)
     rows = _rows(0, objective)
     losses = 0.0
@@ -295,16 +305,14 @@ def _save_and_export(recipe: Recipe, support: Any, root: Path) -> Iterator[str]:
         yield "the step changed nothing"
 
 
+def _adapted(recipe: Recipe) -> Recipe:
+    """Returns the recipe with a LoRA adapter of all linear layers."""
+    return recipe.override({"adapter": {"rank": 2, "target_modules": "all-linear"}})
+
+
 def _train_adapter(recipe: Recipe, support: Any, root: Path) -> Iterator[str]:
     """Yields what is wrong with a LoRA adapter of all linear layers."""
-    adapted = recipe.override({"adapter": {"rank": 2, "target_modules": "all-linear"}})
-    try:
-        check_model(adapted)
-    except InputError as e:
-        if "adapter.target_modules" not in str(e):  # which names the layers that peft refuses
-            yield f"refused: {e}"
-        return
-    model, objective, optimizers = _sharded(adapted, support)
+    model, objective, optimizers = _sharded(_adapted(recipe), support)
     before = {n: p.full_tensor().clone() for n, p in model.named_parameters()}
     for step in range(2):
         _step(model, objective, optimizers, step)

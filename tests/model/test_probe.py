@@ -26,7 +26,7 @@ from sevenfold.engine.objectives.unpack import divided
 from sevenfold.errors import InputError
 from sevenfold.model import build
 from sevenfold.model.probe import probe
-from sevenfold.model.shrink import shrunken
+from sevenfold.model.probe.shrink import shrunken
 from sevenfold.prepare.model import check_model
 from sevenfold.recipe import Recipe
 

@@ -98,6 +98,11 @@ def check_model(recipe: Recipe, vocab_size: int) -> int:
             "model.attention: flex_attention does not support attention dropout, which this model "
             "uses: set it to auto"
         )
+    if getattr(config, "output_router_logits", False):
+        raise InputError(
+            f"{recipe.model.path or 'model.config'}: output_router_logits asks for the loss that "
+            "balances the experts of a model, which is not added to the loss here: set it to false"
+        )
     supported = _supported_attention(recipe, config)
     if recipe.model.attention not in ("auto", *supported):
         raise InputError(

@@ -162,15 +162,16 @@ def _shrink_rope(parameters: dict[str, Any], divisor: int) -> None:
 
 def _shrink_vocabulary(config: PreTrainedConfig) -> None:
     """Limits the vocabulary; special tokens beyond it become its last ones."""
-    last = VOCABULARY - 1
+    sizes = [v for n, v in _fields(config).items() if n == "vocab_size" and _is_count(v)]
+    limit = min([VOCABULARY, *sizes])
     moved: dict[int, int] = {}
 
     def small(token: Any) -> Any:
         if isinstance(token, list):
             return [small(t) for t in token]
-        if type(token) is not int or token < VOCABULARY:
+        if type(token) is not int or token < limit:
             return token
-        return moved.setdefault(token, last - len(moved))
+        return moved.setdefault(token, limit - 1 - len(moved))
 
     for name, value in _fields(config).items():
         if "vocab_size" in name and _is_count(value):
