@@ -117,6 +117,21 @@ def test_what_cannot_be_trained_right_is_refused(
     assert "\n" not in str(refusal.value)
 
 
+@pytest.mark.parametrize("length", [8, 64])
+@pytest.mark.parametrize("objective", ["classify", "embed"])
+@pytest.mark.parametrize("model_type", ["bert", "roberta", "gpt2", "opt", "t5", "bart"])
+def test_padded_objectives_are_accepted(model_type: str, objective: str, length: int) -> None:
+    changes: dict[str, Any] = {"objective": objective, "data.sequence_length": length}
+    if objective == "classify":
+        changes["data.classes"] = ["a", "b"]
+    asked = recipe({"config": {"model_type": model_type}}, **changes)
+    if objective == "embed" and model_type in ("t5", "bart"):
+        with pytest.raises(InputError, match="expected an encoder or a decoder"):
+            check_model(asked)
+    else:
+        assert check_model(asked).support.packing
+
+
 def test_a_base_that_lacks_a_weight_is_refused(tmp_path: Path) -> None:
     base = Path(save(tmp_path, "llama"))
     asked = recipe({"path": str(base)})
@@ -200,6 +215,13 @@ def test_unpacked_documents_are_divided_into_bounded_batches(
 
 def count(batches: list[Batch], number: Any) -> int:
     return sum(number(batch) for batch in batches)
+
+
+@pytest.mark.parametrize("length", [4, 16, 64])
+@pytest.mark.parametrize("model_type", ["gpt2", "llama", "opt"])
+def test_models_of_few_positions_are_accepted(model_type: str, length: int) -> None:
+    asked = recipe({"config": {"model_type": model_type}}, **{"data.sequence_length": length})
+    assert check_model(asked).support.packing == (model_type != "opt")
 
 
 @pytest.mark.parametrize("kind", ["opt", "falcon"])

@@ -108,7 +108,7 @@ def _supported(recipe: Recipe, model: Any, tokenizer: Any) -> Support:
     adapted = None if recipe.adapter is None else with_adapter(model, recipe)
     randomize(model, recipe.seed)
     if build.MODEL_CLASSES[recipe.objective][1] == "decoder":
-        check_causal(model)
+        check_causal(recipe, model)
     support = right_combination(recipe, model)
     build.flops_per_token(model, recipe)
     config = copy.deepcopy(model.config)

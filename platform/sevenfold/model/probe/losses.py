@@ -17,6 +17,7 @@ from sevenfold.model.probe.tiny import (
     UnsupportedError,
     documents,
     objective_of,
+    one_document,
     output_of,
     special_tokens_of,
 )
@@ -101,12 +102,11 @@ def randomize(model: Any, seed: int) -> None:
             torch.nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[-1]))
 
 
-def check_causal(model: Any) -> None:
+def check_causal(recipe: Recipe, model: Any) -> None:
     """Raises UnsupportedError if the prediction of a token depends on the tokens after it."""
-    _, words = special_tokens_of(model.config)
-    ids = torch.from_numpy(words[:16])[None]
+    ids = one_document(recipe, model.config)
     changed = ids.clone()
-    changed[0, -1] = int(words[-1])
+    changed[0, -1] = int(special_tokens_of(model.config)[1][-1])
     model.eval()
     with torch.no_grad():
         before, after = (model(input_ids=i).logits[0, :-1].float() for i in (ids, changed))
@@ -150,7 +150,7 @@ def _difference_of_outputs(model: Any, batch: Batch) -> float:
         model, input_ids=batch.input_ids, attention_mask=batch.attention_mask.long()
     )
     differences = []
-    for row, is_token, output in zip(batch.input_ids, mask, together, strict=True):
+    for row, is_token, output in zip(batch.input_ids, batch.attention_mask, together, strict=True):
         alone = output_of(model, input_ids=row[is_token][None])[0]
         found = output[is_token] if alone.ndim > 1 else output
         differences.append(float((found - alone).abs().max()))

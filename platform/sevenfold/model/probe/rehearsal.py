@@ -23,6 +23,7 @@ from sevenfold.model.probe.tiny import (
     UnsupportedError,
     documents,
     objective_of,
+    one_document,
     output_of,
     plain_inputs,
     special_tokens_of,
@@ -91,10 +92,7 @@ def rehearse_export(recipe: Recipe, model: Any, adapted: Any, tokenizer: Any) ->
         UnsupportedError: The written model differs, or something fails.
     """
     model_class = build.MODEL_CLASSES[recipe.objective][0]
-    special_tokens, words = special_tokens_of(model.config)
-    ids = torch.from_numpy(words[:16])[None]
-    if special_tokens.end is not None:
-        ids[0, -1] = special_tokens.end
+    ids = one_document(recipe, model.config)
     try:
         with tempfile.TemporaryDirectory() as folder, torch.no_grad():
             if adapted is not None:

@@ -16,7 +16,8 @@ from sevenfold.model import build
 from sevenfold.model.probe.shrink import VOCABULARY, shrunken
 from sevenfold.recipe import Recipe
 
-DOCUMENTS = (13, 17, 10)  # tokens of each document of the packed row that is tried
+# tokens of each document of the packed row that is tried, unless the model has fewer positions
+DOCUMENTS = (13, 17, 10)
 PADDING = 3  # tokens after them
 MAX_PARAMETERS = 3 * 10**8  # of a tiny model; larger ones take many seconds and gigabytes
 
@@ -57,9 +58,10 @@ def documents(recipe: Recipe, words: np.ndarray, end: int | None) -> Rows:
         words: The ids to draw from.
         end: The token that ends a document.
     """
-    tokens = np.zeros((1, sum(DOCUMENTS) + PADDING), np.uint16)
+    lengths = [min(length, recipe.data.sequence_length) for length in DOCUMENTS]
+    tokens = np.zeros((1, sum(lengths) + PADDING), np.uint16)
     targets = np.zeros(tokens.shape, bool)
-    starts = np.cumsum([0, *DOCUMENTS])
+    starts = np.cumsum([0, *lengths])
     rng = np.random.default_rng(0)
     for start, stop in itertools.pairwise(starts):
         tokens[0, start:stop] = rng.choice(words, stop - start)
@@ -71,6 +73,18 @@ def documents(recipe: Recipe, words: np.ndarray, end: int | None) -> Rows:
             tokens[0, stop - 1] = end
     used = np.array([starts[-1]], np.int32)
     return Rows(tokens, starts.astype(np.int32), used, targets)
+
+
+def one_document(recipe: Recipe, config: PreTrainedConfig) -> torch.Tensor:
+    """Returns a document for a plain call of the model: int64 [1, length].
+
+    It ends with the end token, which BART's classifier needs.
+    """
+    special_tokens, words = special_tokens_of(config)
+    ids = torch.from_numpy(words[: min(16, recipe.data.sequence_length)])[None]
+    if special_tokens.end is not None:
+        ids[0, -1] = special_tokens.end
+    return ids
 
 
 def objective_of(recipe: Recipe, special_tokens: SpecialTokens) -> Objective:
@@ -103,10 +117,7 @@ def tiny_model(recipe: Recipe, config: PreTrainedConfig) -> Any:
                 small.decoder_start_token_id = special_tokens_of(small)[0].start
             kernel = build.choose_attention(recipe, torch.device("cpu"), small)
             model = build.build(recipe, small, weights=True, attention=kernel, base=False)
-            special_tokens, words = special_tokens_of(small)
-            ids = torch.from_numpy(words[:16])[None]
-            if special_tokens.end is not None:
-                ids[0, -1] = special_tokens.end  # which BART's classifier needs
+            ids = one_document(recipe, small)
             with torch.no_grad():
                 model.eval()(**plain_inputs(model, ids, ids))
         except Exception as e:
