@@ -5,6 +5,16 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MambaConfig,
+    MambaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from sevenfold.engine.optim import Muon, build, learning_rate
 from sevenfold.recipe import Optimizer, Schedule
@@ -74,3 +84,40 @@ def test_kernels_are_no_matrices() -> None:
     assert isinstance(muon, Muon) and muon.param_groups[0]["params"] == [model["linear"].weight]
     decayed = [p for g in adamw.param_groups if g["weight_decay"] for p in g["params"]]
     assert decayed == [model["conv"].weight]
+
+
+def test_muon_leaves_routers_and_classifiers_heads_to_adamw() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
+    experts = MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4))
+    shared = Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**sizes, num_experts=4, moe_intermediate_size=8, decoder_sparse_step=1)
+    )
+    classifier = LlamaForSequenceClassification(LlamaConfig(**sizes, num_labels=3))
+    expected = {
+        experts: {"lm_head.weight", "model.layers.0.mlp.gate.weight"},
+        shared: {
+            "lm_head.weight",
+            "model.layers.0.mlp.gate.weight",
+            "model.layers.0.mlp.shared_expert_gate.weight",
+        },
+        classifier: {"score.weight"},
+    }
+    for model, names in expected.items():
+        adamw, muon = build(model, Optimizer(name="muon", weight_decay=0.1))
+        by_id = {id(p): name for name, p in model.named_parameters()}
+        decayed = adamw.param_groups[0]
+        assert decayed["weight_decay"] and {by_id[id(p)] for p in decayed["params"]} == names
+        matrices = {by_id[id(p)] for p in muon.param_groups[0]["params"]}
+        assert "model.layers.0.self_attn.q_proj.weight" in matrices and not matrices & names
+
+
+def test_mambas_decay_rates_are_not_decayed() -> None:
+    model = MambaForCausalLM(
+        MambaConfig(hidden_size=16, num_hidden_layers=1, state_size=4, vocab_size=64)
+    )
+    (adamw,) = build(model, Optimizer(weight_decay=0.1))
+    spared = {id(p) for p in adamw.param_groups[1]["params"]}
+    assert adamw.param_groups[1]["weight_decay"] == 0
+    rates = [p for name, p in model.named_parameters() if name.endswith("A_log")]
+    assert rates and all(p.ndim == 2 and id(p) in spared for p in rates)

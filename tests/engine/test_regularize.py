@@ -16,7 +16,7 @@ from sevenfold.engine.objectives import OBJECTIVES, Causal, attach_losses
 from sevenfold.engine.step import evaluate, train_step
 from sevenfold.errors import InputError
 from sevenfold.model import attention, build
-from sevenfold.recipe import Optimizer, Recipe
+from sevenfold.recipe import Adapter, Optimizer, Recipe
 
 CPU = torch.device("cpu")
 GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 2}
@@ -93,6 +93,27 @@ def test_l1_and_its_zeros_are_the_same_on_any_number_of_ranks(
             assert losses == pytest.approx(single[0], rel=1e-5) and sparsity == pytest.approx(zeros)
             # rounding moves some weights across the threshold
             assert sparsity == pytest.approx(single[1], abs=2e-3)
+
+
+@pytest.mark.parametrize("chunk", [None, 10])
+def test_an_adapter_of_the_output_layer_enters_the_loss(
+    tree: dict[str, Any], chunk: int | None
+) -> None:
+    recipe = Recipe.model_validate(tree)
+    model: Any = build.build(recipe, build.config_of(recipe, VOCAB), weights=True)
+    adapter = Adapter(rank=2, target_modules=["lm_head"])
+    build.with_adapter(model, recipe.model_copy(update={"adapter": adapter}))
+    torch.nn.init.normal_(model.lm_head.lora_B["default"].weight)
+    objective = Causal(SPECIAL_TOKENS, 0, 0.3, 3.0)
+    batch = objective.collate(ROWS, 0)
+    losses = attach_losses(model, objective, chunk)(batch)
+    losses.sum().backward()
+    logits = model(
+        input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+    ).logits
+    expected = F.cross_entropy(logits.mT, batch.labels, ignore_index=IGNORE, reduction="none")
+    assert torch.allclose(losses, expected, atol=1e-4)
+    assert model.lm_head.lora_A["default"].weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("chunk", [None, 10])

@@ -112,23 +112,16 @@ def _streamed_model(recipe: Recipe, config: Any, checkpoint: Checkpoint) -> Any:
     weights of one file at a time.
     """
     with torch.device("meta"):
-        model: Any = build.build(
-            recipe, config, weights=False, attention=_attention(recipe, config)
-        )
+        model: Any = build.build(recipe, config, weights=False)
     model.to("meta")  # some models create parameters elsewhere, which would be saved as they are
     model.hf_device_map = {"": "disk"}
     model._hf_hook = SimpleNamespace(weights_map=CheckpointWeights(checkpoint, model.state_dict()))
     return model
 
 
-def _attention(recipe: Recipe, config: Any) -> str:
-    """Returns an attention implementation that the model's class has."""
-    return build.choose_attention(recipe, torch.device("cpu"), config)
-
-
 def _adapted_model(recipe: Recipe, config: Any, checkpoint: Checkpoint) -> Any:
     """Returns peft's wrapper of the base model, with the checkpoint's adapter."""
-    model: Any = build.build(recipe, config, weights=True, attention=_attention(recipe, config))
+    model: Any = build.build(recipe, config, weights=True)
     adapted = build.with_adapter(model, recipe)
     weights = CheckpointWeights(checkpoint, model.state_dict())
     for name, parameter in model.named_parameters():

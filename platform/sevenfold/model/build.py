@@ -208,13 +208,17 @@ def build(
         config: The model's config, from `config_of`.
         weights: Whether to load or initialize the weights. If False the parameters stay
             uninitialized, and their memory untouched; for ranks that receive them from rank 0.
-        attention: The attention implementation, from `choose_attention`.
+        attention: The attention implementation, from `choose_attention`. A model without SDPA gets
+            transformers' eager attention instead.
         base: Whether the weights are those of the recipe's base, if it has one.
     """
     torch.manual_seed(recipe.seed)
     model_class: Any = MODEL_CLASSES[recipe.objective][0]
+    implementation = "sdpa" if attention == SDPA_IN_CHUNKS else attention
+    if implementation not in _supported_attention(recipe, config):
+        implementation = "eager"
     kwargs: dict[str, Any] = {
-        "attn_implementation": "sdpa" if attention == SDPA_IN_CHUNKS else attention,
+        "attn_implementation": implementation,
         "dtype": torch.float32,
         "trust_remote_code": recipe.model.trust_remote_code,
     }

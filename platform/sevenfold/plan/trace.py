@@ -203,7 +203,8 @@ def _build_reference(
 ) -> Any:
     """Returns the sharded reference model of DPO."""
     reference: Any = build.build(recipe, config, weights=False)
-    reference.set_attn_implementation(_SDPA)
+    if reference._can_set_attn_implementation():
+        reference.set_attn_implementation(_SDPA)
     objective = Causal(special_tokens, 0, 0.5, 1)
     attach_losses(reference, objective, recipe.train.loss_chunk, cpu_logits=cpu_logits)
     train = recipe.train.model_copy(update={"compile": False, "activation_checkpointing": "none"})

@@ -27,7 +27,8 @@ class Model(Section):
     attention: Literal["auto", "sdpa", "flex_attention", "eager"] = Field(
         "auto",
         description="Attention implementation. auto: flex_attention (packed documents as a block "
-        "mask) for decoders on CUDA without attention dropout, else sdpa",
+        "mask) for decoders on CUDA without attention dropout, else sdpa; eager for a model that "
+        "has no other",
     )
 
     @model_validator(mode="after")

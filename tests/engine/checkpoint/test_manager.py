@@ -515,3 +515,47 @@ def save_survives_kill_at(
     assert process.exitcode == -signal.SIGKILL
     events.append(folder.with_name("died").read_text())
     return False
+
+
+class WithUnused(torch.nn.Module):
+    """A model whose loss does not depend on one of its layers, as on BERT's pooler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.used, self.router, self.pooler = (torch.nn.Linear(4, 4) for _ in range(3))
+
+    def step(self, optimizers: list[torch.optim.Optimizer]) -> float:
+        loss = self.router(self.used(torch.ones(2, 4))).square().sum()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_parameters_without_saved_state_resume(moved: bool, tmp_path: Path, one_rank: None) -> None:
+    def optimizers(model: WithUnused, with_router: bool) -> list[torch.optim.Optimizer]:
+        router = [model.router.weight]
+        rest = [p for p in model.parameters() if p is not router[0]]
+        adamw = torch.optim.AdamW(rest + router * with_router, lr=0.1)
+        return [adamw] if with_router else [adamw, torch.optim.SGD(router, lr=0.1, momentum=0.9)]
+
+    model = WithUnused()
+    # an earlier version updated the router by another optimizer
+    before = optimizers(model, with_router=not moved)
+    model.step(before)
+    saver = CheckpointManager(str(tmp_path / "checkpoints"))
+    saver.save(1, model, before, {"recipe": "", "versions": {"sevenfold": "0"}})
+    saver.close()
+    checkpoint = latest_checkpoint(str(tmp_path / "checkpoints"))
+    assert checkpoint is not None
+    resumed = WithUnused()
+    after = optimizers(resumed, with_router=True)
+    assert load_checkpoint(checkpoint, resumed, after) == ({"router.weight"} if moved else set())
+    assert resumed.pooler.weight not in after[0].state
+    assert (resumed.router.weight in after[0].state) is not moved
+    assert after[0].state[resumed.used.weight]["step"] == 1
+    if not moved:
+        assert [model.step(before) for _ in range(3)] == [resumed.step(after) for _ in range(3)]
