@@ -14,7 +14,7 @@ accepted and refused types and the reasons are printed. --table writes docs/mode
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -64,6 +64,10 @@ def _cell(message: str) -> str:
     return " ".join(message.split()).replace("|", "/")
 
 
+def _examine(of: tuple[str, str]) -> Outcome:
+    return examine(*of)
+
+
 def write_table(outcomes: dict[tuple[str, str], Outcome], path: Path) -> None:
     """Writes the accepted and the refused types as Markdown."""
     import transformers
@@ -97,10 +101,10 @@ def main() -> int:
     arguments = parser.parse_args()
     types = [t for t in model_types() if not arguments.only or t[1] in arguments.only]
     outcomes = {}
-    with concurrent.futures.ProcessPoolExecutor(
-        1, initializer=_begin, max_tasks_per_child=TYPES_PER_PROCESS
-    ) as pool:
-        results = pool.map(examine, *zip(*types, strict=True))
+    # not ProcessPoolExecutor, which hangs with max_tasks_per_child (Python 3.11)
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Pool(1, initializer=_begin, maxtasksperchild=TYPES_PER_PROCESS) as pool:
+        results = pool.imap(_examine, types)
         for (objective, model_type), outcome in zip(types, results, strict=True):
             outcomes[objective, model_type] = outcome
             state = "packed" if outcome.packed else "one per row"
