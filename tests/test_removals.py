@@ -36,6 +36,7 @@ TABLE = {
     "storage/folders.py:local_copy": (
         "Its own unfinished copy, in the temporary folder, of a process that was killed."
     ),
+    "model/probe/rehearsal.py:rehearse_export": "Its own temporary folder.",
     "storage/folders.py:new_folder": "Its own temporary folder.",
     "storage/folders.py:_upload_over": (
         "At a URL: files of an earlier export that match the caller's pattern."
