@@ -135,6 +135,7 @@ def _recipe(objective: str, model_type: str, root: Path) -> Recipe:
             for name in (*build.dropouts(small), *layerdrops):
                 setattr(small, name, 0.0)
             try:
+                small.validate()
                 with torch.device("meta"):
                     size = sum(p.numel() for p in model_class.from_config(small).parameters())
                 if size > MAX_PARAMETERS:

@@ -203,18 +203,19 @@ def check_values(config: PreTrainedConfig, where: str) -> None:
     names = config.architectures
     if names is not None and not (isinstance(names, list) and all(type(n) is str for n in names)):
         raise InputError(f"{where}: architectures: expected a list of names, found {names!r}")
-    for name in _SIZES:
-        size = getattr(config, name, None)
+    fields = config.to_dict()
+    # not getattr, which fails for a size that layers of their own have (Gemma 4)
+    sizes = {name: fields.get(config.attribute_map.get(name, name)) for name in _SIZES}
+    for name, size in sizes.items():
         if isinstance(size, int) and size < 1:
             raise InputError(f"{where}: {name}: expected 1 or more, found {size}")
-    heads = getattr(config, "num_attention_heads", None)
-    shared = getattr(config, "num_key_value_heads", None)
+    heads, shared = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
         raise InputError(
             f"{where}: num_attention_heads ({heads}) must be a multiple of num_key_value_heads "
             f"({shared})"
         )
-    for name, value in config.to_dict().items():
+    for name, value in fields.items():
         if re.search("dropout|pdrop", name) and type(value) in (int, float) and not 0 <= value <= 1:
             raise InputError(f"{where}: {name}: expected a probability, found {value}")
 

@@ -22,7 +22,7 @@ _LAYERS = re.compile(
 )
 _LAYER_NUMBER = re.compile(r"layer|first_k|period|interval|offset|every|pattern|_step$|_freq")
 _WIDTH = re.compile(
-    r"(size|dim|dims|rank|width|embd|inner|d_model|d_ff|d_kv|head_d|sections?)$|_dim_"
+    r"(size|dim|dims|rank|width|embd|inner|d_model|d_ff|d_kv|d_head|head_d|sections?)$|_dim_"
 )
 _NO_WIDTH = re.compile(
     r"vocab|window|chunk|patch|image|block|kernel|group_size|state|conv|type|pool|token|batch|dtype"
@@ -57,6 +57,7 @@ def shrunken(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
             _shrink_depth(part)
         for part in _text_parts(copied):
             _shrink_widths(part, divisor)
+            _shrink_layers(part, divisor)
         for part in _parts(copied):
             _shrink_vocabulary(part)
         copied.use_cache = False
@@ -139,6 +140,22 @@ def _shrink_widths(config: PreTrainedConfig, divisor: int) -> None:
             _shrink_rope(value, divisor)
         elif _WIDTH.search(name) and not _NO_WIDTH.search(name):
             setattr(config, name, _divided(value, divisor))
+
+
+def _shrink_layers(config: PreTrainedConfig, divisor: int) -> None:
+    """Divides the widths of single layers that differ from the others (Gemma 4)."""
+    layers = config.to_dict().get("per_layer_config")
+    if not layers:
+        return
+    depth = config.num_hidden_layers
+    config.per_layer_config = {
+        int(layer): {
+            name: _divided(value, divisor) if _WIDTH.search(name) else value
+            for name, value in fields.items()
+        }
+        for layer, fields in layers.items()
+        if int(layer) < depth
+    }
 
 
 def _divided(value: Any, divisor: int) -> Any:

@@ -105,6 +105,7 @@ def tiny_model(recipe: Recipe, config: PreTrainedConfig) -> Any:
     model_class = build.MODEL_CLASSES[recipe.objective][0]
     for small in shrunken(config):
         try:
+            small.validate()
             with torch.device("meta"):
                 model = model_class.from_config(
                     small, trust_remote_code=recipe.model.trust_remote_code
