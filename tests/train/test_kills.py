@@ -178,7 +178,9 @@ def test_ledger_command_lists_and_replays_a_step(
 @pytest.mark.usefixtures("on_shared_ray")
 def test_a_checkpoint_of_another_recipe_is_refused(home: Path) -> None:
     other = parse(str(home / "pretrain.yaml"), ["name=other", "seed=4"])
-    shutil.copytree(home / "runs/whole/checkpoints", home / "runs/other/checkpoints")
+    for name in ("checkpoints", "tokenizer"):
+        shutil.copytree(home / "runs/whole" / name, home / "runs/other" / name)
+    shutil.copy(home / "runs/whole/manifest.json", home / "runs/other/manifest.json")
     (home / "runs/other/recipe.yaml").write_text(other.to_yaml())
     overrides = ("name=other", "seed=4", "cluster.max_failures=0")
     error = run_job("pretrain", "pretrain.yaml", *overrides, home=home, code=1)
