@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 from sevenfold import __version__
 from sevenfold.commands import models, planning, runs
 from sevenfold.errors import InputError, RunError, StoppedError
+from sevenfold.report.console import escape_logs_and_tracebacks, say
 
 app = typer.Typer(
     help="Pretrain, fine-tune and tune language models on a Ray cluster.",
@@ -58,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # the command.
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    escape_logs_and_tracebacks()
     try:
         code = typer.main.get_command(app).main(
             arguments or ["--help"], prog_name="sevenfold", standalone_mode=False
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TyperException as e:
         return _print_usage_error(e)
     except StoppedError as e:
-        print(e, file=sys.stderr, flush=True)
+        say(str(e), stderr=True)
         return e.exit_code
     except (InputError, RunError) as e:
         return _print_error(str(e), e.exit_code)
@@ -83,11 +85,7 @@ def job(name: str) -> None:
 
 def _print_stopped() -> int:
     """Tells a user who interrupted a command how to resume; returns the exit code."""
-    print(
-        "Stopped; run the same command to resume from the last checkpoint.",
-        file=sys.stderr,
-        flush=True,
-    )
+    say("Stopped; run the same command to resume from the last checkpoint.", stderr=True)
     return StoppedError.exit_code
 
 
@@ -95,6 +93,7 @@ def _print_usage_error(e: TyperException) -> int:
     context = getattr(e, "ctx", None)
     command = context.command_path if context else "sevenfold"
     message = e.format_message() if hasattr(e, "format_message") else str(e)
+    message = message.replace("\n\t", " ")  # typer lists the choices of an argument line by line
     return _print_error(
         f"{command}: {message.rstrip('.')}; see {command} --help", InputError.exit_code
     )
@@ -102,13 +101,13 @@ def _print_usage_error(e: TyperException) -> int:
 
 def _print_error(message: str, exit_code: int) -> int:
     """Prints an error and returns the exit code."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    say(f"error: {message}", stderr=True)
     return exit_code
 
 
 def _print_version(value: bool) -> None:
     if value:
-        print(f"sevenfold {__version__}")
+        say(f"sevenfold {__version__}")
         raise typer.Exit
 
 

@@ -17,10 +17,11 @@ def base(
     """Write a pretrained model that is published as a package, to start runs from."""
     from sevenfold import storage
     from sevenfold.model.bases import write_base
+    from sevenfold.report.console import say
 
     path = storage.resolve_output(folder)
     write_base(name, path)
-    print(f"{path}: {name}; start from it with model.path={folder}")
+    say(f"{path}: {name}; start from it with model.path={folder}")
 
 
 def generate(

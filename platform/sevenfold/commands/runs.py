@@ -24,9 +24,10 @@ def corpus(
     """Write a built-in corpus, which needs no download."""
     from sevenfold import storage
     from sevenfold.data.sources.python_corpus import build_python
+    from sevenfold.report.console import say
 
     built = build_python(storage.resolve_input(out), max_mb)
-    print(
+    say(
         f"{built.root}: {built.documents:,} documents ({built.text_mb:.1f} MB of text), "
         f"{built.heldout_documents:,} of them held out; {built.summaries:,} docstring summaries"
     )
@@ -85,8 +86,9 @@ def _run_recipe(
     parsed = parse(recipe, overrides or [])
     if dry_run:
         from sevenfold.prepare.dry_run import describe
+        from sevenfold.report.console import print_text
 
-        print(describe(parsed))
+        print_text(describe(parsed))
     else:
         run(parsed, verbose)
 

@@ -27,7 +27,7 @@ from sevenfold.prepare.streams import open_streams
 from sevenfold.recipe import Recipe
 from sevenfold.recipe.bleu import require_modules
 from sevenfold.report import ranking
-from sevenfold.report.console import say, table
+from sevenfold.report.console import print_text, say, table
 from sevenfold.run_folder import RunFolder
 
 # with fewer prompts the bootstrap's intervals are too narrow, and its p-values mean nothing
@@ -182,7 +182,8 @@ def _show(folder: RunFolder, result: Evaluation) -> None:
         say("")
         for key, text in prediction.items():
             title = f"{key} by {folder.name}" if key == "completion" else key
-            say(f"--- {title}\n{str(text)[-SAMPLE_CHARACTERS:]}")
+            say(f"--- {title}")
+            print_text(str(text)[-SAMPLE_CHARACTERS:])
     say("")
     for label, path in (
         ("model (Hugging Face)", folder.model),

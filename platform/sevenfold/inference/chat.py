@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -20,7 +19,7 @@ from sevenfold.engine import decode
 from sevenfold.engine.decode import Sampling, generation_config
 from sevenfold.errors import InputError
 from sevenfold.inference.load import Loaded, load
-from sevenfold.report.console import say
+from sevenfold.report.console import print_text, say
 
 
 def generate(path: str, prompt: str, sampling: Sampling) -> str:
@@ -49,16 +48,15 @@ def generate(path: str, prompt: str, sampling: Sampling) -> str:
         raise InputError("--prompt: expected text (the tokenizer has no BOS token), found none")
     max_new_tokens = _max_new_tokens(loaded, len(ids), sampling)
     if max_new_tokens < sampling.max_new_tokens:
-        print(
+        say(
             f"generating at most {max_new_tokens:,} tokens: "
             f"the model has only {loaded.positions:,} positions",
-            file=sys.stderr,
-            flush=True,
+            stderr=True,
         )
     torch.manual_seed(sampling.seed)
     with _interruptible() as stop:
         text = _generate(loaded, ids, sampling, stop.is_set)
-        print(flush=True)
+        print_text("")
     return text
 
 
@@ -83,7 +81,7 @@ def chat(
     conversation = ChatSession(load(path), system, sampling)
     if prompts:
         for prompt in prompts:
-            say(f"> {prompt}")
+            print_text(f"> {prompt}")
             conversation.ask(prompt)
     else:
         _read_and_answer(conversation)
@@ -152,7 +150,7 @@ class ChatSession:
         self.messages = messages
         with _interruptible() as stop:
             answer = _generate(self._loaded, ids, self._sampling, stop.is_set)
-            print("\n", flush=True)
+            print_text("\n")
         self.messages.append({"role": "assistant", "content": answer})
         return answer
 
@@ -291,4 +289,4 @@ def _interruptible() -> Iterator[threading.Event]:
 
 
 def _print_piece(piece: str) -> None:
-    print(piece, end="", flush=True)
+    print_text(piece, end="")

@@ -15,7 +15,7 @@ from sevenfold import storage
 from sevenfold.data.sources.records import records
 from sevenfold.errors import InputError
 from sevenfold.inference.embed import Embedder
-from sevenfold.report.console import counting, say, table
+from sevenfold.report.console import counting, print_json, say, table
 
 CHUNK = 1024  # texts of the corpus that are in memory at once
 BATCH = 128  # texts that are embedded and ranked at once
@@ -124,7 +124,7 @@ def _print_json(queries: Sequence[str], best: list[list[Hit]], count: int) -> No
         }
         for query, hits in zip(queries, best, strict=True)
     ]
-    print(storage.to_json({"texts": count, "queries": results}, indent=1))
+    print_json(storage.to_json({"texts": count, "queries": results}, indent=1))
 
 
 def _print_tables(queries: Sequence[str], best: list[list[Hit]], count: int) -> None:

@@ -6,9 +6,9 @@ It runs without Ray.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from rich.text import Text
 from tokenizers.decoders import DecodeStream
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -17,7 +17,7 @@ from sevenfold.errors import InputError
 from sevenfold.inference.load import Loaded, load
 from sevenfold.inspect import attribution
 from sevenfold.inspect.attribution import Scores
-from sevenfold.report.console import console, say, table
+from sevenfold.report.console import print_styled, say, table
 
 Row = dict[str, Any]
 DARKEST_NATS = 8.0  # tokens with this loss or more are shown in the darkest colour
@@ -198,8 +198,7 @@ def _show(loaded: Loaded, report: dict[str, Any]) -> None:
         ["token", "part", *columns],
         [(repr(r["token"])[1:-1], r["part"], *(r.get(c) for c in columns)) for r in rows],
     )
-    if console.is_terminal:
-        console.print(_coloured(loaded, rows))
+    print_styled(_coloured(loaded, rows))
     if "nats" in report:
         totals = "; ".join(
             f"{k.replace('_', ' ')} {v:.4g}" for k, v in report.items() if isinstance(v, float)
@@ -217,14 +216,13 @@ def _show(loaded: Loaded, report: dict[str, Any]) -> None:
         say(f"attention: last layer, mean over heads, from {position}")
 
 
-def _coloured(loaded: Loaded, rows: list[Row]) -> Text:
-    """Returns the text with a red background, darker for tokens with a higher loss."""
-    stream, coloured = DecodeStream(skip_special_tokens=True), Text()
+def _coloured(loaded: Loaded, rows: list[Row]) -> Iterator[tuple[str, str]]:
+    """Yields the text in pieces with a red background, darker for tokens with a higher loss."""
+    stream = DecodeStream(skip_special_tokens=True)
     for row in rows:
         piece = stream.step(loaded.tokenizer.backend_tokenizer, row["id"]) or ""
         if "nats" in row:
             paleness = round(255 * (1 - min(row["nats"], DARKEST_NATS) / DARKEST_NATS))
-            coloured.append(piece, f"black on rgb(255,{paleness},{paleness})")
+            yield piece, f"black on rgb(255,{paleness},{paleness})"
         else:
-            coloured.append(piece)
-    return coloured
+            yield piece, ""

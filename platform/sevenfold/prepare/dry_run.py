@@ -8,6 +8,7 @@ from sevenfold.prepare.data import Inputs, find_inputs, missing_corpus, with_cla
 from sevenfold.prepare.job import UNPACKED, required_resources
 from sevenfold.prepare.model import check_model
 from sevenfold.recipe import Recipe
+from sevenfold.report.console import escape
 
 
 def describe(recipe: Recipe) -> str:
@@ -39,7 +40,7 @@ def describe(recipe: Recipe) -> str:
         "needs: " + ", ".join(f"{amount:g} {name}" for name, amount in resources if amount),
         f"run folder: {storage.join(storage.resolve_output(recipe.storage), recipe.name)}",
     ]
-    return recipe.to_yaml() + "".join(f"# {line}\n" for line in figures)
+    return recipe.to_yaml() + "".join(f"# {escape(line)}\n" for line in figures)
 
 
 def _describe_data(recipe: Recipe, inputs: Inputs) -> list[str]:

@@ -1,10 +1,21 @@
-"""Terminal output: messages, tables, and one live line per run (plain lines without a terminal)."""
+"""Terminal output: messages, texts, tables, and one live line per run (plain without a terminal).
+
+Everything that is printed passes through this module. Names, labels, messages of libraries and
+generated text come from elsewhere, and a terminal obeys the control characters in them: it would
+clear lines, change colors or show text in another order. They are printed as their escapes.
+"""
 
 from __future__ import annotations
 
+import json
+import logging
+import re
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any
 
 from rich import progress
@@ -33,9 +44,85 @@ _SHOWN = (
 )
 
 
-def say(message: str) -> None:
-    """Prints a message as it is, without rich's markup."""
-    console.print(message, markup=False)
+# What a terminal obeys instead of showing it: control characters (C0, DEL, C1), Unicode's
+# Bidi_Control and line separators; and lone surrogates, which cannot be encoded.
+_CONTROL = re.compile(
+    r"[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+
+
+def escape(text: str, lines: bool = False) -> str:
+    r"""Returns a text with its control characters as Python's escapes, such as \x1b and \u202e.
+
+    All other characters stay as they are, including those that join emoji and letters. A backslash
+    stays too, so that escaping a text twice changes nothing.
+
+    Args:
+        text: The text.
+        lines: Whether the text may have several lines: its newlines and tabs stay.
+    """
+
+    def escaped(match: re.Match[str]) -> str:
+        if lines and match[0] in "\n\t":
+            return match[0]
+        return match[0].encode("unicode_escape").decode()
+
+    return _CONTROL.sub(escaped, text)
+
+
+def say(message: str, stderr: bool = False) -> None:
+    """Prints a message on one line, as it is apart from `escape`: without rich's markup or emoji.
+
+    Args:
+        message: The message. A newline in it is escaped.
+        stderr: Prints on standard error, as errors are.
+    """
+    if stderr:
+        print(escape(message), file=sys.stderr, flush=True)
+    else:
+        console.print(escape(message), markup=False, emoji=False)
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Prints a text that may have several lines, or a piece of one, apart from `escape` as it is.
+
+    Args:
+        text: The text.
+        end: What is printed after it.
+    """
+    print(escape(text, lines=True), end=end, flush=True)
+
+
+def print_styled(pieces: Iterable[tuple[str, str]]) -> None:
+    """Prints the pieces of a text, each with a style of rich; nothing if there is no terminal."""
+    if console.is_terminal:
+        console.print(Text.assemble(*[(escape(piece, lines=True), s) for piece, s in pieces]))
+
+
+def print_json(text: str) -> None:
+    """Prints JSON with the characters that `escape` escapes as JSON's escapes: the same values."""
+    print(
+        _CONTROL.sub(lambda m: m[0] if m[0] == "\n" else json.dumps(m[0])[1:-1], text), flush=True
+    )
+
+
+def escape_logs_and_tracebacks() -> None:
+    """Escapes what Python itself prints on standard error in this process."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(_LogFormatter())
+    sys.excepthook = _print_traceback
+
+
+class _LogFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return escape(super().format(record), lines=True)
+
+
+def _print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    lines = "".join(traceback.format_exception(kind, error, trace))
+    print(escape(lines, lines=True), end="", file=sys.stderr, flush=True)
 
 
 class Progress:
@@ -52,7 +139,8 @@ class Progress:
         self._first_time, self._first_step = time.monotonic(), 0
         self._live: Live | None = None
         if console.is_terminal:
-            self._live = Live(Text(f"{name}: starting workers"), console=console, transient=True)
+            waiting = Text(escape(f"{name}: starting workers"))
+            self._live = Live(waiting, console=console, transient=True)
             self._live.start()
         else:
             say(f"{name}: starting workers")
@@ -75,7 +163,7 @@ class Progress:
             remaining = pace * (self._steps - step)
             line += f"  ETA {int(remaining // 60)}:{int(remaining % 60):02d}"
         if self._live and "train/loss" in values:
-            self._live.update(Text(line))
+            self._live.update(Text(escape(line)))
         else:
             say(line)
 
@@ -98,15 +186,15 @@ def counting(what: str, unit: str) -> Iterator[Callable[[int], None]]:
     """
     stderr = Console(stderr=True)
     columns = (
-        progress.TextColumn(what),
+        progress.TextColumn("{task.description}", markup=False),
         progress.MofNCompleteColumn(),
-        progress.TextColumn(unit),
+        progress.TextColumn("{task.fields[unit]}", markup=False),
         progress.TimeElapsedColumn(),
     )
     with progress.Progress(
         *columns, console=stderr, transient=True, disable=not stderr.is_terminal
     ) as bar:
-        task = bar.add_task("", total=None)
+        task = bar.add_task(escape(what), total=None, unit=escape(unit))
         yield lambda count: bar.update(task, completed=count)
 
 
@@ -128,11 +216,22 @@ def table(
         rows: The values, row by row.
         left: Columns to align left, as the first one always is. The others are aligned right.
     """
-    grid = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        align_left = i == 0 or column in left
-        grid.add_column(column, justify="left" if align_left else "right", overflow="fold")
-    for row in rows:
-        grid.add_row(*[Text(format_cell(value)) for value in row])
+    grid = build_table(title, columns, rows, left)
     wide_enough = console.width >= 100
     (console if wide_enough else Console(width=120, highlight=False)).print(grid)
+
+
+def build_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]], left: Sequence[str] = ()
+) -> Table:
+    """Returns the table that `table` prints, with the same arguments."""
+    # As a Text, a title, name or value is shown without rich's markup and emoji.
+    grid = Table(title=Text(escape(title), "table.title"), title_justify="left")
+    for i, column in enumerate(columns):
+        align_left = i == 0 or column in left
+        grid.add_column(
+            Text(escape(column)), justify="left" if align_left else "right", overflow="fold"
+        )
+    for row in rows:
+        grid.add_row(*[Text(escape(format_cell(value))) for value in row])
+    return grid

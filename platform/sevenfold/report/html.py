@@ -9,7 +9,7 @@ import html
 import io
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -17,8 +17,9 @@ import numpy as np
 import optuna
 
 from sevenfold import storage
+from sevenfold.errors import first_line
 from sevenfold.recipe import Sweep
-from sevenfold.report.console import format_cell
+from sevenfold.report.console import escape, format_cell, say
 from sevenfold.report.ranking import read_trials
 from sevenfold.report.run_log import read_reports
 from sevenfold.run_folder import RunFolder
@@ -40,12 +41,12 @@ def write(folder: RunFolder, sweep: Sweep) -> None:
     use_fonts_of_the_reader()
     scored = [trial for trial in trials if trial["score"] is not None]
     pictures = [
-        _draw_curves(folder, trials, sweep),
-        _draw_parallel_axes(scored, sweep),
-        _draw_importance(scored, sweep),
+        _picture("learning curves", lambda: _draw_curves(folder, trials, sweep)),
+        _picture("hyperparameters", lambda: _draw_parallel_axes(scored, sweep)),
+        _picture("importance", lambda: _draw_importance(scored, sweep)),
     ]
-    name, direction = html.escape(folder.name), "lower" if sweep.best == "min" else "higher"
-    summary = html.escape(
+    name, direction = _html(folder.name), "lower" if sweep.best == "min" else "higher"
+    summary = _html(
         f"{len(trials)} trials; {sweep.algorithm} sweep, scheduler {sweep.scheduler}; "
         f"{sweep.metric}, {direction} is better."
     )
@@ -55,6 +56,29 @@ def write(folder: RunFolder, sweep: Sweep) -> None:
         f"{''.join(pictures)}{_html_table(trials, sweep)}"
     )
     storage.write(storage.join(folder.root, "report.html"), page)
+
+
+def _picture(name: str, draw: Callable[[], str]) -> str:
+    """Returns a picture as HTML; a line that says why, if it cannot be drawn.
+
+    All trials have run by now: what stops one picture must not cost the rest of the page.
+    """
+    try:
+        return draw()
+    except Exception as e:
+        plt.close("all")
+        message = f"the picture of the {name} is left out: {first_line(e)}"
+        say(f"report.html: {message}")
+        return f"<p>{_html(message)}</p>"
+
+
+def _html(value: Any) -> str:
+    """Returns a value as HTML text, formatted as in the printed tables."""
+    return html.escape(_shown(value))
+
+
+def _shown(value: Any) -> str:
+    return escape(format_cell(value))
 
 
 def _html_table(trials: Sequence[Trial], sweep: Sweep) -> str:
@@ -71,17 +95,22 @@ def _html_table(trials: Sequence[Trial], sweep: Sweep) -> str:
         ]
         for trial in trials
     ]
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    head = "".join(f"<th>{_html(column)}</th>" for column in columns)
     body = ""
     for row in rows:
-        cells = "".join(f"<td>{html.escape(format_cell(value))}</td>" for value in row)
+        cells = "".join(f"<td>{_html(value)}</td>" for value in row)
         body += f"<tr>{cells}</tr>"
     return f"<table><tr>{head}</tr>{body}</table>"
 
 
 def use_fonts_of_the_reader() -> None:
-    """Keeps the text of figures as text: names may be in scripts that Matplotlib's font lacks."""
-    plt.rcParams.update({"svg.fonttype": "none", "font.family": "sans-serif"})
+    """Keeps the text of figures as text.
+
+    Names may be in scripts that Matplotlib's font lacks, and a $ in them begins no formula.
+    """
+    plt.rcParams.update(
+        {"svg.fonttype": "none", "font.family": "sans-serif", "text.parse_math": False}
+    )
 
 
 def _svg(figure: Any) -> str:
@@ -167,8 +196,8 @@ def _draw_parallel_axes(trials: Sequence[Trial], sweep: Sweep) -> str:
             low, high = min(values), max(values)
         else:
             low, high = values[0], values[-1]
-        axes.text(x, -0.07, format_cell(low), ha="center", fontsize=8)
-        axes.text(x, 1.04, format_cell(high), ha="center", fontsize=8)
+        axes.text(x, -0.07, _shown(low), ha="center", fontsize=8)
+        axes.text(x, 1.04, _shown(high), ha="center", fontsize=8)
     axes.set_xticks(range(len(columns)), [*(key.split(".", 1)[-1] for key in keys), sweep.metric])
     axes.tick_params(axis="x", pad=14)
     axes.set(yticks=[], ylim=(-0.02, 1.02))

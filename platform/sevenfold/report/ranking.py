@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.live
-from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from sevenfold import storage
 from sevenfold.recipe import Sweep
-from sevenfold.report.console import console, format_cell, say, table
+from sevenfold.report.console import build_table, console, say, table
 from sevenfold.run_folder import RunFolder
 
 # metrics in the printed table, where the trials have them
@@ -25,6 +25,8 @@ SHOWN = (
     "train/loss",
 )
 LIVE_ROWS = 20
+FORMULA_STARTS = tuple("=+-@\t\r\n＝＋－＠")  # noqa: RUF001 (Excel takes the wide ones too)
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 TRIAL_FIELDS = {"trial", "config", "step", "score", "metrics", "status", "error"}
 
 
@@ -54,15 +56,15 @@ class Live:
             score = trial.last_result.get(metric) if trial.last_result else None
             return score is None, sign * (score or 0.0)
 
-        grid = Table(title=f"{len(trials)} of {self._sweep.number} trials", title_justify="left")
-        for name in ("trial", *self._sweep.space, "step", metric, "status"):
-            grid.add_column(name)
+        columns = ["trial", *self._sweep.space, "step", metric, "status"]
+        rows = []
         for trial in sorted(trials, key=rank)[:LIVE_ROWS]:
             result = trial.last_result or {}
-            cells = [trial.config.get(key) for key in self._sweep.space]
-            cells += [result.get("step"), result.get(metric)]
-            grid.add_row(trial.trial_id, *map(format_cell, cells), trial.status.lower())
-        self._live.update(grid)
+            values = [trial.config.get(key) for key in self._sweep.space]
+            values += [result.get("step"), result.get(metric)]
+            rows.append([trial.trial_id, *values, trial.status.lower()])
+        title = f"{len(trials)} of {self._sweep.number} trials"
+        self._live.update(build_table(title, columns, rows))
 
     def close(self) -> None:
         """Removes the table."""
@@ -99,15 +101,28 @@ def _write_csv(path: str, trials: Sequence[Mapping[str, Any]]) -> None:
     metrics = sorted({key for trial in trials for key in trial["metrics"]} - {"step"})
     text = io.StringIO()
     writer = csv.writer(text)
-    writer.writerow(["trial", "status", *hyperparameters, "step", *metrics, "error"])
+    header = ["trial", "status", *hyperparameters, "step", *metrics, "error"]
+    writer.writerow(map(_csv_cell, header))
     for trial in trials:
         cells = [
             *(trial["config"].get(key) for key in hyperparameters),
             trial["step"],
             *(trial["metrics"].get(key) for key in metrics),
         ]
-        writer.writerow([trial["trial"], trial["status"], *cells, trial["error"]])
+        row = [trial["trial"], trial["status"], *cells, trial["error"]]
+        writer.writerow(map(_csv_cell, row))
     storage.write(path, text.getvalue())
+
+
+def _csv_cell(value: Any) -> Any:
+    """Returns a value as a cell that a spreadsheet does not take for a formula.
+
+    A text that begins as a formula does, and is no number, gets an apostrophe before it (OWASP, CSV
+    injection).
+    """
+    if not isinstance(value, str) or not value.startswith(FORMULA_STARTS):
+        return value
+    return value if NUMBER.fullmatch(value) else f"'{value}"
 
 
 def read_trials(folder: RunFolder) -> list[dict[str, Any]]:

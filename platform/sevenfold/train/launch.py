@@ -21,7 +21,7 @@ from sevenfold.data.manifest import Manifest
 from sevenfold.errors import InputError, RunError, StoppedError, cause_of
 from sevenfold.prepare.job import Job, prepare_job, required_resources
 from sevenfold.recipe import PRETRAINING, Recipe
-from sevenfold.report.console import Progress, say
+from sevenfold.report.console import Progress, print_text, say
 from sevenfold.run_folder import RunFolder
 from sevenfold.train.signals import run_until_stopped, start_stop_signal
 
@@ -125,7 +125,7 @@ def launch(
     except ray.train.TrainingFailedError as e:
         if "sevenfold.errors." not in str(e):
             # a bug in sevenfold or a fault of the machine: the worker's traceback explains it
-            say(str(e))
+            print_text(str(e))
         raise RunError(
             f"{job.folder}: training failed: {cause_of(str(e))}; "
             "run the same command again to resume from the last checkpoint"
