@@ -20,6 +20,7 @@ from sevenfold.engine.decode import Sampling, generation_config
 from sevenfold.errors import InputError
 from sevenfold.inference import chat
 from sevenfold.inference.load import load
+from sevenfold.report.console import escape
 
 PROMPT = "the quick"
 
@@ -58,7 +59,8 @@ def test_greedy_text_equals_that_of_transformers(
     expected = tokenizer.decode(generated[0, len(ids) :], skip_special_tokens=True)
     run = str(Path(decoder).parent)  # the folder of a run has its model in model/
     assert chat.generate(run, PROMPT, Sampling(40, 0.0, beams=beams)) == expected
-    assert capsys.readouterr().out == expected + "\n" and len(expected) > 10
+    shown = escape(expected, lines=True)
+    assert capsys.readouterr().out == shown + "\n" and len(expected) > 10
 
 
 def test_an_encoder_decoder_reads_the_framed_source(seq2seq: str) -> None:
@@ -132,10 +134,8 @@ def test_chat_keeps_the_history(decoder: str, capsys: pytest.CaptureFixture[str]
         "user",
         "assistant",
     ]
-    assert (
-        capsys.readouterr().out
-        == f"> one\n{messages[2]['content']}\n\n> two\n{messages[4]['content']}\n\n"
-    )
+    printed = f"> one\n{messages[2]['content']}\n\n> two\n{messages[4]['content']}\n\n"
+    assert capsys.readouterr().out == escape(printed, lines=True)
     tokenizer = tiny_models.tokenizer()
     prompt = (
         f"<|bos|>[system]be brief[user]one[assistant]{messages[2]['content']}<|eos|>"

@@ -107,15 +107,14 @@ def print_json(text: str) -> None:
 
 
 def escape_logs_and_tracebacks() -> None:
-    """Escapes what Python itself prints on standard error in this process."""
-    if logging.lastResort is not None:
-        logging.lastResort.setFormatter(_LogFormatter())
+    """Escapes the log records of all libraries, and the traceback that ends this process."""
+    logging.setLogRecordFactory(_LogRecord)
     sys.excepthook = _print_traceback
 
 
-class _LogFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return escape(super().format(record), lines=True)
+class _LogRecord(logging.LogRecord):
+    def getMessage(self) -> str:
+        return escape(super().getMessage(), lines=True)
 
 
 def _print_traceback(
