@@ -114,6 +114,29 @@ def test_dry_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sorted(folder.rglob("*")) == before
 
 
+def test_a_dry_run_shows_foreign_text_as_text(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    storage = r'storage="a\x1b[31m\u202e\nsteps: 9"'
+    assert main(["pretrain", "recipe.yaml", "--dry-run", storage]) == 0
+    output = capsys.readouterr().out
+    assert "\x1b" not in output and "\u202e" not in output
+    # a newline in a name does not end the comment that the name is in
+    assert r"a\x1b[31m\u202e\nsteps: 9/tiny" in output.rstrip().splitlines()[-1]
+    assert "steps" not in yaml.safe_load(output)
+
+
+@pytest.mark.parametrize("argument", ["a\x1b[31m", "a\nb", "[red]a\u202e"])
+def test_an_echoed_argument_is_text(argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for argv in ([argument], ["corpus", argument], ["plan", f"--{argument}"]):
+        assert main(argv) == 2
+        stderr = capsys.readouterr().err
+        assert stderr.startswith("error: sevenfold") and stderr.endswith(" --help\n")
+        assert stderr.count("\n") == 1 and "\x1b" not in stderr and "\u202e" not in stderr
+    assert main(["corpus"]) == 2
+    assert "Choose from: python; see" in capsys.readouterr().err
+
+
 def test_an_interrupted_command_has_the_exit_code_of_ctrl_c(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -142,6 +142,7 @@ def test_logs_and_tracebacks(
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     logger, handler = logging.getLogger("foreign"), logging.StreamHandler(sys.stderr)
     logger.addHandler(handler)
+    logging.setLogRecordFactory(logging.LogRecord)
     try:
         console.escape_logs_and_tracebacks()
         logger.warning("file %s", "a\x1b[31m\x9b")

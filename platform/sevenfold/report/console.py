@@ -108,7 +108,8 @@ def print_json(text: str) -> None:
 
 def escape_logs_and_tracebacks() -> None:
     """Escapes the log records of all libraries, and the traceback that ends this process."""
-    logging.setLogRecordFactory(_LogRecord)
+    if logging.getLogRecordFactory() is logging.LogRecord:  # Ray wraps this factory in its own
+        logging.setLogRecordFactory(_LogRecord)
     sys.excepthook = _print_traceback
 
 
