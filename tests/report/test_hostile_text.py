@@ -37,7 +37,7 @@ HOSTILE = {
     "del\x7f": r"del\x7f",
     "c1\x9b2J\x85": r"c1\x9b2J\x85",
     "exe\u202egnp.txt": r"exe\u202egnp.txt",
-    "mark\u200f\u061c\u2067": r"mark\u200f\u061c\u2067",
+    "mark\u200f\u061c\u2067": "mark\u200f\u061c" + r"\u2067",
     "line\u2028separator": r"line\u2028separator",
     "file\udcff": r"file\udcff",
     "[red]markup[/red]": "[red]markup[/red]",
@@ -53,7 +53,6 @@ ORDINARY = (
     "👩\u200d👩\u200d👧 🏴\U000e0067\U000e0062\U000e007f ❤\ufe0f 👍🏽 🇩🇪",
     "C:\\new\\x1b, a\u00a0b, soft\u00adhyphen, 1\u2009000 €",
 )
-MARKS = {"\u061c", "\u200e", "\u200f"}
 OVERRIDES = {"LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"}
 
 
@@ -61,7 +60,6 @@ def _is_control(character: str) -> bool:
     return (
         unicodedata.category(character) in ("Cc", "Zl", "Zp", "Cs")
         or unicodedata.bidirectional(character) in OVERRIDES
-        or character in MARKS
     )
 
 
