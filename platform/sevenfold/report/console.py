@@ -45,9 +45,9 @@ _SHOWN = (
 
 
 # What a terminal obeys instead of showing it: control characters (C0, DEL, C1), Unicode's
-# embeddings, overrides and isolates, which show text in another order, and line separators; and lone
-# surrogates, which cannot be encoded. The marks U+200E, U+200F and U+061C stay: Arabic and Hebrew
-# texts have them.
+# embeddings, overrides and isolates, which show text in another order, and line separators; and
+# lone surrogates, which cannot be encoded. The marks U+200E, U+200F and U+061C stay: Arabic and
+# Hebrew texts have them.
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
