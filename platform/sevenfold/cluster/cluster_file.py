@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sevenfold.errors import InputError
+from sevenfold.recipe.plain_yaml import read_yaml
 
 Config = Mapping[str, Any]
 
@@ -20,12 +18,7 @@ def read_cluster_file(path: str) -> Config:
         InputError: The file does not exist, is not valid YAML, or describes no cluster; or a node
             type is not a mapping.
     """
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path}: expected a cluster.yaml, found no file") from None
-    except yaml.YAMLError as e:
-        raise InputError(f"{path}: expected valid YAML: {' '.join(str(e).split())}") from None
+    config = read_yaml(path, "a cluster.yaml", for_ray=True)
     if not isinstance(config, dict) or not isinstance(config.get("available_node_types"), dict):
         raise InputError(
             f"{path}: expected a cluster.yaml with the key available_node_types, found none"

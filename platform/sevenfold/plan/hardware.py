@@ -6,14 +6,12 @@ import copy
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from sevenfold.cluster.hardware import hardware_table
 from sevenfold.errors import InputError
 from sevenfold.recipe import Recipe
+from sevenfold.recipe.plain_yaml import read_yaml
 
 GIB = 2**30
 GBIT = 1e9 / 8  # bytes
@@ -120,13 +118,7 @@ def load(path: str | None = None) -> Table:
 
 def _read(path: str, table: Table) -> dict[str, Any]:
     """Returns the contents of a user's file, whose sections must be those of the table."""
-    try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise InputError(f"{path}: expected a hardware table (YAML): {reason}") from None
-    except yaml.YAMLError as e:
-        raise InputError(f"{path}: expected YAML: {' '.join(str(e).split())}") from None
+    content = read_yaml(path, "a hardware table (YAML)")
     if not isinstance(content, dict) or not content.keys() <= table.keys():
         keys = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise InputError(

@@ -87,6 +87,7 @@ class Source(Section):
     weight: float | None = Field(
         None,
         gt=0,
+        allow_inf_nan=False,
         description="Relative share of this source in the tokens of training. Give every source a "
         "weight, or none: then the sources are mixed in proportion to their sizes",
     )
@@ -199,7 +200,9 @@ class Data(Section):
         "decoder begins with it when it generates",
     )
     sequence_length: int = Field(
-        gt=1, description="Tokens per sequence, which is the model's context length in training"
+        gt=1,
+        lt=2**31,
+        description="Tokens per sequence, which is the model's context length in training",
     )
     packing: Literal["best_fit", "concatenate"] = Field(
         "best_fit",
@@ -331,6 +334,7 @@ class Tokenizer(Section):
     vocab_size: int | None = Field(
         None,
         ge=300,
+        le=2**24,
         description="Train a byte-level BPE tokenizer of this size on a sample of the sources",
     )
     chat_template: str | None = Field(

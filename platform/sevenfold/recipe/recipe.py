@@ -6,7 +6,6 @@ import difflib
 import hashlib
 import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
@@ -14,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from sevenfold.errors import InputError
 from sevenfold.recipe.data import Data, Section, Tokenizer, without_unset
-from sevenfold.recipe.plain_yaml import load_yaml
+from sevenfold.recipe.plain_yaml import load_yaml, read_yaml
 from sevenfold.recipe.sweep import BUDGETS, Sweep
 from sevenfold.recipe.training import (
     Adapter,
@@ -264,11 +263,6 @@ def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
         InputError: The file cannot be read or is no YAML; or the recipe has an unknown key, a value
             of a wrong type, or settings that contradict each other.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise InputError(f"{path}: expected a recipe (a YAML file): {reason}") from None
     changes = {}
     for item in overrides:
         key, equals_sign, value = item.partition("=")
@@ -276,7 +270,7 @@ def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
             raise InputError(f"{item!r}: expected key.path=value, for example train.steps=100")
         changes[key] = load_yaml(value, item)
         _refuse_old_name(key.partition(".")[0], item)
-    tree = _load_tree(text, path)
+    tree = _check_tree(read_yaml(path, "a recipe (a YAML file)"), path)
     for key in tree:
         _refuse_old_name(key, path)
     return _validate(_apply_changes(tree, changes, path), path)
@@ -298,12 +292,12 @@ def loads(text: str, where: str, changes: dict[str, Any] | None = None) -> Recip
     Raises:
         InputError: As `parse`.
     """
-    tree = {_RENAMED.get(key, key): value for key, value in _load_tree(text, where).items()}
+    stored = _check_tree(load_yaml(text, where), where)
+    tree = {_RENAMED.get(key, key): value for key, value in stored.items()}
     return _validate(_apply_changes(tree, changes or {}, where), where)
 
 
-def _load_tree(text: str, where: str) -> dict[str, Any]:
-    tree = load_yaml(text, where)
+def _check_tree(tree: Any, where: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise InputError(
             f"{where}: expected a recipe (keys and values), found {type(tree).__name__}"
@@ -347,7 +341,7 @@ def _validate(tree: dict[str, Any], where: str) -> Recipe:
             raise InputError(f"{where}: required key {path!r} is missing{more}") from None
         message = first["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
-        found = "" if first["type"] == "value_error" else f", found {first['input']!r}"
+        found = "" if first["type"] == "value_error" else f", found {repr(first['input'])[:200]}"
         raise InputError(f"{where}: {path + ': ' if path else ''}{message}{found}{more}") from None
 
 

@@ -58,7 +58,7 @@ class Adapter(Section):
     )
 
 
-class Corruption(Section):
+class Corruption(Section, allow_inf_nan=False):
     """Which tokens are removed from the text by masked and denoise.
 
     masked: arXiv 1810.04805 (BERT). denoise: arXiv 1910.10683 (T5).
@@ -70,7 +70,7 @@ class Corruption(Section):
     )
 
 
-class Preference(Section):
+class Preference(Section, allow_inf_nan=False):
     """Settings of objective dpo (arXiv 2305.18290)."""
 
     beta: float = Field(
@@ -81,7 +81,7 @@ class Preference(Section):
     )
 
 
-class Contrastive(Section):
+class Contrastive(Section, allow_inf_nan=False):
     """Settings of objective embed.
 
     The negatives of a query are the documents of all other queries of the optimizer step. Their
@@ -97,7 +97,9 @@ class Contrastive(Section):
 class Train(Section):
     """How long training takes, in which batches, and how the loss is computed."""
 
-    global_batch: int = Field(gt=0, description="Sequences per optimizer step, over all workers")
+    global_batch: int = Field(
+        gt=0, lt=2**31, description="Sequences per optimizer step, over all workers"
+    )
     micro_batch: int = Field(
         gt=0,
         description="Sequences per forward pass of a worker; gradients are accumulated. classify "
@@ -160,7 +162,7 @@ class Train(Section):
         return self
 
 
-class Optimizer(Section):
+class Optimizer(Section, allow_inf_nan=False):
     """The optimizer. Defaults: Llama 3 (arXiv 2407.21783) and OLMo 2 (arXiv 2501.00656)."""
 
     name: Literal["adamw", "muon"] = Field(

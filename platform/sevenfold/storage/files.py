@@ -44,7 +44,7 @@ def input_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
             f"{path}: expected the URL of one file, found a folder or glob, which cannot be listed "
             "over HTTP"
         )
-    if info.get("type") == "file":
+    if info.get("type") in ("file", "other"):  # a FIFO or device is refused when it is opened
         paths, expected = [root], "a file"
     elif info.get("type") == "directory":
         names = with_retries(path, "listed", lambda: fs.find(root, on_error="raise"))
@@ -75,7 +75,7 @@ def _glob(fs: fsspec.AbstractFileSystem, path: str, root: str) -> list[str]:
     return [
         name
         for name, info in matches.items()
-        if info["type"] == "file" or (info["type"] == "other" and fs.isfile(name))
+        if info["type"] == "file" or (info["type"] == "other" and not fs.isdir(name))
     ]
 
 
@@ -239,7 +239,7 @@ def read_json(
     text = read_text(path)
     try:
         tree = json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         problem = f"not valid JSON ({e})" if text.strip() else "the file is empty"
         raise InputError(f"{path}: damaged: {problem}; {hint}") from None
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import stat
 from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
@@ -15,6 +16,12 @@ from sevenfold.storage.retry import T, with_retries
 
 # The largest file that is downloaded as a whole from a server without range requests.
 MAX_DOWNLOAD_BYTES = 2 << 30
+_SPECIAL = (
+    (stat.S_ISFIFO, "a named pipe (FIFO)"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
 
 
 class Reader(io.RawIOBase):
@@ -130,6 +137,11 @@ class Reader(io.RawIOBase):
 def _open(path: str) -> BinaryIO:
     """Opens a file for reading and seeking, local or at a URL."""
     if not is_url(path):
+        # opening a FIFO would wait for a writer, and a device may never end
+        mode = os.stat(path).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            kind = next((kind for is_kind, kind in _SPECIAL if is_kind(mode)), "a special file")
+            raise InputError(f"{path}: expected a regular file, found {kind}: remove it")
         return open(path, "rb")
     fs, root = filesystem(path)
     file = fs.open(root, "rb")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import time
@@ -88,6 +89,12 @@ def _permanent_error(path: str, error: Exception) -> Exception | None:
     missing = isinstance(error, (FileNotFoundError, NotADirectoryError)) or status in (404, 410)
     if missing or "NO_SUCH_KEY" in reason:
         return MissingError(f"{path}: expected a file, found none")
+    if isinstance(error, OSError) and error.errno == errno.ELOOP:
+        return InputError(
+            f"{path}: expected a file, found a symbolic link that leads back to itself: remove it"
+        )
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return InputError(f"{path[:80]}...: expected a path, found a name that is too long")
     if isinstance(error, IsADirectoryError):
         return InputError(f"{path}: expected a file, found a folder")
     refused = isinstance(error, PermissionError) or re.search(REFUSALS, reason)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -153,6 +154,15 @@ def parse_object(line: bytes) -> dict[str, Any]:
         row = json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as e:
         raise ValueError(f"expected a JSON object, found invalid JSON: {e.msg}") from None
+    except UnicodeError:
+        raise
+    except ValueError:  # Python refuses to convert so many digits
+        limit = sys.get_int_max_str_digits()
+        raise ValueError(
+            f"expected a JSON object, found an integer of over {limit} digits"
+        ) from None
+    except RecursionError:
+        raise ValueError("expected a JSON object, found one that is nested too deeply") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
     return row

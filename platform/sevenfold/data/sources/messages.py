@@ -251,7 +251,10 @@ def nested_value(text: str) -> Any:
 
     Text that is JSON stays text: an answer may well be JSON.
     """
-    return json.loads(text[1:]) if text.startswith(NESTED) else None
+    try:
+        return json.loads(text[1:]) if text.startswith(NESTED) else None
+    except RecursionError:
+        raise ValueError("expected a value, found one that is nested too deeply") from None
 
 
 def parse_list(text: str) -> list[Any] | None:

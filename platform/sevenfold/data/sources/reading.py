@@ -122,6 +122,11 @@ def _read_parquet(
                 raise decompression_bomb(shard, describe_location(shard, group), size)
             if batch_start >= group.end:
                 break
+    if batch_start < group.end:
+        raise UnreadableError(
+            f"{shard.path}: row group {group.index}: expected {group.end:,} rows or more, as its "
+            f"footer says, found {batch_start:,}: the file is damaged"
+        )
     table = pa.concat_tables(parts)
     return RawDocuments(
         {column: table[column] for column in text_columns},

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sevenfold import storage
+from sevenfold.data.sources.json_lines import parse_object
 from sevenfold.data.sources.shards import Format, Shard, describe, file_suffixes
 from sevenfold.data.sources.text_blocks import lines
 from sevenfold.data.sources.text_encoding import with_text_format
@@ -130,13 +130,11 @@ def _parse_line(line: bytes, file_format: Format) -> tuple[dict[str, Any], str]:
     """Returns the columns of a line, and why it cannot be read ("" if it can)."""
     try:
         text = line.decode("utf-8").rstrip("\r\n")
-        value = {"text": text} if file_format == "txt" else json.loads(text)
+        value = {"text": text} if file_format == "txt" else parse_object(line)
     except UnicodeDecodeError:
         return {}, "not UTF-8"
-    except (ValueError, RecursionError) as e:
-        return {}, f"expected a JSON object, found invalid JSON: {first_line(e)}"
-    if not isinstance(value, dict):
-        return {}, f"expected a JSON object, found {type(value).__name__}"
+    except ValueError as e:
+        return {}, first_line(e)
     try:
         "".join(_strings(value)).encode()
     except UnicodeEncodeError:  # JSON escapes can hold one half of a surrogate pair

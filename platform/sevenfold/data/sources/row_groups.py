@@ -102,8 +102,15 @@ def _split_parquet(
         chunks = [row_group.column(leaf) for leaf in leaves]
         size = sum(c.total_uncompressed_size for c in chunks)
         compressed_size = sum(c.total_compressed_size for c in chunks)
-        if size > MAX_GROUP_BYTES and size > MAX_COMPRESSION_RATIO * compressed_size:
-            raise decompression_bomb(shard, f"row group {index}", size)
+        if not 0 <= compressed_size <= shard.file_bytes or size < 0 or rows < 0:
+            raise InputError(
+                f"{shard.path}: row group {index}: expected at most {shard.file_bytes:,} bytes, "
+                f"the size of the file, found {compressed_size:,} bytes, {size:,} uncompressed, and "
+                f"{rows:,} rows in its footer: the file is damaged"
+            )
+        least = max(size, rows)  # the text of a row has at least one byte
+        if least > MAX_GROUP_BYTES and least > MAX_COMPRESSION_RATIO * compressed_size:
+            raise decompression_bomb(shard, f"row group {index}", least)
         is_small = source.shape is not None and size <= SMALL_BYTES
         parts = _part_count(size, target_bytes, SMALL_PARTS if is_small else MAX_PARTS)
         part_rows = -(-rows // max(1, parts))
