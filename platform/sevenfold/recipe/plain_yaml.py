@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self._sizes:
                 raise _error(
-                    f"the alias *{event.anchor} inside the value that it stands for", event
+                    f"the alias *{event.anchor[:40]} inside the value that it stands for", event
                 )
             self._nodes += self._sizes.get(event.anchor, 1)
         else:
@@ -177,5 +177,5 @@ def load_yaml(text: str, where: str, for_ray: bool = False) -> Any:
         line = f", line {mark.line + 1}" if mark else ""
         problem = getattr(e, "problem", None) or first_line(e)
         raise InputError(
-            f"{where}{line}: expected YAML, found {problem.removeprefix('found ')}"
+            f"{where}{line}: expected YAML, found {re.sub('^(but )?found ', '', problem)[:300]}"
         ) from None

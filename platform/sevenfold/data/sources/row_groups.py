@@ -104,9 +104,9 @@ def _split_parquet(
         compressed_size = sum(c.total_compressed_size for c in chunks)
         if not 0 <= compressed_size <= shard.file_bytes or size < 0 or rows < 0:
             raise InputError(
-                f"{shard.path}: row group {index}: expected at most {shard.file_bytes:,} bytes, "
-                f"the size of the file, found {compressed_size:,} bytes, {size:,} uncompressed, and "
-                f"{rows:,} rows in its footer: the file is damaged"
+                f"{shard.path}: row group {index}: expected at most the file's size "
+                f"({shard.file_bytes:,} bytes), found {compressed_size:,} bytes in its footer "
+                f"({size:,} uncompressed, {rows:,} rows): the file is damaged"
             )
         least = max(size, rows)  # the text of a row has at least one byte
         if least > MAX_GROUP_BYTES and least > MAX_COMPRESSION_RATIO * compressed_size:
