@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
         """Composes a node, within the limits; aliases count as what they stand for."""
         event: Any = self.peek_event()
         before = self._nodes
-        if isinstance(event, yaml.AliasEvent):
+        if self.check_event(yaml.AliasEvent):
             if event.anchor in self.anchors and event.anchor not in self._sizes:
                 raise _error(
                     f"the alias *{event.anchor[:40]} inside the value that it stands for", event
