@@ -216,7 +216,7 @@ FOLDERS: list[tuple[Callable[[Path], None], str]] = [
     (write_json('{"a":' * 100_000), "line 2: expected a JSON object, found one that is nested"),
     (write_json("9" * 5000), "line 2: expected a JSON object, found an integer of over 4300"),
     (write_parquet("bytes", 2**62), "a.parquet: row group 0: expected at most "),
-    (write_parquet("rows", 2**34), "a.parquet: row group 0: "),
+    (write_parquet("rows", 2**34), "a.parquet: row group 0 (17,179,869,184 rows): expected text"),
     (write_parquet("rows", 2**20), "a.parquet: row group 0"),
 ]
 

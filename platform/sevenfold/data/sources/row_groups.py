@@ -110,7 +110,7 @@ def _split_parquet(
             )
         least = max(size, rows)  # the text of a row has at least one byte
         if least > MAX_GROUP_BYTES and least > MAX_COMPRESSION_RATIO * compressed_size:
-            raise decompression_bomb(shard, f"row group {index}", least)
+            raise decompression_bomb(shard, f"row group {index} ({rows:,} rows)", least)
         is_small = source.shape is not None and size <= SMALL_BYTES
         parts = _part_count(size, target_bytes, SMALL_PARTS if is_small else MAX_PARTS)
         part_rows = -(-rows // max(1, parts))
