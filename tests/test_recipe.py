@@ -57,6 +57,14 @@ def test_overrides(path: str) -> None:
         ("train.steps=-1", "greater than 0"),
         ("train.tokens=100", "either steps or tokens"),
         ("data.classes=[a, b]", "data.classes is for objective classify, found causal"),
+        (
+            "data.languages={source: en_XX, target: de_DE}",
+            "data.languages is for objective seq2seq",
+        ),
+        (
+            "data.sources.0.columns={source: text, target: text}",
+            "expected a column of its own for each role, found 'text' for source and target",
+        ),
         ("train.global_batch=6", "global_batch (6) must be a multiple of data.lanes (4)"),
         ("cluster.num_workers=5", "data.lanes (4) must be at least"),
         ("data.sources.3.path=x", "unknown key 'data.sources.3.path'"),

@@ -107,6 +107,18 @@ class Source(Section):
                 ) from None
         return name
 
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        for role, column in columns.items():
+            first = next(r for r, c in columns.items() if c == column)
+            if first != role:
+                raise ValueError(
+                    f"expected a column of its own for each role, found {column!r} for {first} and "
+                    f"{role}"
+                )
+        return columns
+
     def to_json(self) -> dict[str, Any]:
         """Returns the fields; one that earlier versions do not have only if it is set."""
         return without_unset(self.model_dump(mode="json"), ("encoding",))
