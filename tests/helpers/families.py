@@ -198,7 +198,8 @@ def _compare_with_transformers(recipe: Recipe, support: Any, root: Path) -> Iter
     model, objective = _built(recipe, support)
     torch.manual_seed(0)
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and "A_log" not in name:  # so that every matrix has an effect
+        # so that every matrix has an effect
+        if parameter.requires_grad and parameter.ndim >= 2 and "A_log" not in name:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
     model.train()  # Reformer computes gradients in no other mode; nothing is dropped
     reference = copy.deepcopy(model)

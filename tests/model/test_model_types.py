@@ -34,7 +34,7 @@ SAMPLE = {
         ("masked", "roberta", PACKED),  # positions after that of padding
         ("masked", "modernbert", PACKED),  # windows in some layers
         ("masked", "deberta-v2", PADDED),
-        ("masked", "mobilebert", PADDED),  # reads the neighbors of each token
+        ("masked", "longformer", PADDED),  # windows of its own
         ("denoise", "t5", PACKED),
         ("denoise", "bart", PADDED),
         ("denoise", "m2m_100", PADDED),

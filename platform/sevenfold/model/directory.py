@@ -90,16 +90,17 @@ def _mend_generation_config(model: Any) -> None:
 def _set_special_tokens(model: Any, tokenizer: Any) -> None:
     """Sets the tokenizer's BOS, PAD and EOS in the model's configs.
 
-    An encoder or an encoder-decoder keeps its own PAD: RoBERTa and its kin, for example, count
-    positions from it. A decoder looks for it only to find the end of a padded text.
+    A model keeps a PAD of its own: RoBERTa, XGLM and others compute positions from it. A decoder
+    that classifies gets the tokenizer's, which it looks for to find the last token of a text.
     """
+    seeks_pad = family(model.config) == "decoder" and not model.can_generate()
     configs = [model.config]
     if model.can_generate():
         configs.append(model.generation_config)
     for config in configs:
         for field in ("bos_token_id", "pad_token_id"):
-            is_fixed = field == "pad_token_id" and family(model.config) != "decoder"
-            if is_fixed and getattr(config, field, None) is not None:
+            is_kept = field == "pad_token_id" and not seeks_pad
+            if is_kept and getattr(config, field, None) is not None:
                 continue
             if getattr(tokenizer, field) is not None:
                 setattr(config, field, getattr(tokenizer, field))

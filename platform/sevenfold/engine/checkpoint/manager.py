@@ -145,7 +145,7 @@ class CheckpointManager:
         self.wait()
         self._save_start = time.perf_counter()
         model_state, optimizer_state = get_state_dict(
-            model, optimizers, options=state_dict_options()
+            model, optimizers, options=state_dict_options(model)
         )
         copy: Any = self._stager.stage({"model": model_state, "optimizer": optimizer_state})
         self._pending = self._thread.submit(self._persist, copy, step, extra, before_commit)

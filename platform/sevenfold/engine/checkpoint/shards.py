@@ -39,7 +39,7 @@ def load_checkpoint(
         ]
         for optimizer in optimizers
     ]
-    options = state_dict_options()
+    options = state_dict_options(model)
     model_state, optimizer_state = get_state_dict(model, optimizers, options=options)
     reader = shard_reader(checkpoint.path)
     states: Any = optimizer_state["state"]
@@ -126,9 +126,14 @@ class CheckpointWeights:
         return tensor
 
 
-def state_dict_options() -> StateDictOptions:
-    """Returns the options for state dicts: frozen parameters are left out of checkpoints."""
-    return StateDictOptions(ignore_frozen_params=True)
+def state_dict_options(model: nn.Module) -> StateDictOptions:
+    """Returns the options for state dicts: an adapter's checkpoints leave out its frozen base.
+
+    A model without an adapter may have frozen parameters too, such as fixed positions; they are
+    saved.
+    """
+    has_adapter = any("lora_" in name for name, _ in model.named_parameters())
+    return StateDictOptions(ignore_frozen_params=has_adapter)
 
 
 def shard_writer(path: str) -> tuple[Any, dict[str, dict[str, Any]]]:

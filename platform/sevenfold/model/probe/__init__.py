@@ -97,16 +97,16 @@ def _supported(recipe: Recipe, model: Any, tokenizer: Any) -> Support:
     Raises:
         UnsupportedError: It cannot.
     """
-    frozen = [name for name, p in model.named_parameters() if not p.requires_grad]
-    if frozen:
-        raise UnsupportedError(f"it has weights that are never trained, such as {frozen[0]}")
     if getattr(model.config, "expert_capacity", None):
         raise UnsupportedError(
             "its experts take at most expert_capacity tokens of a batch, so that the loss of a "
             "document depends on the documents beside it"
         )
-    adapted = None if recipe.adapter is None else with_adapter(model, recipe)
     randomize(model, recipe.seed)
+    adapted = None
+    if recipe.adapter is not None:
+        adapted = with_adapter(model, recipe)
+        randomize(model, recipe.seed)
     if build.MODEL_CLASSES[recipe.objective][1] == "decoder":
         check_causal(recipe, model)
     support = right_combination(recipe, model)

@@ -91,14 +91,14 @@ def _difference(recipe: Recipe, model: Any, support: Support) -> float:
 
 
 def randomize(model: Any, seed: int) -> None:
-    """Draws all matrices at random, so that each of them has an effect on the losses.
+    """Draws all trained matrices at random, so that each of them has an effect on the losses.
 
     Initial weights can be zero (those of adapters, of some output layers) or so small that a
     document that sees another one would not be noticed.
     """
     torch.manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if parameter.ndim >= 2 and "A_log" not in name:
+        if parameter.requires_grad and parameter.ndim >= 2 and "A_log" not in name:
             torch.nn.init.normal_(parameter, std=1 / math.sqrt(parameter.shape[-1]))
 
 
