@@ -95,7 +95,7 @@ def test_invalid_override_gives_a_one_line_error(path: str, override: str, says:
 
 
 def test_missing_and_unreadable_files(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match="found no file"):
         parse(str(tmp_path / "none.yaml"))
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(InputError, match="found list"):

@@ -152,6 +152,8 @@ def read_yaml(path: str, expected: str, for_ray: bool = False) -> Any:
                 f"{path}: expected {expected} of at most {MAX_BYTES >> 20} MiB, found more"
             )
         text = content.decode("utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: expected {expected}, found no file") from None
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or e
         raise InputError(f"{path}: expected {expected}: {reason}") from None
