@@ -5,7 +5,7 @@
 A tiny model of each type of transformers' causal, masked and sequence-to-sequence language models
 is trained for a few steps, saved, resumed, exported, and trained with an adapter; its losses and
 gradients are compared with those of transformers' own model, one document at a time (the code is
-tests/helpers/families.py). It takes about 30 minutes on one core.
+tests/helpers/families.py). It takes about ten minutes on two idle cores.
 
 The claim `accepted_are_right`: the share of accepted types without a problem is 1. The numbers of
 accepted and refused types and the reasons are printed. --table writes docs/model_families.md.
@@ -27,6 +27,7 @@ sys.path[:0] = [str(ROOT / "platform"), str(ROOT / "tests")]
 import measure  # noqa: E402
 from helpers.families import Outcome, examine, model_types  # noqa: E402
 
+PROCESSES = 2
 TYPES_PER_PROCESS = 20  # a fresh process returns the memory of the models before
 OBJECTIVES = {
     "causal": "causal, sft, dpo",
@@ -103,7 +104,7 @@ def main() -> int:
     outcomes = {}
     # not ProcessPoolExecutor, which hangs with max_tasks_per_child (Python 3.11)
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Pool(1, initializer=_begin, maxtasksperchild=TYPES_PER_PROCESS) as pool:
+    with spawn.Pool(PROCESSES, initializer=_begin, maxtasksperchild=TYPES_PER_PROCESS) as pool:
         results = pool.imap(_examine, types)
         for (objective, model_type), outcome in zip(types, results, strict=True):
             outcomes[objective, model_type] = outcome

@@ -19,7 +19,7 @@ from sevenfold.recipe import Recipe
 # tokens of each document of the packed row that is tried, unless the model has fewer positions
 DOCUMENTS = (13, 17, 10)
 PADDING = 3  # tokens after them
-MAX_PARAMETERS = 3 * 10**8  # of a tiny model; larger ones take many seconds and gigabytes
+MAX_PARAMETERS = 12 * 10**7  # of a tiny model; larger ones take many seconds and gigabytes
 
 
 class UnsupportedError(Exception):
