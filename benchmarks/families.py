@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -61,8 +62,9 @@ def _begin() -> None:
 
 
 def _cell(message: str) -> str:
-    """Returns a message as the cell of a table."""
-    return " ".join(message.split()).replace("|", "/")
+    """Returns a message as the cell of a table, without the temporary path that it begins with."""
+    text = re.sub(r"^/\S+: ", "", " ".join(message.split()))
+    return text.replace("|", "/")
 
 
 def _examine(of: tuple[str, str]) -> Outcome:
