@@ -201,7 +201,8 @@ def _compare_with_transformers(recipe: Recipe, support: Any, root: Path) -> Iter
         # so that every matrix has an effect
         if parameter.requires_grad and parameter.ndim >= 2 and "A_log" not in name:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    model.train()  # Reformer computes gradients in no other mode; nothing is dropped
+    # Reformer has gradients in training mode only; PhiMoE's router draws at random in it
+    model.train(model.config.model_type == "reformer")
     reference = copy.deepcopy(model)
     rows = _rows(0, objective)
     losses = 0.0
