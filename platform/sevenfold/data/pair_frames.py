@@ -100,7 +100,7 @@ def pair_frames(tokenizer: Any) -> PairFrames:
         InputError: The tokenizer writes something after the end of a target, where a decoder has
             stopped.
     """
-    source = _frame(tokenizer, tokenizer(_TEXT).input_ids)
+    source = source_frame(tokenizer)
     target = _frame(tokenizer, tokenizer(text_target=_TEXT).input_ids)
     end = eos_id(tokenizer)
     if target.after[-1:] != (end,):

@@ -15,7 +15,6 @@ from sevenfold.data.rows import IGNORE, Rows
 from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.engine.decode import Sampling, generate, generation_config
 from sevenfold.engine.objectives import (
-    Causal,
     Preference,
     attach_losses,
     build_objective,
@@ -90,9 +89,7 @@ class Scorer:
         )
         if isinstance(self._objective, Preference):
             reference = _load_model(folder, recipe, base=True)
-            # The numbers are those of masking and corruption, which Causal does not use.
-            causal = Causal(self._objective.special_tokens, 0, 0.5, 1)
-            causal.support = support
+            causal = self._objective.reference_objective()
             attach_losses(reference, causal, recipe.train.loss_chunk)
             self._objective.reference = reference
         self._losses = attach_losses(self._model, self._objective, recipe.train.loss_chunk)

@@ -30,7 +30,6 @@ from sevenfold.engine import optim
 from sevenfold.engine.objectives import (
     CPU_LOGITS,
     OBJECTIVES,
-    Causal,
     Preference,
     SpecialTokens,
     attach_losses,
@@ -186,7 +185,7 @@ def _build(job: Job, mesh: DeviceMesh) -> tuple[Any, Any]:
         special_tokens, 0, recipe.corruption.rate, recipe.corruption.mean_span
     )
     if isinstance(objective, Preference) and recipe.adapter is None:
-        objective.reference = _build_reference(recipe, config, special_tokens, cpu_logits, mesh)
+        objective.reference = _build_reference(recipe, config, objective, cpu_logits, mesh)
     attach_losses(
         model, objective, train.loss_chunk, train.z_loss, train.label_smoothing, cpu_logits
     )
@@ -197,7 +196,7 @@ def _build(job: Job, mesh: DeviceMesh) -> tuple[Any, Any]:
 def _build_reference(
     recipe: Recipe,
     config: Any,
-    special_tokens: SpecialTokens,
+    objective: Preference,
     cpu_logits: int | None,
     mesh: DeviceMesh,
 ) -> Any:
@@ -205,8 +204,8 @@ def _build_reference(
     reference: Any = build.build(recipe, config, weights=False)
     if reference._can_set_attn_implementation():
         reference.set_attn_implementation(_SDPA)
-    objective = Causal(special_tokens, 0, 0.5, 1)
-    attach_losses(reference, objective, recipe.train.loss_chunk, cpu_logits=cpu_logits)
+    causal = objective.reference_objective()
+    attach_losses(reference, causal, recipe.train.loss_chunk, cpu_logits=cpu_logits)
     train = recipe.train.model_copy(update={"compile": False, "activation_checkpointing": "none"})
     parallel.parallelize(reference.requires_grad_(False), mesh, train, recipe.parallel)
     return reference.eval()

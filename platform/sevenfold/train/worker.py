@@ -30,7 +30,6 @@ from sevenfold.engine.checkpoint.interval import Interval, is_due
 from sevenfold.engine.guard import DIVERGENCE_ADVICE, describe_divergence
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import (
-    Causal,
     Objective,
     Preference,
     attach_losses,
@@ -43,7 +42,7 @@ from sevenfold.prepare.encoder import set_first_token
 from sevenfold.prepare.job import Job
 from sevenfold.report.run_log import RunLog, logged_metrics
 from sevenfold.run_folder import RunFolder
-from sevenfold.train.messages import pluralize
+from sevenfold.train.messages import describe_moved, pluralize
 from sevenfold.train.resume import RunState
 from sevenfold.train.signals import SignalReceiver
 from sevenfold.train.validate import Validator
@@ -128,10 +127,7 @@ class Worker:
         if checkpoint is not None:
             moved = load_checkpoint(checkpoint, self.model, self.optimizers)
             if moved:
-                self._say(
-                    f"{pluralize(len(moved), 'parameter')} had another optimizer in an earlier "
-                    f"version of sevenfold, and its state begins anew: {', '.join(sorted(moved))}"
-                )
+                self._say(describe_moved(moved))
         self.manager = state.manager = CheckpointManager(
             self.folder.checkpoints,
             keep=recipe.checkpoint.keep,
@@ -208,7 +204,7 @@ class Worker:
         flops = build.flops_per_token(model, recipe)
         return objective, parallel.shard(model, self.device, recipe.train, recipe.parallel), flops
 
-    def _build_reference(self, config: Any, objective: Objective) -> Any:
+    def _build_reference(self, config: Any, objective: Preference) -> Any:
         """Returns the reference model of DPO, frozen and sharded over the ranks.
 
         It is the model that the run started from.
@@ -216,9 +212,7 @@ class Worker:
         recipe = self.recipe
         kernel = build.choose_attention(recipe, self.device, config)
         model = build.build(recipe, config, weights=self.rank == 0, attention=kernel)
-        causal = Causal(objective.special_tokens, 0, 0.5, 1)
-        causal.support = objective.support
-        attach_losses(model, causal, recipe.train.loss_chunk)
+        attach_losses(model, objective.reference_objective(), recipe.train.loss_chunk)
         settings = recipe.train.model_copy(update={"activation_checkpointing": "none"})
         return parallel.shard(
             model.requires_grad_(False), self.device, settings, recipe.parallel

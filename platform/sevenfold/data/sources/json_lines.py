@@ -156,7 +156,7 @@ def parse_object(line: bytes) -> dict[str, Any]:
         raise ValueError(f"expected a JSON object, found invalid JSON: {e.msg}") from None
     except UnicodeError:
         raise
-    except ValueError:  # Python refuses to convert so many digits
+    except ValueError:  # Python converts no integer with more digits than its limit
         limit = sys.get_int_max_str_digits()
         raise ValueError(
             f"expected a JSON object, found an integer of over {limit} digits"

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from sevenfold.data.rows import Rows
 from sevenfold.engine.batch import IGNORE, Batch, to_batch
 from sevenfold.engine.objectives.base import Objective, Scoring
+from sevenfold.engine.objectives.causal import Causal
 from sevenfold.engine.objectives.layout import documents_of
 
 
@@ -59,6 +60,12 @@ class Preference(Objective):
         return replace(
             batch, labels=labels, segments=torch.from_numpy(segments), targets=batch.labels
         )
+
+    def reference_objective(self) -> Causal:
+        """Returns the objective by which a reference model computes the losses of tokens."""
+        causal = Causal(self.special_tokens, self.seed, self.rate, self.mean_span)
+        causal.support = self.support
+        return causal
 
     def losses(
         self, model: Any, batch: Batch, scoring: Scoring
