@@ -17,7 +17,7 @@ _WRITTEN_FILES = (
     r"report\.html",
     r"drill\.log",
     r"ledger/steps-\d+-\d+\.parquet",
-    r"checkpoints/step-\d{8,}\.\d{2,}/(MANIFEST\.json|\.metadata|__\d+_\d+\.distcp)",
+    r"checkpoints/step-\d{8,}\.\d{2,}/((MANIFEST|tensors)\.json|\.metadata|__\d+_\d+\.distcp)",
     r"tensorboard/events\.out\..+",
     r"(ray|trials)/.+",
     r"(model|adapter)/(model|adapter_model)(-\d+-of-\d+)?\.safetensors",

@@ -19,7 +19,9 @@ from sevenfold.engine.checkpoint.manifest import (
 )
 
 # the files of a save other than its manifest, and temporary files of an interrupted write
-_UNFINISHED = re.compile(r"(__\d+_\d+\.distcp|\.metadata)(\.tmp)?|MANIFEST\.json\..+\.tmp")
+_UNFINISHED = re.compile(
+    r"(__\d+_\d+\.distcp|tensors\.json|\.metadata)(\.tmp)?|(MANIFEST|tensors)\.json\..+\.tmp"
+)
 
 
 def prune_checkpoints(

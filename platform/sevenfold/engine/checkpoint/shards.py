@@ -13,9 +13,12 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
 
 from sevenfold import storage
+from sevenfold.engine.checkpoint import tensor_index
 from sevenfold.engine.checkpoint.manifest import Checkpoint
 from sevenfold.errors import RunError, first_line
 
@@ -32,23 +35,13 @@ def load_checkpoint(
         The names of the parameters that another optimizer updated when the checkpoint was saved, by
         an earlier version of sevenfold. Their optimizer begins anew.
     """
-    hyperparameters = [
-        [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
-        ]
-        for optimizer in optimizers
-    ]
     options = state_dict_options(model)
     model_state, optimizer_state = get_state_dict(model, optimizers, options=options)
-    reader = shard_reader(checkpoint.path)
+    reader = shard_reader(checkpoint)
     states: Any = optimizer_state["state"]
     unused, moved = _without_saved_state(states, reader.read_metadata().state_dict_metadata)
     saved_states = {n: state for n, state in states.items() if n not in unused | moved}
-    dcp.load(
-        {"model": model_state, "optimizer": optimizer_state | {"state": saved_states}},
-        storage_reader=reader,
-    )
+    dcp.load({"model": model_state, "optimizer": {"state": saved_states}}, storage_reader=reader)
     optimizer_state["state"] = states | saved_states
     set_state_dict(
         model,
@@ -61,9 +54,6 @@ def load_checkpoint(
         if name in unused | moved:  # set_state_dict requires a state of every parameter
             for optimizer in optimizers:
                 optimizer.state.pop(parameter, None)
-    for optimizer, groups in zip(optimizers, hyperparameters, strict=True):
-        for group, settings in zip(optimizer.param_groups, groups, strict=True):
-            group.update(settings)
     return moved
 
 
@@ -103,9 +93,7 @@ class CheckpointWeights:
 
     def __init__(self, checkpoint: Checkpoint, like: Mapping[str, torch.Tensor]):
         self._path, self._like = checkpoint.path, like
-        self._reader = shard_reader(checkpoint.path)
-        # without the cache, the metadata would be read again for each tensor
-        self._reader.read_metadata = functools.cache(self._reader.read_metadata)
+        self._reader = shard_reader(checkpoint)
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Reads a tensor.
@@ -165,12 +153,24 @@ def shard_writer(path: str) -> tuple[Any, dict[str, dict[str, Any]]]:
                 yield stream
                 return
             hashing = _HashingStream(stream)
-            yield hashing
-        # DCP writes .metadata.tmp, and renames it to .metadata
-        name = str(path).replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".tmp")
+            try:
+                yield hashing
+            except RuntimeError:  # torch.save loses the reason, such as a full disk
+                if hashing.error is not None:
+                    raise hashing.error from None
+                raise
+        name = str(path).replace("\\", "/").rsplit("/", 1)[-1]
         checksums[name] = {"bytes": hashing.size, "sha256": hashing.digest.hexdigest()}
 
+    def write_index(metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        stored = {result.index: result.storage_data for part in results for result in part}
+        content = tensor_index.to_json(metadata, stored).encode()
+        storage.write(storage.join(path, tensor_index.INDEX), content)
+        digest = hashlib.sha256(content).hexdigest()
+        checksums[tensor_index.INDEX] = {"bytes": len(content), "sha256": digest}
+
     writer.fs.create_stream = create_hashing_stream
+    writer.finish = write_index  # of DCP, which calls it on rank 0
     return writer, checksums
 
 
@@ -179,12 +179,17 @@ class _HashingStream:
 
     def __init__(self, stream: Any):
         self._stream, self.digest, self.size = stream, hashlib.sha256(), 0
+        self.error: OSError | None = None  # of a write
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
         self.digest.update(view)
         self.size += len(view)
-        self._stream.write(view)
+        try:
+            self._stream.write(view)
+        except OSError as e:
+            self.error = e
+            raise
         return len(view)
 
     def tell(self) -> int:
@@ -194,10 +199,24 @@ class _HashingStream:
         return getattr(self._stream, name)
 
 
-def shard_reader(path: str) -> Any:
-    """Creates a DCP storage reader of a checkpoint's directory, local or a URL."""
-    if storage.is_url(path):
+def shard_reader(checkpoint: Checkpoint) -> Any:
+    """Creates a DCP storage reader of a checkpoint's tensors, which runs no code in its files.
+
+    DCP itself reads tensors by torch.load with weights_only. Its index is read by `tensor_index`,
+    once, and lists nothing but tensors: DCP unpickles anything else.
+    """
+    if storage.is_url(checkpoint.path):
         from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
-        return FsspecReader(path)
-    return dcp.FileSystemReader(path)
+        reader: Any = FsspecReader(checkpoint.path)
+    else:
+        reader = dcp.FileSystemReader(checkpoint.path)
+
+    @functools.cache
+    def read_metadata() -> Metadata:
+        metadata = tensor_index.read_index(checkpoint.path, checkpoint.files)
+        metadata.storage_meta = StorageMeta(load_id=reader.load_id)
+        return metadata
+
+    reader.read_metadata = read_metadata
+    return reader
