@@ -62,8 +62,12 @@ def _begin() -> None:
 
 
 def _cell(message: str) -> str:
-    """Returns a message as the cell of a table, without the temporary path that it begins with."""
+    """Returns a message as the cell of a table, without the temporary path that it begins with.
+
+    Sets, whose order differs from run to run, are sorted.
+    """
     text = re.sub(r"^/\S+: ", "", " ".join(message.split()))
+    text = re.sub(r"\{('[^{}]*')\}", lambda m: f"{{{', '.join(sorted(m[1].split(', ')))}}}", text)
     return text.replace("|", "/")
 
 
