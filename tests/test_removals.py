@@ -86,8 +86,11 @@ TABLE = {
     "sweep/worker_pool.py:WorkerPool._run_group": (
         "Ray Train's state of a finished worker group, in the sweep's ray folder."
     ),
-    "sweep/sweep.py:_finish": (
-        "Tune's state, in the sweep's ray/tune, if no trial of the sweep has a score."
+    "sweep/snapshot.py:remove": (
+        "The sweep's saved state, in its folder ray, if no trial of the sweep has a score."
+    ),
+    "sweep/snapshot.py:restore": (
+        "Tune's state, in the sweep's ray/tune, which the sweep's saved state replaces."
     ),
     "sweep/trial.py:run": "Its own temporary folder.",
 }

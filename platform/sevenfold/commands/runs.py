@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import typer
@@ -52,12 +53,23 @@ def finetune(
 
 
 def sweep(
-    recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, verbose: Verbose = False
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+    trust_state: Annotated[
+        bool,
+        typer.Option(
+            "--trust-state",
+            help="Resume a sweep whose state was not saved with your key. Such a state can run "
+            "any code.",
+        ),
+    ] = False,
 ) -> None:
     """Tune hyperparameters, as the recipe's section `sweep` says."""
     from sevenfold.sweep.sweep import run
 
-    _run_recipe(run, recipe, overrides, dry_run, verbose)
+    _run_recipe(partial(run, trust_state=trust_state), recipe, overrides, dry_run, verbose)
 
 
 def tokenize(

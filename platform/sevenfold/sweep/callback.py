@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,16 +17,18 @@ from sevenfold.errors import RunError, cause_of
 from sevenfold.recipe import Sweep
 from sevenfold.report import ranking
 from sevenfold.report.console import say
-from sevenfold.sweep import schedulers
+from sevenfold.sweep import schedulers, snapshot
 from sevenfold.sweep.schedulers import TrialLimit
 from sevenfold.sweep.worker_pool import WorkerPool
+
+CALLBACK = "callback.pkl"  # the name of the callback's state in the sweep's saved state
 
 
 class SweepCallback(tune.Callback):
     """Follows a sweep: prints its progress and measures what it uses.
 
-    Tune saves the callback's state with the sweep. This includes the scheduler's state, which Tune
-    itself does not save (ray#30838).
+    It saves the state of the sweep whenever Tune does: Tune's and the searcher's, the scheduler's,
+    which Tune itself does not save (ray#30838), and its own.
 
     Attributes:
         limit: The limit on the number of running trials.
@@ -40,7 +43,8 @@ class SweepCallback(tune.Callback):
         limit: TrialLimit,
         pool: WorkerPool,
         lease: Lease,
-        resume: bool,
+        folder: str,
+        saved: dict[str, bytes] | None,
     ):
         """Creates a callback.
 
@@ -50,7 +54,8 @@ class SweepCallback(tune.Callback):
             limit: See the attribute.
             pool: Its worker pool.
             lease: This driver's lease on the sweep's folder.
-            resume: Whether Tune has to restore the state of an earlier process.
+            folder: The sweep's folder.
+            saved: The state that an earlier process has saved, from `snapshot.load`.
         """
         self.limit = limit
         self.worker_hours = 0.0
@@ -59,13 +64,16 @@ class SweepCallback(tune.Callback):
         self._scheduler = scheduler
         self._pool = pool
         self._lease = lease
-        self._needs_restore = resume
+        self._folder = folder
+        self._resumes = saved is not None
         self._trials: list[Trial] = []
         self._restored_state: dict[str, Any] | None = None  # until the scheduler has its part of it
         self._last_points: dict[str, dict[str, Any]] = {}  # by trial id
         self._last_step_time = time.monotonic()
         self._running: set[str] = set()  # ids of the trials that run
         self._live = ranking.Live(sweep)
+        if saved:
+            self.set_state(pickle.loads(saved[CALLBACK]))  # noqa: S301 (authenticated)
 
     def exhausted_budget(self) -> str:
         """Returns a message that says which budget is used up; an empty string if none is."""
@@ -80,25 +88,35 @@ class SweepCallback(tune.Callback):
                 return f"sweep.{name} ({budget:g}) is used up"
         return ""
 
-    def get_state(self) -> dict[str, Any]:
-        """Returns the state that Tune saves."""
-        return {
+    def get_state(self) -> None:
+        """Saves the state of the sweep. Tune calls this when it has saved its own, and gets none.
+
+        Tune's files are in a folder of this machine until it copies them to the sweep's folder, one
+        after the other. They are taken from there, so that they belong together.
+        """
+        state = {
             "scheduler": schedulers.dump_state(self._scheduler),
             "paused": [t.trial_id for t in self._trials if t.status == Trial.PAUSED],
             "spent": (self.worker_hours, self.hours),
             "seen": self._last_points,
         }
+        if self.limit.controller is None:  # no trial has been added yet
+            return
+        path = Path(self.limit.controller.experiment_state_path)
+        _, _, session = path.stem.partition("-")  # the part of the names that this process chose
+        files = {file.name: file.read_bytes() for file in path.parent.glob(f"[!.]*-{session}.*")}
+        snapshot.save(self._folder, files | {CALLBACK: pickle.dumps(state)})
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Restores the state of an earlier process, apart from the scheduler's.
 
-        The scheduler's state follows in `on_step_begin`, when Tune has added all trials again.
+        The scheduler's state follows in `on_step_begin`, when Tune has added all trials again. Tune
+        calls this for sweeps of earlier versions, which let Tune save the callback's state.
         """
         self._restored_state = state
         self.limit.paused = set(state["paused"])
         self.worker_hours, self.hours = state["spent"]
         self._last_points = state["seen"]
-        self._needs_restore = False
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
         """Completes the restoring of an earlier process, measures use and shows the trials.
@@ -107,12 +125,13 @@ class SweepCallback(tune.Callback):
             RunError: The state of an earlier process was not restored, or another driver has taken
                 over the sweep.
         """
-        if self._needs_restore:
+        if self._resumes and not (trials and self._restored_state):
             # If restoring fails, Tune logs the error and would start the sweep from the beginning.
             raise RunError(
                 "the saved state of this sweep cannot be read: remove the sweep's folder, or give "
                 "it another name (name=...)"
             )
+        self._resumes = False
         if self._lease.lost:
             raise RunError("another driver has taken over this sweep and continues it: stopping")
         if self._restored_state is not None:

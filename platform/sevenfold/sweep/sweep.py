@@ -26,7 +26,7 @@ from sevenfold.recipe import Recipe, Sweep
 from sevenfold.report import html, ranking
 from sevenfold.report.console import say
 from sevenfold.run_folder import RunFolder
-from sevenfold.sweep import schedulers, trial
+from sevenfold.sweep import schedulers, snapshot, trial
 from sevenfold.sweep.callback import BudgetStopper, SweepCallback
 from sevenfold.sweep.leftovers import release_leftovers
 from sevenfold.sweep.schedulers import TrialLimit
@@ -56,7 +56,6 @@ NOT_SEARCHABLE = ("train.steps", "train.tokens")
 DRIVER_CPUS = 0.25
 CAPACITY_SECONDS = 5.0  # between two measurements of the cluster's capacity
 SNAPSHOT_SECONDS = "1"  # the least time between Tune's own snapshots of a sweep
-TUNE = "tune"  # the folder of these snapshots, in the run folder's ray/
 SPENT = "spent.json"  # the file with the worker hours, hours and trials of a sweep
 
 
@@ -65,7 +64,7 @@ def sweep_folder(recipe: Recipe) -> RunFolder:
     return RunFolder(storage.join(storage.resolve_output(recipe.storage), f"{recipe.name}-sweep"))
 
 
-def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
+def run(recipe: Recipe, verbose: bool = False, trust_state: bool = False) -> RunFolder:
     """Runs the sweep of a recipe, or resumes it.
 
     It ends with a ranking of the trials and the best trial's model as a Hugging Face directory.
@@ -73,17 +72,21 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     Args:
         recipe: A recipe with a `sweep` section.
         verbose: Shows Ray's own logs.
+        trust_state: Resumes a sweep even if its state was not saved with the user's key. That state
+            can run code.
 
     Returns:
         The sweep's folder.
 
     Raises:
         InputError: The recipe has no `sweep` section, its search space has an unknown key or a
-            value that is not valid, or anything that `launch.run` refuses.
+            value that is not valid, the state of the sweep was saved by somebody else, or anything
+            that `launch.run` refuses.
         RunError: The sweep was stopped early, or no trial reported a finite value of the metric.
     """
     sweep = checked(recipe)
     folder = sweep_folder(recipe)
+    snapshot.load(folder.root, trusted=trust_state)  # raises InputError before anything starts
     start = time.time()
     need = required_resources(recipe)  # of one trial
     need["CPU"] += DRIVER_CPUS
@@ -96,7 +99,7 @@ def run(recipe: Recipe, verbose: bool = False) -> RunFolder:
     job = replace(job, recipe=job.recipe.override({"cluster.num_workers": num_workers}))
     with contextlib.closing(Lease(folder)) as lease:
         try:
-            trials = _search(job, sweep, need, lease, verbose)
+            trials = _search(job, sweep, need, lease, verbose, trust_state)
         finally:
             leftovers = release_leftovers()
         if leftovers is not None and not leftovers:
@@ -162,7 +165,12 @@ def reported_metrics(recipe: Recipe) -> list[str]:
 
 
 def _search(
-    job: Job, sweep: Sweep, need: dict[str, float], lease: Lease, verbose: bool
+    job: Job,
+    sweep: Sweep,
+    need: dict[str, float],
+    lease: Lease,
+    verbose: bool,
+    trust_state: bool,
 ) -> list[dict[str, Any]]:
     """Runs the trials of a sweep, or resumes them.
 
@@ -172,11 +180,13 @@ def _search(
         need: The resources of one trial.
         lease: This driver's lease on the sweep's folder.
         verbose: Shows Tune's status table.
+        trust_state: As in `run`.
 
     Returns:
         The trials as `ranked` returns them.
 
     Raises:
+        InputError: The state of the sweep was saved by somebody else.
         RunError: The sweep was stopped before its trials were finished or its budget was used up.
     """
     recipe = job.recipe
@@ -185,13 +195,15 @@ def _search(
     limit = TrialLimit(capacity)
     reports = math.ceil(recipe.steps / trial.report_interval(recipe))
     scheduler = schedulers.build_scheduler(sweep, recipe.steps, reports, recipe.seed, limit)
-    snapshots = storage.listdir(storage.join(RunFolder(job.folder).ray, TUNE))
-    resume = any(name.startswith("experiment_state") for name in snapshots)
-    if resume:
+    saved = snapshot.load(job.folder, trusted=trust_state)
+    if saved is not None:
         say(f"{job.folder}: resuming the sweep")
+    if saved:
+        snapshot.restore(job.folder, saved)
     say(f"{recipe.name}: {sweep.number} trials of {recipe.steps} steps, {limit.room()} at a time")
     pool = WorkerPool(job, capacity)
-    callback = SweepCallback(sweep, scheduler, limit, pool, lease, resume)
+    callback = SweepCallback(sweep, scheduler, limit, pool, lease, job.folder, saved)
+    resume = saved is not None
     try:
         trials = _run_tune(job, sweep, scheduler, limit, callback, pool, resume, verbose)
     finally:
@@ -235,7 +247,7 @@ def _run_tune(
     room = (lambda: 1) if sweep.scheduler == "pbt" else limit.room
     analysis = tune.run(
         tune.with_resources(trainable, {"CPU": DRIVER_CPUS}),
-        name=TUNE,
+        name=snapshot.TUNE,
         storage_path=RunFolder(job.folder).ray,
         resume=resume,
         metric=sweep.metric,
@@ -362,8 +374,8 @@ def _finish(
     """
     folder = RunFolder(job.folder)
     if not any(t["score"] is not None for t in trials):
-        # Without Tune's snapshots the same command starts the sweep anew.
-        storage.remove(storage.join(folder.ray, TUNE))
+        # Without its saved state the same command starts the sweep anew.
+        snapshot.remove(folder.root)
         errors = (t["error"] for t in trials if t["error"])
         reason = next(errors, "the sweep ended before the first validation")
         raise RunError(

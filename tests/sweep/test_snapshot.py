@@ -1,0 +1,164 @@
+"""The saved state of a sweep: only what was saved with the user's key is read."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import RECIPE, refused
+
+from sevenfold.errors import InputError
+from sevenfold.sweep import snapshot
+
+FILES = {"experiment_state-1.json": b"{}", "searcher-state-1.pkl": b"\x80\x04N."}
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, trace: str):
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.trace,)
+
+
+@pytest.fixture(autouse=True)
+def user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The home folder of a user without a key."""
+    monkeypatch.setenv("HOME", str(tmp_path / "user"))
+    monkeypatch.delenv("SEVENFOLD_KEY", raising=False)
+    (tmp_path / "user").mkdir()
+    return tmp_path / "user"
+
+
+def test_the_owner_reads_what_was_saved(tmp_path: Path, user: Path) -> None:
+    sweep = str(tmp_path / "s")
+    assert snapshot.load(sweep) is None
+    snapshot.save(sweep, FILES)
+    assert snapshot.load(sweep) == FILES
+    assert (user / ".sevenfold/key").stat().st_mode & 0o777 == 0o600
+    assert (user / ".sevenfold").stat().st_mode & 0o777 == 0o700
+    snapshot.save(sweep, {"a": b"1"})
+    assert snapshot.load(sweep) == {"a": b"1"}
+    snapshot.remove(sweep)
+    assert snapshot.load(sweep) is None
+
+
+def test_restored_files_replace_what_lay_there(tmp_path: Path) -> None:
+    tune = tmp_path / "s/ray/tune"
+    (tune / "trial").mkdir(parents=True)
+    (tune / "searcher-state-9.pkl").write_bytes(b"hostile")
+    (tune / "trial/result.json").write_text("kept")
+    snapshot.restore(str(tmp_path / "s"), FILES | {"../../outside.pkl": b"x"})
+    found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert found == {
+        f"s/ray/tune/{name}" for name in (*FILES, "outside.pkl", "trial/result.json")
+    }
+
+
+def test_a_key_of_the_environment_is_enough_on_another_machine(
+    tmp_path: Path, user: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SEVENFOLD_KEY", "a key of the team")
+    snapshot.save(str(tmp_path / "s"), FILES)
+    assert not (user / ".sevenfold").exists()
+    monkeypatch.setenv("HOME", str(tmp_path / "elsewhere"))
+    assert snapshot.load(str(tmp_path / "s")) == FILES
+    for key in ("another key of theirs", "short", ""):
+        monkeypatch.setenv("SEVENFOLD_KEY", key)
+        with pytest.raises(InputError):
+            snapshot.load(str(tmp_path / "s"))
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o660, 0o604])
+def test_a_key_that_others_can_read_is_refused(mode: int, tmp_path: Path, user: Path) -> None:
+    snapshot.save(str(tmp_path / "s"), FILES)
+    (user / ".sevenfold/key").chmod(mode)
+    with pytest.raises(InputError, match="only you can read"):
+        snapshot.load(str(tmp_path / "s"))
+
+
+def test_a_key_behind_a_link_or_in_a_folder_that_cannot_be_made_is_refused(
+    tmp_path: Path, user: Path
+) -> None:
+    (user / ".sevenfold").write_text("")
+    with pytest.raises(InputError, match="SEVENFOLD_KEY"):
+        snapshot.save(str(tmp_path / "s"), FILES)
+    (user / ".sevenfold").unlink()
+    (user / ".sevenfold").mkdir()
+    (tmp_path / "key").write_text("k" * 64)
+    (user / ".sevenfold/key").symlink_to(tmp_path / "key")
+    with pytest.raises(InputError, match="SEVENFOLD_KEY"):
+        snapshot.save(str(tmp_path / "s"), FILES)
+
+
+def hostile_states(ray: Path, trace: str) -> dict[str, Any]:
+    """Saved states that somebody else has written, as functions that write them."""
+    bomb = pickle.dumps(Bomb(trace))
+
+    def tune(name: str, content: bytes) -> None:
+        (ray / "tune").mkdir(parents=True)
+        (ray / "tune/experiment_state-2026-01-01_00-00-00.json").write_text("{}")
+        (ray / "tune" / name).write_bytes(content)
+
+    def changed(at: int) -> None:
+        path = ray / "sweep-state"
+        content = bytearray(path.read_bytes())
+        content[at] ^= 1
+        path.write_bytes(content)
+
+    def by_another(files: dict[str, bytes]) -> None:
+        os.environ["SEVENFOLD_KEY"] = "a key of somebody else"
+        snapshot.save(str(ray.parent), files)
+        del os.environ["SEVENFOLD_KEY"]
+
+    embedded = {"runner_data": {"_type": "CLOUDPICKLE_FALLBACK", "value": bomb.hex()}}
+    own = snapshot._MAGIC  # what every such file begins with
+    return {
+        "Tune's experiment": lambda: tune(
+            "experiment_state-2026-01-02_00-00-00.json", json.dumps(embedded).encode()
+        ),
+        "Tune's searcher": lambda: tune("searcher-state-2026-01-01_00-00-00.pkl", bomb),
+        "Tune's callbacks": lambda: tune("callback-states-2026-01-01_00-00-00.pkl", bomb),
+        "Tune's generator": lambda: tune("search_gen_state-2026-01-01_00-00-00.json", bomb),
+        "another key": lambda: by_another({"callback.pkl": bomb}),
+        "the MAC changed": lambda: (snapshot.save(str(ray.parent), FILES), changed(len(own) + 3)),
+        "the content changed": lambda: (snapshot.save(str(ray.parent), FILES), changed(-30)),
+        "cut": lambda: (
+            snapshot.save(str(ray.parent), FILES),
+            os.truncate(ray / "sweep-state", 110),
+        ),
+        "a pickle": lambda: (ray.mkdir(parents=True), (ray / "sweep-state").write_bytes(bomb)),
+        "empty": lambda: (ray.mkdir(parents=True), (ray / "sweep-state").write_bytes(b"")),
+        "no MAC": lambda: (ray.mkdir(parents=True), (ray / "sweep-state").write_bytes(own + bomb)),
+    }
+
+
+NAMES = list(hostile_states(Path(), ""))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_of_somebody_else_is_refused_before_anything_starts(
+    name: str,
+    tree: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = json.loads(json.dumps(RECIPE))
+    recipe["data"] |= tree["data"]
+    recipe["validation"] = {"every": 4, "rows": 16}
+    recipe["sweep"] = {"trials": 4, "space": {"optimizer.learning_rate": {"uniform": [0.1, 0.2]}}}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    monkeypatch.setenv("SEVENFOLD_HOME", str(tmp_path))
+    ray = tmp_path / f"runs/{recipe['name']}-sweep/ray"
+    hostile_states(ray, str(tmp_path / "trace"))[name]()
+    message = refused(capsys, "sweep", str(tmp_path / "r.yaml"))
+    assert "--trust-state" in message or "damaged" in message
+    assert not (tmp_path / "trace").exists()
