@@ -57,9 +57,7 @@ def test_restored_files_replace_what_lay_there(tmp_path: Path) -> None:
     (tune / "trial/result.json").write_text("kept")
     snapshot.restore(str(tmp_path / "s"), FILES | {"../../outside.pkl": b"x"})
     found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
-    assert found == {
-        f"s/ray/tune/{name}" for name in (*FILES, "outside.pkl", "trial/result.json")
-    }
+    assert found == {f"s/ray/tune/{name}" for name in (*FILES, "outside.pkl", "trial/result.json")}
 
 
 def test_a_key_of_the_environment_is_enough_on_another_machine(

@@ -30,6 +30,15 @@ DryRun = Annotated[
         "--dry-run", help="Print the full recipe and what follows from it, then exit without a run."
     ),
 ]
+TrustRemoteCode = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="HASH",
+        help="Run the Python code of a model, which is then not checked any further. A refusal of "
+        "the model tells the hash of its code. Can be repeated.",
+        show_default=False,
+    ),
+]
 MaxNewTokens = Annotated[int, typer.Option(metavar="N", help="Maximum number of new tokens.")]
 Temperature = Annotated[
     float | None,

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from sevenfold.commands.options import OptionalRecipe, Overrides
+from sevenfold.commands.options import OptionalRecipe, Overrides, TrustRemoteCode
 
 
 def doctor(
@@ -26,12 +26,14 @@ def doctor(
             help="The head node of a running cluster, such as 127.0.0.1:6379.",
         ),
     ] = None,
+    trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Check a machine, cluster or recipe for problems."""
     from sevenfold.doctor import doctor
     from sevenfold.recipe import parse
 
-    doctor.run(parse(recipe, overrides or []) if recipe else None, cluster, address)
+    parsed = parse(recipe, overrides or []).trusting(trust_remote_code) if recipe else None
+    doctor.run(parsed, cluster, address)
 
 
 def plan(
@@ -60,6 +62,7 @@ def plan(
         float | None,
         typer.Option(metavar="USD", help="Show what can be trained and fine-tuned for this sum."),
     ] = None,
+    trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Estimate a recipe's memory, speed, time and price."""
     from sevenfold.plan import command
@@ -73,4 +76,5 @@ def plan(
         hardware_file=hardware,
         writes=write,
         usd=budget,
+        trusted_code=trust_remote_code,
     )

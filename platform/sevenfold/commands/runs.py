@@ -7,7 +7,14 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from sevenfold.commands.options import DryRun, Overrides, Recipe, Run, Verbose
+from sevenfold.commands.options import (
+    DryRun,
+    Overrides,
+    Recipe,
+    Run,
+    TrustRemoteCode,
+    Verbose,
+)
 
 
 def corpus(
@@ -35,21 +42,29 @@ def corpus(
 
 
 def pretrain(
-    recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, verbose: Verbose = False
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+    trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Pretrain a model on text."""
     from sevenfold.train import launch
 
-    _run_recipe(launch.pretrain, recipe, overrides, dry_run, verbose)
+    _run_recipe(launch.pretrain, recipe, overrides, dry_run, verbose, trust_remote_code)
 
 
 def finetune(
-    recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, verbose: Verbose = False
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+    trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Fine-tune a model."""
     from sevenfold.train import launch
 
-    _run_recipe(launch.finetune, recipe, overrides, dry_run, verbose)
+    _run_recipe(launch.finetune, recipe, overrides, dry_run, verbose, trust_remote_code)
 
 
 def sweep(
@@ -57,6 +72,7 @@ def sweep(
     overrides: Overrides = None,
     dry_run: DryRun = False,
     verbose: Verbose = False,
+    trust_remote_code: TrustRemoteCode = None,
     trust_state: Annotated[
         bool,
         typer.Option(
@@ -69,20 +85,36 @@ def sweep(
     """Tune hyperparameters, as the recipe's section `sweep` says."""
     from sevenfold.sweep.sweep import run
 
-    _run_recipe(partial(run, trust_state=trust_state), recipe, overrides, dry_run, verbose)
+    _run_recipe(
+        partial(run, trust_state=trust_state),
+        recipe,
+        overrides,
+        dry_run,
+        verbose,
+        trust_remote_code,
+    )
 
 
 def tokenize(
-    recipe: Recipe, overrides: Overrides = None, dry_run: DryRun = False, verbose: Verbose = False
+    recipe: Recipe,
+    overrides: Overrides = None,
+    dry_run: DryRun = False,
+    verbose: Verbose = False,
+    trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Fill the token cache of a recipe (data.cache)."""
     from sevenfold.train.tokenize import run
 
-    _run_recipe(run, recipe, overrides, dry_run, verbose)
+    _run_recipe(run, recipe, overrides, dry_run, verbose, trust_remote_code)
 
 
 def _run_recipe(
-    run: Any, recipe: str, overrides: list[str] | None, dry_run: bool, verbose: bool
+    run: Any,
+    recipe: str,
+    overrides: list[str] | None,
+    dry_run: bool,
+    verbose: bool,
+    trust_remote_code: list[str] | None,
 ) -> None:
     """Reads a recipe and runs it, or describes it if this is a dry run.
 
@@ -92,10 +124,11 @@ def _run_recipe(
         overrides: Changes to the recipe.
         dry_run: Whether to describe the recipe instead.
         verbose: Whether to show Ray's logs.
+        trust_remote_code: The hashes of the models' code that may run.
     """
     from sevenfold.recipe import parse
 
-    parsed = parse(recipe, overrides or [])
+    parsed = parse(recipe, overrides or []).trusting(trust_remote_code)
     if dry_run:
         from sevenfold.prepare.dry_run import describe
         from sevenfold.report.console import print_text
@@ -154,11 +187,12 @@ def evaluate(
         ),
     ] = None,
     verbose: Verbose = False,
+    trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Evaluate finished runs against baselines and each other."""
     from sevenfold.evaluate.run import run
 
-    run(runs, verbose, workers, harness, max_new_tokens, bleu_tokenize)
+    run(runs, verbose, workers, harness, max_new_tokens, bleu_tokenize, trust_remote_code)
 
 
 def export(
@@ -174,11 +208,12 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="With --out: merge the adapter into its base model.")
     ] = False,
+    trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Export a checkpoint of a run as a Hugging Face directory."""
     from sevenfold.export import command
 
-    command.run(run, step, out, merge)
+    command.run(run, step, out, merge, trust_remote_code)
 
 
 def ledger(

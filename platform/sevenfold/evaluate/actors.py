@@ -21,7 +21,7 @@ from sevenfold.engine.objectives import (
     padded_batch,
 )
 from sevenfold.inference.embed import Embedder
-from sevenfold.model import build
+from sevenfold.model import build, remote_code
 from sevenfold.model.config import local_folder
 from sevenfold.model.probe import probe
 from sevenfold.recipe import Recipe
@@ -210,10 +210,11 @@ def _load_model(folder: RunFolder, recipe: Recipe, base: bool = False) -> Any:
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model_class, _ = build.MODEL_CLASSES[recipe.objective]
+    path = build.local_model(str(recipe.model.path)) if base else local_folder(folder.model)
     model = model_class.from_pretrained(
-        build.local_model(str(recipe.model.path)) if base else local_folder(folder.model),
+        path,
         dtype=torch.float32,
-        trust_remote_code=recipe.model.trust_remote_code,
+        trust_remote_code=remote_code.is_allowed(recipe, path),
         local_files_only=True,
     )
     return model.eval().to(device)

@@ -41,6 +41,7 @@ def run(
     task: str | None = None,
     new: int | None = None,
     tokenize: str | None = None,
+    trusted_code: list[str] | None = None,
 ) -> None:
     """Evaluates finished runs on all their held-out documents.
 
@@ -57,6 +58,7 @@ def run(
         new: The maximum number of new tokens per completion; by default the recipe's.
         tokenize: sacrebleu's tokenizer for BLEU; by default each run's recipe says it, and for a
             comparison of runs the references' script.
+        trusted_code: The hashes of the models' Python code that may run.
 
     Raises:
         InputError: A path has no finished run, or a run has no held-out data; or for one of the
@@ -69,7 +71,7 @@ def run(
         changes["validation.max_new_tokens"] = new
     if tokenize is not None:
         changes["validation.bleu_tokenize"] = tokenize
-    results = [_evaluate(path, verbose, workers, task, changes) for path in paths]
+    results = [_evaluate(path, verbose, workers, task, changes, trusted_code) for path in paths]
     # The systems that share all references: completions by the run's name.
     comparable: dict[tuple[str, ...], dict[str, list[str]]] = {}
     names = [folder.name for folder, _ in results]
@@ -85,7 +87,12 @@ def run(
 
 
 def _evaluate(
-    path: str, verbose: bool, workers: int | None, task: str | None, changes: dict[str, Any]
+    path: str,
+    verbose: bool,
+    workers: int | None,
+    task: str | None,
+    changes: dict[str, Any],
+    trusted_code: list[str] | None,
 ) -> tuple[RunFolder, list[dict[str, Any]]]:
     """Evaluates one run; returns its folder and predictions.
 
@@ -105,7 +112,7 @@ def _evaluate(
         )
     if not storage.is_url(folder.model):  # before Ray starts; else each machine verifies its copy
         local_folder(folder.model)
-    recipe = read_recipe(folder).override(changes)
+    recipe = read_recipe(folder).override(changes).trusting(trusted_code)
     require_modules(recipe.validation.bleu_tokenize)
     train, held = open_streams(folder, recipe, test=True)
     if held is None:

@@ -14,7 +14,13 @@ from sevenfold.report.run_log import logged_metrics
 from sevenfold.run_folder import RunFolder
 
 
-def run(path: str, step: int | None = None, out: str | None = None, merge: bool = False) -> None:
+def run(
+    path: str,
+    step: int | None = None,
+    out: str | None = None,
+    merge: bool = False,
+    trusted_code: list[str] | None = None,
+) -> None:
     """Exports a checkpoint of a run.
 
     Args:
@@ -26,6 +32,7 @@ def run(path: str, step: int | None = None, out: str | None = None, merge: bool 
             replaced; files that no export wrote stay.
         merge: With `out`, for a run with an adapter: exports the base model with the adapter merged
             into it. Its output is checked against that of the adapter.
+        trusted_code: The hashes of the models' Python code that may run.
 
     Raises:
         InputError: There is no run, the checkpoint does not exist or is damaged, the folder is not
@@ -40,7 +47,7 @@ def run(path: str, step: int | None = None, out: str | None = None, merge: bool 
             f"--out {target}: expected a new or empty folder, found one with files in it: "
             "choose another"
         )
-    recipe = read_recipe(folder)
+    recipe = read_recipe(folder).trusting(trusted_code)
     checkpoint = _choose_checkpoint(folder.checkpoints, step, recipe.validation.keeps_best)
     manifest = load_inputs(folder).train
     has_adapter = recipe.adapter is not None

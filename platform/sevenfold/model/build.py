@@ -32,7 +32,15 @@ from sevenfold.engine.optim import embedding_parameters
 from sevenfold.errors import InputError, first_line
 from sevenfold.model.adapter import with_adapter
 from sevenfold.model.attention import NAME as SDPA_IN_CHUNKS
-from sevenfold.model.config import Family, config_of, dropouts, family, local_model, model_path
+from sevenfold.model.config import (
+    Family,
+    config_of,
+    dropouts,
+    family,
+    local_model,
+    model_path,
+    runs_own_code,
+)
 from sevenfold.model.parallel import tensor_plan
 from sevenfold.recipe import Recipe
 from sevenfold.report.console import say
@@ -49,6 +57,7 @@ __all__ = [
     "flops_per_token",
     "local_model",
     "model_path",
+    "runs_own_code",
     "with_adapter",
 ]
 
@@ -111,9 +120,7 @@ def check_model(recipe: Recipe, vocab_size: int) -> int:
         )
     with torch.device("meta"):
         try:
-            model = model_class.from_config(
-                config, trust_remote_code=recipe.model.trust_remote_code
-            )
+            model = model_class.from_config(config, trust_remote_code=runs_own_code(recipe))
         except Exception as e:  # models' code can raise anything
             raise InputError(
                 f"{recipe.model.path or 'model.config'}: transformers cannot build the {kind}: "
@@ -140,7 +147,7 @@ def _check_family(recipe: Recipe, config: PreTrainedConfig) -> None:
         expected = (MODEL_CLASSES[recipe.objective][1],)
     found = family(config)
     # the family of a model with code of its own is not known
-    if found not in expected and not recipe.model.trust_remote_code:
+    if found not in expected and not runs_own_code(recipe):
         raise InputError(
             f"objective {recipe.objective}: "
             f"expected {' or '.join(_FAMILY_NAMES[name] for name in expected)}, "
@@ -220,7 +227,7 @@ def build(
     kwargs: dict[str, Any] = {
         "attn_implementation": implementation,
         "dtype": torch.float32,
-        "trust_remote_code": recipe.model.trust_remote_code,
+        "trust_remote_code": runs_own_code(recipe),
     }
     model: PreTrainedModel
     if weights and base and recipe.model.path is not None:
@@ -282,7 +289,7 @@ def check_weights(recipe: Recipe, config: PreTrainedConfig) -> None:
                 config=config,
                 local_files_only=True,
                 ignore_mismatched_sizes=recipe.objective == "classify",
-                trust_remote_code=recipe.model.trust_remote_code,
+                trust_remote_code=runs_own_code(recipe),
                 output_loading_info=True,
                 device_map="meta",
             )

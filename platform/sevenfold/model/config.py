@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 from sevenfold import storage
 from sevenfold.engine.positions import position_offset
 from sevenfold.errors import InputError, RunError, first_line
-from sevenfold.model import gguf, hub
+from sevenfold.model import gguf, hub, remote_code
 from sevenfold.recipe import Recipe
 from sevenfold.run_folder import RunFolder
 
@@ -81,6 +81,13 @@ def local_model(path: str, *, weights: bool = True) -> str:
     return local_folder(location, weights=weights)
 
 
+def runs_own_code(recipe: Recipe) -> bool:
+    """Returns whether the Python code of the recipe's base may run, see `remote_code`."""
+    if not recipe.trusted_code or recipe.model.path is None:
+        return False
+    return remote_code.is_allowed(recipe, local_model(recipe.model.path, weights=False))
+
+
 def local_folder(location: str, *, weights: bool = True) -> str:
     """Returns a local copy of a Hugging Face directory, after a check of its files.
 
@@ -139,7 +146,9 @@ def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrai
             folder = local_model(recipe.model.path, weights=False)
             where = os.path.join(folder, "config.json")
             config = AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=recipe.model.trust_remote_code
+                folder,
+                local_files_only=True,
+                trust_remote_code=remote_code.is_allowed(recipe, folder),
             )
         else:
             config = _new_config(recipe, vocab_size, tokenizer)
@@ -149,10 +158,7 @@ def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrai
         raise
     except Exception as e:  # a config's own code raises anything for values it does not expect
         if "trust_remote_code" in str(e):
-            raise InputError(
-                f"{recipe.model.path}: the model needs Python code of its own: review that code, "
-                "then set model.trust_remote_code=true"
-            ) from None
+            raise remote_code.refusal(folder) from None
         raise InputError(f"{where}: {first_line(e)}") from None
     check_values(config, where)
     if recipe.train.dropout is not None:

@@ -33,6 +33,7 @@ def run(
     hardware_file: str | None = None,
     writes: bool = False,
     usd: float | None = None,
+    trusted_code: list[str] | None = None,
 ) -> None:
     """Runs the command.
 
@@ -45,6 +46,7 @@ def run(
         hardware_file: A file that overrides entries of the hardware table.
         writes: Whether to write the chosen settings into the recipe's file.
         usd: A budget; what it can train is shown.
+        trusted_code: The hashes of the models' Python code that may run.
 
     Raises:
         InputError: The recipe, cluster or hardware is not valid, or the recipe does not fit.
@@ -53,7 +55,7 @@ def run(
         raise InputError(
             "plan: expected RECIPE, or --budget USD alone (without --write and overrides)"
         )
-    recipe = parse(path, overrides) if path is not None else None
+    recipe = parse(path, overrides).trusting(trusted_code) if path is not None else None
     table = hardware.load(hardware_file)
     fleets = _fleets(table, cluster, gpus, gpu, recipe)
     if usd is not None:

@@ -222,7 +222,7 @@ def meta(recipe: Recipe, vocab_size: int) -> Any:
     config = build.config_of(recipe, vocab_size)
     with torch.device("meta"):
         model = build.MODEL_CLASSES[recipe.objective][0].from_config(
-            config, trust_remote_code=recipe.model.trust_remote_code
+            config, trust_remote_code=build.runs_own_code(recipe)
         )
         model.tie_weights()
         if recipe.adapter is not None:

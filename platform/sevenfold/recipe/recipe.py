@@ -5,11 +5,11 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
 from sevenfold.errors import InputError
 from sevenfold.recipe.data import Data, Section, Tokenizer, without_unset
@@ -78,6 +78,9 @@ class Recipe(Section):
     checkpoint: Checkpoint = Checkpoint()
     cluster: Cluster = Cluster()
     sweep: Sweep | None = None
+
+    # No file can set it, and it is not written to any.
+    _trusted_code: frozenset[str] = PrivateAttr(frozenset())
 
     @model_validator(mode="after")
     def _check(self) -> Recipe:
@@ -219,7 +222,7 @@ class Recipe(Section):
             tree["data"][key] = [without_unset(s, ("encoding",)) for s in tree["data"][key]]
         for key in ("log_every", "activation_checkpointing", "compile", "loss_chunk"):
             del tree["train"][key]
-        del tree["model"]["attention"], tree["model"]["trust_remote_code"]
+        del tree["model"]["attention"]
         for key in BUDGETS if tree["sweep"] else ():
             del tree["sweep"][key]
         # how answers are measured; the default of earlier versions, whose hashes runs have stored
@@ -249,7 +252,22 @@ class Recipe(Section):
             InputError: As `parse`.
         """
         tree = _apply_changes(self.model_dump(mode="json"), changes, where="override")
-        return _validate(tree, where="override")
+        return _validate(tree, where="override").trusting(self._trusted_code)
+
+    @property
+    def trusted_code(self) -> frozenset[str]:
+        """The hashes of the Python code of models that the user has agreed to run."""
+        return self._trusted_code
+
+    def trusting(self, hashes: Iterable[str] | None) -> Recipe:
+        """Returns the recipe of a user who agrees to run Python code of models.
+
+        Args:
+            hashes: The hash of each model's code, see `model.remote_code`.
+        """
+        recipe = self.model_copy()
+        recipe._trusted_code = frozenset(hashes or ())
+        return recipe
 
 
 def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
@@ -273,7 +291,13 @@ def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     tree = _check_tree(read_yaml(path, "a recipe (a YAML file)"), path)
     for key in tree:
         _refuse_old_name(key, path)
-    return _validate(_apply_changes(tree, changes, path), path)
+    tree = _apply_changes(tree, changes, path)
+    if _pop_consent(tree):
+        raise InputError(
+            f"{path}: model.trust_remote_code: a recipe cannot allow the code of a model to run: "
+            "remove it; the command says what to add to itself instead"
+        )
+    return _validate(tree, path)
 
 
 def _refuse_old_name(key: str, where: str) -> None:
@@ -294,7 +318,14 @@ def loads(text: str, where: str, changes: dict[str, Any] | None = None) -> Recip
     """
     stored = _check_tree(load_yaml(text, where), where)
     tree = {_RENAMED.get(key, key): value for key, value in stored.items()}
+    _pop_consent(tree)
     return _validate(_apply_changes(tree, changes or {}, where), where)
+
+
+def _pop_consent(tree: dict[str, Any]) -> bool:
+    """Removes model.trust_remote_code, which earlier versions had, and returns its value."""
+    model = tree.get("model")
+    return bool(model.pop("trust_remote_code", False)) if isinstance(model, dict) else False
 
 
 def _check_tree(tree: Any, where: str) -> dict[str, Any]:

@@ -21,9 +21,6 @@ class Model(Section):
         description="Model to start from: a run, a Hugging Face directory, a GGUF file (.gguf), "
         "or a model of the hub (hf://ORGANIZATION/NAME@REVISION)",
     )
-    trust_remote_code: bool = Field(
-        False, description="Execute Python code that the model's folder contains"
-    )
     attention: Literal["auto", "sdpa", "flex_attention", "eager"] = Field(
         "auto",
         description="Attention implementation. auto: flex_attention (packed documents as a block "

@@ -101,8 +101,7 @@ def bombs(trace: str) -> dict[str, bytes]:
         + b"\x85R.",
         # sets Metadata.__eq__ = print, if Metadata is torch's own class
         "changes a class": (
-            b"ctorch.distributed.checkpoint.metadata\nMetadata\n"
-            b"(N}(Vversion\nV666\nutb."
+            b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N}(Vversion\nV666\nutb."
         ),
         "no pickle": b"\x00" * 50,
         "empty": b"",

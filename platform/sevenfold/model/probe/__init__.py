@@ -55,8 +55,8 @@ def probe(recipe: Recipe, config: PreTrainedConfig, tokenizer: Any = None) -> Su
         recipe.train.loss_chunk,
         recipe.train.activation_checkpointing,
         recipe.optimizer.name,
-        recipe.model.trust_remote_code,
-        recipe.model.path if recipe.model.trust_remote_code else None,
+        recipe.trusted_code,
+        recipe.model.path if recipe.trusted_code else None,
         recipe.adapter and recipe.adapter.model_dump_json(),
         json.dumps(config.to_dict(), sort_keys=True, default=str),
     )

@@ -100,7 +100,7 @@ def rehearse_export(recipe: Recipe, model: Any, adapted: Any, tokenizer: Any) ->
                 if not difference <= MERGED:
                     raise ValueError(f"the merged adapter changes the output by {difference:.2g}")
             write_directory(model.eval(), tokenizer, folder, 10**9)
-            if recipe.model.trust_remote_code:
+            if build.runs_own_code(recipe):
                 return  # its code is not copied
             loaded = model_class.from_pretrained(folder, dtype=torch.float32).eval()
             outputs = [output_of(m, **plain_inputs(m, ids, ids)) for m in (model, loaded)]

@@ -108,7 +108,7 @@ def tiny_model(recipe: Recipe, config: PreTrainedConfig) -> Any:
             small.validate()
             with torch.device("meta"):
                 model = model_class.from_config(
-                    small, trust_remote_code=recipe.model.trust_remote_code
+                    small, trust_remote_code=build.runs_own_code(recipe)
                 )
             size = sum(p.numel() for p in model.parameters())
             if size > MAX_PARAMETERS:

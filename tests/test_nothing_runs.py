@@ -1,0 +1,296 @@
+"""No file of a run or a model that was handed over runs code, with any command.
+
+A file that makes a folder when it is run or unpickled takes the place of each file in turn, in
+several forms, and all sums are those of the changed files: sums prove wholeness, not origin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import refused
+from helpers.damages import ReachedCluster, files_of
+from helpers.handed_runs import COMMANDS, finished_run, stop_before_the_cluster
+
+from sevenfold import storage
+from sevenfold.cli import main
+from sevenfold.engine.checkpoint import MANIFEST, tree_digest
+from sevenfold.model.remote_code import code_hash
+
+
+@pytest.fixture(scope="module")
+def finished() -> Path:
+    """A home with the finished run runs/old, whose model was exported by this revision."""
+    return finished_run()
+
+
+class Bomb:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, trace: str):
+        self.trace = trace
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.trace,)
+
+
+def python(trace: str) -> str:
+    return f"import os\nos.mkdir({trace!r})\n"
+
+
+def torch_file(trace: str) -> bytes:
+    stream = io.BytesIO()
+    torch.save({"a": Bomb(trace)}, stream)
+    return stream.getvalue()
+
+
+def numpy_file(trace: str) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.array([Bomb(trace)], dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+def json_code(trace: str) -> bytes:
+    names = ("AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoTokenizer")
+    auto_map = {name: f"evil.{name}" for name in names}
+    return json.dumps(
+        {
+            "model_type": "evil",
+            "tokenizer_class": "EvilTokenizer",
+            "auto_map": auto_map,
+            "py/object": "evil.Evil",
+            "py/reduce": [{"py/function": "os.mkdir"}, {"py/tuple": [trace]}],
+            "trust_remote_code": True,
+        }
+    ).encode()
+
+
+# What takes the place of a file, by its form.
+FORMS: dict[str, Callable[[str], bytes]] = {
+    "pickle": lambda trace: pickle.dumps(Bomb(trace)),
+    "torch": torch_file,
+    "numpy": numpy_file,
+    "python": lambda trace: python(trace).encode(),
+    "yaml": lambda trace: f'name: !!python/object/apply:os.mkdir ["{trace}"]\n'.encode(),
+    "json": json_code,
+    "template": lambda trace: (
+        f"{{{{ cycler.__init__.__globals__.os.mkdir('{trace}') }}}}"
+        "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    ).encode(),
+}
+# Files that Python, torch or transformers would load if they lay beside the others.
+PLANTED = {
+    "evil.py": "python",
+    "sitecustomize.py": "python",
+    "pytorch_model.bin": "torch",
+    "model.pt": "torch",
+    "optimizer.pt": "torch",
+    "training_args.bin": "torch",
+    "scheduler.pkl": "pickle",
+    "vocab.pkl": "pickle",
+    "__init__.py": "python",
+}
+
+
+def sum_again(run: Path) -> None:
+    """Writes the sums of a run's checkpoints and of its model as they are now."""
+    for manifest in run.rglob(MANIFEST):
+        try:
+            tree = json.loads(manifest.read_text())
+            tree.pop("sha256")
+            for name in tree["files"]:
+                tree["files"][name] = storage.file_digest(str(manifest.parent / name))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # the manifest itself was replaced
+        manifest.write_text(json.dumps({**tree, "sha256": tree_digest(tree)}))
+    for checksums in run.rglob("checksums.json"):
+        checksums.unlink()
+
+
+def attack(run: Path, file: str, form: str, trace: str) -> None:
+    """Replaces a file of a run, and plants files of code beside it."""
+    for folder in {run, run / "model", run / "tokenizer", (run / file).parent}:
+        for name, planted in PLANTED.items():
+            if folder.is_dir():
+                (folder / name).write_bytes(FORMS[planted](trace))
+    if file:
+        (run / file).unlink()  # not its hard links
+        (run / file).write_bytes(FORMS[form](trace))
+    sum_again(run)
+
+
+def run_command(argv: list[str]) -> None:
+    """Runs a command; what it says about its input is the business of other tests."""
+    with contextlib.suppress(Exception, SystemExit):
+        main(argv)
+
+
+def cases(run: Path, thorough: bool) -> list[tuple[str, str]]:
+    """Returns (file, form): all of them, or those of which a reader is known to unpickle or run."""
+    usual = {".yaml": ("yaml",), ".json": ("json",), ".jinja": ("template",)}
+    return [
+        (file, form)
+        for file in files_of(run)
+        for form in (
+            FORMS
+            if thorough
+            else ("pickle", *usual.get(Path(file).suffix, ("torch",)))
+            if not file.endswith(".parquet") or file.endswith("4.parquet")
+            else ()
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    ("command", "thorough"),
+    [
+        *((command, False) for command in ("export", "generate", "evaluate", "resume")),
+        *(pytest.param(command, True, marks=pytest.mark.nightly) for command in COMMANDS),
+    ],
+)
+def test_no_file_of_a_run_runs_code(
+    finished: Path,
+    command: str,
+    thorough: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop_before_the_cluster(command, monkeypatch)
+    monkeypatch.chdir(finished)
+    trace = tmp_path / "trace"
+    for file, form in cases(finished / "runs/old", thorough):
+        runs = tmp_path / "runs"
+        shutil.copytree(finished / "runs/old", runs / "old")
+        attack(runs / "old", file, form, str(trace))
+        if command == "resume":
+            shutil.rmtree(runs / "old/model")
+            (runs / "old/summary.json").unlink(missing_ok=True)
+        run_command([part.format(runs=runs, run=runs / "old") for part in COMMANDS[command]])
+        assert not trace.exists(), (command, file, form)
+        shutil.rmtree(runs)
+
+
+CODE = """
+import os
+from transformers import LlamaConfig, LlamaForCausalLM
+
+os.makedirs({trace!r}, exist_ok=True)
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+@pytest.fixture
+def handed(finished: Path, tmp_path: Path) -> Path:
+    """A folder with the run `old` and the base `base`; the models of both have code of their own.
+
+    Their recipes say that the code may run.
+    """
+    run, base = tmp_path / "runs/old", tmp_path / "base"
+    shutil.copytree(finished / "runs/old", run)
+    for name in ("texts.jsonl", "heldout.jsonl"):
+        shutil.copy(finished / name, tmp_path)
+    (run / "model/checksums.json").unlink()
+    config = json.loads((run / "model/config.json").read_text())
+    config |= {
+        "model_type": "own",
+        "architectures": ["OwnModel"],
+        "auto_map": {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"},
+    }
+    (run / "model/config.json").write_text(json.dumps(config))
+    (run / "model/own.py").write_text(CODE.format(trace=str(tmp_path / "trace")))
+    shutil.copytree(run / "model", base)
+    tree = yaml.safe_load((run / "recipe.yaml").read_text())
+    tree["model"] = {"path": str(base), "trust_remote_code": True}
+    tree["tokenizer"] = {}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(tree | {"name": "other"}))
+    del tree["model"]["trust_remote_code"]
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree | {"name": "new"}))
+    return tmp_path
+
+
+WITH_CODE: dict[str, list[str]] = {
+    "evaluate": ["evaluate", "{run}"],
+    "export": ["export", "{run}", "--out", "{home}/out"],
+    "replay": ["ledger", "{run}", "replay", "--step", "3"],
+    "plan": ["plan", "{recipe}", "--gpus", "1", "--gpu", "h100-80gb"],
+    "dry run": ["pretrain", "{recipe}", "--dry-run"],
+    "pretrain": ["pretrain", "{recipe}", "storage={home}/runs"],
+}
+
+
+@pytest.mark.parametrize("command", WITH_CODE)
+def test_code_of_a_model_runs_only_with_consent_to_this_very_code(
+    handed: Path,
+    command: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    stop_before_the_cluster(command, monkeypatch)
+    monkeypatch.setenv("SEVENFOLD_HOME", str(handed))
+    places = {"run": handed / "runs/old", "home": handed, "recipe": handed / "recipe.yaml"}
+    argv = [part.format(**places) for part in WITH_CODE[command]]
+    trace, base = handed / "trace", handed / "base"
+    try:
+        assert "--trust-remote-code" in refused(capsys, *argv)
+    except ReachedCluster:
+        assert command == "evaluate"  # its actors load the model
+    assert not trace.exists()
+    if command in ("replay", "plan"):  # which has no such option, or would take long
+        return
+    # the hash of other code, as of a model that was changed after a review
+    line = refused(capsys, *argv, "--trust-remote-code", "0" * 32) if command != "evaluate" else ""
+    assert not trace.exists() and (not line or code_hash(str(base)) in line)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("HF_MODULES_CACHE", str(handed / "modules"))
+        try:
+            code = main([*argv, "--trust-remote-code", code_hash(str(base))])
+        except ReachedCluster:
+            code = 0
+    assert code == 0, capsys.readouterr().err
+    assert trace.exists() or command == "evaluate"
+
+
+def test_a_recipe_cannot_agree_to_run_code(
+    handed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for argv in (
+        ["pretrain", str(handed / "other.yaml")],
+        ["plan", str(handed / "other.yaml"), "--gpus", "1", "--gpu", "h100-80gb"],
+        ["pretrain", str(handed / "recipe.yaml"), "model.trust_remote_code=true"],
+    ):
+        assert "a recipe cannot allow the code of a model to run" in refused(capsys, *argv)
+    assert not (handed / "trace").exists()
+
+
+def test_a_hash_covers_names_and_contents_of_all_code(tmp_path: Path) -> None:
+    (tmp_path / "a.py").write_text("1")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub/b.py").write_text("2")
+    hashes = {code_hash(str(tmp_path))}
+    (tmp_path / "sub/b.py").write_text("3")
+    hashes.add(code_hash(str(tmp_path)))
+    (tmp_path / "sub/b.py").rename(tmp_path / "b.py")
+    hashes.add(code_hash(str(tmp_path)))
+    (tmp_path / "b.py").write_text("")
+    hashes.add(code_hash(str(tmp_path)))
+    (tmp_path / "config.json").write_text("no code")
+    assert len(hashes) == 4 and code_hash(str(tmp_path)) in hashes
