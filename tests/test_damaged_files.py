@@ -118,6 +118,8 @@ NONSENSE: list[dict[str, Any]] = [
     {"hidden_size": 33},  # not divisible by the heads
     {"num_attention_heads": 2, "num_key_value_heads": 3},
     {"vocab_size": -1},
+    {"vocab_size": 10**12},
+    {"intermediate_size": 10**12},
     {"head_dim": 0},
     {"hidden_act": "nonsense"},
     {"rope_parameters": [1]},

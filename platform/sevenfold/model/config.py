@@ -32,6 +32,7 @@ _SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
+_MAX_SIZE = 2**24  # larger ones would fill any memory
 _MAX_OFFSET = 8  # no model reserves as many positions
 Family = Literal["decoder", "encoder", "encoder-decoder"]
 
@@ -213,8 +214,8 @@ def check_values(config: PreTrainedConfig, where: str) -> None:
     # not getattr, which fails for a size that layers of their own have (Gemma 4)
     sizes = {name: fields.get(config.attribute_map.get(name, name)) for name in _SIZES}
     for name, size in sizes.items():
-        if isinstance(size, int) and size < 1:
-            raise InputError(f"{where}: {name}: expected 1 or more, found {size}")
+        if isinstance(size, int) and not 1 <= size <= _MAX_SIZE:
+            raise InputError(f"{where}: {name}: expected 1 to {_MAX_SIZE:,}, found {size:,}")
     heads, shared = sizes["num_attention_heads"], sizes["num_key_value_heads"]
     if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
         raise InputError(
