@@ -156,6 +156,8 @@ class Dispatcher:
         """Returns when an assignment has made more than `seen` reports, or has ended."""
         assignment = self._assignments[number]
         await self._until(lambda: assignment.reports > seen or assignment.ended)
+        if assignment.ended:
+            self._forget(assignment)
         return AssignmentStatus(assignment.reports, assignment.ended, assignment.error)
 
     # called by workers
@@ -194,8 +196,9 @@ class Dispatcher:
 
     async def reported(self, number: int) -> None:
         """Counts a report of an assignment."""
-        self._assignments[number].reports += 1
-        await self._notify()
+        if assignment := self._assignments.get(number):
+            assignment.reports += 1
+            await self._notify()
 
     async def finished(self, number: int, start: int, error: str) -> None:
         """Ends an assignment.
@@ -206,15 +209,23 @@ class Dispatcher:
                 workers have started on the assignment again since then.
             error: Why it ended before its last step; empty if it did not.
         """
-        assignment = self._assignments[number]
-        if start == assignment.starts:
+        assignment = self._assignments.get(number)
+        if assignment is not None and start == assignment.starts:
             self._end(assignment, error)
             await self._notify()
 
     async def wait_for_signal(self, number: int, start: int) -> Signal:
-        """Returns when there is a signal for the workers of this start of an assignment."""
-        assignment = self._assignments[number]
-        await self._until(lambda: assignment.signal or assignment.starts > start)
+        """Returns when there is a signal for the workers of this start of an assignment.
+
+        It returns at the end of the assignment too: Ray runs a limited number of calls of an actor
+        at a time, and further calls would wait for ever.
+        """
+        assignment = self._assignments.get(number)
+        if assignment is None:
+            return Signal.ABANDON
+        await self._until(
+            lambda: assignment.signal or assignment.starts > start or assignment.ended
+        )
         return assignment.signal if assignment.starts == start else Signal.ABANDON
 
     # called by the driver
@@ -295,6 +306,11 @@ class Dispatcher:
         if assignment is not None:
             assignment.ended = True
             assignment.error = error
+            assignment.previous = None
+
+    def _forget(self, assignment: _Assignment) -> None:
+        """Removes an assignment whose trial knows that it has ended."""
+        self._assignments.pop(assignment.number, None)
 
     async def _notify(self) -> None:
         async with self._changed:

@@ -79,7 +79,7 @@ class WorkerPool:
         while not self._stop.wait(POLL_SECONDS):
             for name in ray.get(self.dispatcher.add_groups.remote(self._capacity())):
                 thread = threading.Thread(target=self._run_group, args=(name,), daemon=True)
-                self._group_threads.append(thread)
+                self._group_threads = [t for t in self._group_threads if t.is_alive()] + [thread]
                 thread.start()
 
     def _run_group(self, name: str) -> None:

@@ -10,6 +10,7 @@ from concurrent.futures import Future, wait
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sevenfold.cluster import ray_private
@@ -30,16 +31,24 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self._requested, self._waiting = asyncio.Event(), 0
+        self._requested = False
+        self._waiting: asyncio.Future[Signal] | None = None  # of the workers of the latest start
 
-    async def wait_for_request(self) -> None:
-        """Returns when the run has been asked to stop."""
-        self._waiting += 1
-        await self._requested.wait()
+    async def wait_for_request(self) -> Signal:
+        """Returns STOP when the run has been asked to stop, or ABANDON when workers are restarted.
+
+        The call of a worker that was lost would otherwise never return, and Ray runs a limited
+        number of calls of an actor at a time.
+        """
+        await self.reset()
+        if self._requested:
+            return Signal.STOP
+        self._waiting = asyncio.get_running_loop().create_future()
+        return await self._waiting
 
     async def reset(self) -> None:
-        """Resets the count of waiting workers; restarted workers call it."""
-        self._waiting = 0
+        """Tells earlier workers that others have taken their place; restarted workers call it."""
+        self._answer(Signal.ABANDON)
 
     async def request(self) -> bool:
         """Asks the run to stop.
@@ -47,8 +56,16 @@ class StopSignal:
         Returns:
             Whether a worker is waiting for the request, so that the run will save and stop.
         """
-        self._requested.set()
-        return self._waiting > 0
+        self._requested = True
+        return self._answer(Signal.STOP)
+
+    def _answer(self, signal: Signal) -> bool:
+        """Lets the call that waits return; returns whether there is one."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is None or waiting.done():
+            return False
+        waiting.set_result(signal)
+        return True
 
 
 def start_stop_signal() -> Any:
@@ -109,7 +126,7 @@ class SignalReceiver:
     def __init__(self, job: Job, rank: int):
         self._job, self._rank = job, rank
         # a Ray object that becomes ready when the run is asked to stop; None before the first step
-        self._stop_request: Any = None
+        self._request: Any = None
         self._stepped = False
         self._saves = 0  # number of saves that the current preemption notice has caused
         self._last_check = time.time()
@@ -124,8 +141,8 @@ class SignalReceiver:
         """
         if self._rank != 0:
             return Signal.NONE
-        if self._job.stop_signal is not None and self._stop_requested():
-            return Signal.STOP
+        if self._job.stop_signal is not None and (signal := self._stop_request()):
+            return signal
         if self._job.reporter is not None and (signal := self._job.reporter.signal()):
             return Signal(signal)
         return self._preemption(manager)
@@ -137,15 +154,20 @@ class SignalReceiver:
         """
         self._last_check = time.time()
 
-    def _stop_requested(self) -> bool:
-        """Returns whether the run is asked to stop.
+    def _stop_request(self) -> Signal:
+        """Returns what the run is asked to do.
 
-        It starts to wait for the request in its second call, which is after the first step.
+        It starts to wait for a request in its second call, which is after the first step.
         """
-        if self._stop_request is None and self._stepped:
-            self._stop_request = self._job.stop_signal.wait_for_request.remote()
+        if self._request is None and self._stepped:
+            self._request = self._job.stop_signal.wait_for_request.remote()
         self._stepped = True
-        return self._stop_request is not None and bool(ray.wait([self._stop_request], timeout=0)[0])
+        if self._request is None or not ray.wait([self._request], timeout=0)[0]:
+            return Signal.NONE
+        try:
+            return Signal(ray.get(self._request))
+        except RayActorError:  # the driver's machine is lost
+            return Signal.STOP
 
     def _preemption(self, manager: CheckpointManager) -> Signal:
         """Returns SAVE when a machine of this run will be lost, and again just before it is.
