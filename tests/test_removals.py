@@ -33,9 +33,10 @@ TABLE = {
     "storage/files.py:_replace": (
         "The file that is written: its new contents replace it. Its own temporary file."
     ),
-    "storage/folders.py:local_copy": (
-        "Its own unfinished copy, in the temporary folder, of a process that was killed."
+    "storage/copies.py:local_copy": (
+        "Its own copy in the temporary folder, if it is unfinished or was changed."
     ),
+    "storage/copies.py:_download": "Nothing: the copy does not exist.",
     "model/probe/rehearsal.py:rehearse_export": "Its own temporary folder.",
     "storage/folders.py:new_folder": "Its own temporary folder.",
     "storage/folders.py:_upload_over": (

@@ -9,14 +9,13 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from sevenfold import storage
 from sevenfold.errors import InputError, first_line
 
 PREFIX = "hf://"
 TIMEOUT_SECONDS = 20.0
 _NAME = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([^\s@]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
-# what describes a model and its tokenizer, and the code of those that have some
-_SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py"]
 # other copies of the weights, in folders of their own, are not needed
 _IGNORED = ["original/*", "onnx/*", "*/*.safetensors", "*/*.bin"]
 
@@ -99,10 +98,10 @@ def local_folder(path: str, *, weights: bool) -> str:
         InputError: The files are not in the cache, and the hub cannot be reached or does not give
             access.
     """
-    patterns = [*_SMALL_FILES, "*.safetensors"] if weights else _SMALL_FILES
+    patterns = [*storage.SMALL_FILES, *(["*.safetensors"] if weights else [])]
     folder = _snapshot(path, patterns)
     if weights and not list(Path(folder).glob("*.safetensors")):
-        return _snapshot(path, [*_SMALL_FILES, "*.bin"])
+        return _snapshot(path, [*storage.SMALL_FILES, "*.bin"])
     return folder
 
 

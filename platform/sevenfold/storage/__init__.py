@@ -9,6 +9,7 @@ from sevenfold.storage.checksums import (
     verify_checksums,
     write_checksums,
 )
+from sevenfold.storage.copies import SMALL_FILES, local_copy, user_temporary_folder
 from sevenfold.storage.files import (
     DAMAGED_HINT,
     copy,
@@ -30,18 +31,18 @@ from sevenfold.storage.files import (
     write_json,
 )
 from sevenfold.storage.folders import (
-    local_copy,
     new_folder,
     temporary_folder_beside,
     upload,
-    user_temporary_folder,
 )
+from sevenfold.storage.listing import plain_name
 from sevenfold.storage.paths import home, in_ray_job, is_url, join, resolve_input, resolve_output
 from sevenfold.storage.reader import Reader
 
 __all__ = [
     "CHECKSUMS",
     "DAMAGED_HINT",
+    "SMALL_FILES",
     "Reader",
     "copy",
     "exists",
@@ -58,6 +59,7 @@ __all__ = [
     "makedirs",
     "new_folder",
     "open_read",
+    "plain_name",
     "read_json",
     "read_text",
     "remove",

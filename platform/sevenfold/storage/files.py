@@ -16,6 +16,7 @@ import fsspec
 
 from sevenfold.errors import InputError, first_line
 from sevenfold.storage.filesystem import VERSION_KEYS, filesystem, is_http, is_listing, stat
+from sevenfold.storage.listing import plain_name, remote_files
 from sevenfold.storage.paths import is_url
 from sevenfold.storage.reader import Reader
 from sevenfold.storage.retry import T, with_retries
@@ -47,12 +48,9 @@ def input_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
     if info.get("type") in ("file", "other"):  # a FIFO or device is refused when it is opened
         paths, expected = [root], "a file"
     elif info.get("type") == "directory":
-        names = with_retries(path, "listed", lambda: fs.find(root, on_error="raise"))
-        paths = [
-            p
-            for p in names
-            if p.lower().endswith(suffixes) and not re.search(r"/[._]", p[len(root) :])
-        ]
+        names = [n for n in _find(path) if n.lower().endswith(suffixes)]
+        hidden = re.compile(r"(^|/)[._]")
+        paths = [f"{root.rstrip('/')}/{name}" for name in names if not hidden.search(name)]
         expected = f"files ({', '.join('*' + s for s in suffixes)}) in this folder"
     elif any(c in root for c in "*?["):
         paths, expected = _glob(fs, path, root), "a file that matches"
@@ -72,6 +70,9 @@ def _glob(fs: fsspec.AbstractFileSystem, path: str, root: str) -> list[str]:
         root: The glob within the filesystem.
     """
     matches = with_retries(path, "listed", lambda: fs.glob(root, detail=True, on_error="raise"))
+    if is_url(path):
+        for name in matches:
+            plain_name(name.lstrip("/"), path)
     return [
         name
         for name, info in matches.items()
@@ -110,13 +111,21 @@ def listdir(path: str) -> list[str]:
     if stat(path).get("type") != "directory":
         return []
     paths = with_retries(path, "listed", lambda: fs.ls(root, detail=False))
-    return sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in paths)
+    names = sorted(p.rstrip("/").rsplit("/", 1)[-1] for p in paths)
+    return [plain_name(name, path) for name in names] if is_url(path) else names
 
 
 def find_files(path: str) -> list[str]:
     """Returns the files in a folder at any depth, relative to it; [] if there is no folder."""
+    return _find(path) if exists(path) else []
+
+
+def _find(path: str) -> list[str]:
+    """Returns the relative names of the files in a folder at any depth, sorted."""
+    if is_url(path):
+        return list(remote_files(path))
     fs, root = filesystem(path)
-    paths = with_retries(path, "listed", lambda: fs.find(root)) if exists(path) else []
+    paths = with_retries(path, "listed", lambda: fs.find(root, on_error="raise"))
     return sorted(p[len(root) :].lstrip("/") for p in paths)
 
 

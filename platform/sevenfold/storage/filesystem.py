@@ -12,7 +12,7 @@ from sevenfold.storage import object_stores
 from sevenfold.storage.retry import MissingError, with_retries
 
 # What stores report about a file that changes when its content does.
-VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "Last-Modified", "created")
 
 
 def stat(path: str) -> dict[str, Any]:

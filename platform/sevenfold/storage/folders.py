@@ -1,11 +1,10 @@
-"""Whole folders: local copies of remote folders, uploads, and folders that replace others."""
+"""Whole folders: uploads, and folders that replace others."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import hashlib
-import json
 import os
 import re
 import secrets
@@ -20,43 +19,11 @@ import psutil
 
 from sevenfold.errors import InputError
 from sevenfold.storage.checksums import CHECKSUMS
-from sevenfold.storage.files import find_files, open_read, remove
-from sevenfold.storage.filesystem import VERSION_KEYS, filesystem, stat
+from sevenfold.storage.copies import user_temporary_folder
+from sevenfold.storage.files import find_files, remove
+from sevenfold.storage.filesystem import filesystem, stat
 from sevenfold.storage.paths import is_url, join
 from sevenfold.storage.retry import with_retries
-
-
-@functools.cache
-def local_copy(folder: str) -> str:
-    """Returns a local folder with the files of `folder`.
-
-    A local folder is returned as it is. A remote one is copied to the temporary folder, once per
-    machine: the first process that calls this copies it, all others use the copy. It is copied
-    again only if its files have changed.
-    """
-    if not is_url(folder):
-        return folder
-    fs, root = filesystem(folder)
-    infos = with_retries(folder, "listed", lambda: fs.find(root, detail=True, on_error="raise"))
-    versions = sorted(
-        (name, *(str(info.get(key)) for key in ("size", *VERSION_KEYS)))
-        for name, info in infos.items()
-    )
-    digest = hashlib.sha256(json.dumps([folder, versions]).encode()).hexdigest()[:24]
-    copy = os.path.join(user_temporary_folder(), digest)
-    with filelock.FileLock(f"{copy}.lock"):
-        if not os.path.isdir(copy):
-            shutil.rmtree(f"{copy}.part", ignore_errors=True)  # of a process that was killed
-            for name in infos:
-                target_path = os.path.join(f"{copy}.part", name[len(root) :].lstrip("/"))
-                os.makedirs(os.path.dirname(target_path), exist_ok=True)
-                with (
-                    open_read(fs.unstrip_protocol(name)) as source,
-                    open(target_path, "wb") as target,
-                ):
-                    shutil.copyfileobj(source, target, 4 << 20)
-            os.rename(f"{copy}.part", copy)
-    return copy
 
 
 def upload(folder: str, to: str) -> None:
@@ -120,13 +87,6 @@ def _upload_over(folder: str, url: str, replaced: re.Pattern[str] | None) -> Non
         is_replaced = replaced is not None and replaced.fullmatch(name)
         if is_replaced and not os.path.exists(os.path.join(folder, name)):
             remove(join(url, name))
-
-
-def user_temporary_folder() -> str:
-    """Creates and returns a folder for this user's copies and locks on this machine."""
-    folder = os.path.join(tempfile.gettempdir(), f"sevenfold-{os.getuid()}")
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    return folder
 
 
 def _not_empty_error(path: str) -> InputError:

@@ -1,0 +1,1 @@
+"""Hostile input of each kind, as tables and functions that tests and benchmarks share."""
