@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from sevenfold import storage
 from sevenfold.data.encode import TextEncoder
 from sevenfold.data.manifest import Manifest
+from sevenfold.data.named_files import check_named_files
 from sevenfold.data.order import shuffled
 from sevenfold.data.sources import formats
 from sevenfold.data.sources.documents import Selection, texts
@@ -183,9 +184,10 @@ def load_tokenizer(folder: str) -> PreTrainedTokenizerBase:
 
     local = storage.local_copy(folder)
     storage.verify_checksums(local, weights=False)
+    overridden: dict[str, Any] = check_named_files(local)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            local, local_files_only=True, trust_remote_code=False
+            local, local_files_only=True, trust_remote_code=False, **overridden
         )
     except Exception as e:  # tokenizers raises Exception itself for a damaged file
         _check_tokenizer_files(local)

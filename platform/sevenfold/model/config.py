@@ -6,11 +6,9 @@ import contextlib
 import copy
 import os
 import re
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
@@ -18,6 +16,7 @@ from sevenfold import storage
 from sevenfold.engine.positions import position_offset
 from sevenfold.errors import InputError, RunError, first_line
 from sevenfold.model import gguf, hub, remote_code
+from sevenfold.model.files import check_files
 from sevenfold.recipe import Recipe
 from sevenfold.run_folder import RunFolder
 
@@ -101,32 +100,8 @@ def local_folder(location: str, *, weights: bool = True) -> str:
     """
     folder = storage.local_copy(location)
     storage.verify_checksums(folder, weights=weights)
-    _check_files(folder, weights)
+    check_files(folder, weights)
     return folder
-
-
-def _check_files(folder: str, weights: bool) -> None:
-    """Raises InputError for a file of a Hugging Face directory that is not of its format.
-
-    transformers would ignore some of them, and name no file for others.
-
-    Args:
-        folder: The directory.
-        weights: Whether to read the headers of the weights files too.
-    """
-    for name in ("config.json", "generation_config.json", "model.safetensors.index.json"):
-        path = os.path.join(folder, name)
-        if os.path.lexists(path):
-            storage.read_json(path, storage.json_object)
-    for weights_file in sorted(Path(folder).glob("*.safetensors")) if weights else []:
-        try:
-            with safe_open(weights_file, "pt"):
-                pass
-        except (SafetensorError, OSError) as e:
-            raise InputError(
-                f"{weights_file}: damaged: not valid safetensors ({first_line(e)}); "
-                f"{storage.DAMAGED_HINT}"
-            ) from None
 
 
 def config_of(recipe: Recipe, vocab_size: int, tokenizer: Any = None) -> PreTrainedConfig:

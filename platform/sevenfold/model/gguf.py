@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from sevenfold import storage
 from sevenfold.errors import InputError, first_line
+from sevenfold.model import hub_kernels  # noqa: F401 (refuses them)
 
 SUFFIX = ".gguf"
 

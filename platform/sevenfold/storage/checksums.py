@@ -10,6 +10,7 @@ from typing import Any
 from sevenfold.errors import InputError
 from sevenfold.storage.files import json_object, open_read, read_json, size, to_json
 from sevenfold.storage.filesystem import stat
+from sevenfold.storage.listing import plain_name
 from sevenfold.storage.paths import join
 
 CHECKSUMS = "checksums.json"
@@ -59,7 +60,10 @@ def verify_checksums(folder: str, *, weights: bool) -> None:
     files = read_json(
         checksums,
         lambda tree: {
-            str(name): {"bytes": int(file["bytes"]), "sha256": str(file["sha256"])}
+            plain_name(name, checksums): {
+                "bytes": int(file["bytes"]),
+                "sha256": str(file["sha256"]),
+            }
             for name, file in json_object(json_object(tree)["files"]).items()
         },
     )

@@ -28,7 +28,7 @@ _MAX_PART_BYTES = 255  # the longest name of a file on a local disk
 _LINK = re.compile(r"""<a\s(?:[^<>]*?\s)?href\s*=\s*["']([^"'<>]+)""", re.IGNORECASE)
 
 
-def plain_name(name: str, where: str) -> str:
+def plain_name(name: Any, where: str) -> str:
     """Returns a name that was read from a listing or a file, after a check.
 
     Args:
@@ -41,9 +41,10 @@ def plain_name(name: str, where: str) -> str:
     reason = _name_fault(name)
     if reason:
         raise InputError(
-            f"{where}: expected names of files inside the folder, found {name[:100]!r}, {reason}"
+            f"{where}: expected names of files inside the folder, found {str(name)[:100]!r}, "
+            f"{reason}"
         )
-    return name
+    return str(name)
 
 
 def _name_fault(name: object) -> str:
