@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import re
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sevenfold.data.chat_layout import Layout, check_complete, layout_of, mark_pieces
 from sevenfold.data.sources.documents import UnusableExampleError
 from sevenfold.data.sources.messages import Conversation
+from sevenfold.data.template_errors import describe, is_fault_of_template, template_line
+from sevenfold.data.template_limits import limit_transformers
 from sevenfold.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,7 +31,8 @@ PLAIN_TEMPLATE = (
 )
 # The names under which transformers gives reasoning to a template.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
-_STRFTIME = re.compile(r"""strftime_now\(\s*(["'])(.*?)\1\s*\)""")
+# Formats of dates are short; without the limit, the search of some text takes time by its square.
+_STRFTIME = re.compile(r"""strftime_now\(\s{0,20}(["'])(.{0,200}?)\1\s{0,20}\)""")
 
 
 class ChatRenderer:
@@ -47,8 +53,10 @@ class ChatRenderer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, today: str | None = None):
         day = datetime.fromisoformat(today) if today else datetime.now()
+        source = template_source(tokenizer)
+        self._name = _template_name(tokenizer, source)
         # the date does not change while a run trains
-        self.source = _STRFTIME.sub(lambda m: repr(day.strftime(m[2])), template_source(tokenizer))
+        self.source = _STRFTIME.sub(lambda m: repr(day.strftime(m[2])), source)
         self.special_tokens = {
             name: str(token)
             for name, token in tokenizer.special_tokens_map.items()
@@ -64,6 +72,7 @@ class ChatRenderer:
 
         Raises:
             UnusableExampleError: The template rejects the conversation, or does not use all of it.
+            InputError: It is not a template, or takes too much time or memory.
         """
         return str(self._rendered(conversation, add_generation_prompt, False)[0][0])
 
@@ -104,9 +113,9 @@ class ChatRenderer:
         self, conversation: Conversation, add_generation_prompt: bool, marks: bool
     ) -> tuple[list[str], list[list[tuple[int, int]]]]:
         # imported here because it imports torch, which other encoders do without
-        from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        limit_transformers()
         given = {
             key for m in conversation.messages for key in m.keys() - {"role", "content", "train"}
         }
@@ -130,12 +139,31 @@ class ChatRenderer:
                 return_assistant_tokens_mask=marks,
                 **self.special_tokens,
             )
-        except (TemplateError, TypeError, ValueError, LookupError) as e:
-            start = json.dumps(messages[0], ensure_ascii=False)[:80]
+        except Exception as e:  # a template can raise anything that Python can
+            where = f"{self._name}: line {template_line(e)}"
+            if is_fault_of_template(e):
+                raise InputError(
+                    f"{where}: expected a chat template that can be rendered, found one that "
+                    f"cannot: {describe(e)}: use another (tokenizer.chat_template)"
+                ) from None
+            start = json.dumps(messages[0], ensure_ascii=False)[:80] if messages else "nothing"
             raise UnusableExampleError(
-                f"the tokenizer's chat template rejects the conversation that begins {start}: {e}"
+                f"the tokenizer's chat template rejects the conversation that begins {start}: "
+                f"{describe(e)} ({where})"
             ) from None
         return rendered
+
+
+def _template_name(tokenizer: PreTrainedTokenizerBase, source: str) -> str:
+    """Returns the file that a tokenizer's chat template is from, for messages."""
+    folder = str(tokenizer.name_or_path or "the tokenizer")
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        path = os.path.join(folder, name)
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            text = Path(path).read_text(encoding="utf-8")
+            if text == source or (name.endswith(".json") and "chat_template" in text):
+                return f"{path}: chat_template" if name.endswith(".json") else path
+    return f"{folder}: the chat template"
 
 
 def template_source(tokenizer: PreTrainedTokenizerBase) -> str:

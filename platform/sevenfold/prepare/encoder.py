@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import date
 from typing import Any
 
 from sevenfold import storage
@@ -34,7 +35,10 @@ def load_encoder(recipe: Recipe, tokenizer: str) -> TextEncoder:
         )
         tree = description.get("frames")
         frames = None if tree is None else PairFrames.from_json(tree)
-        return backend, description.get("today"), frames
+        today = description.get("today")
+        if today is not None:
+            date.fromisoformat(today)  # raises
+        return backend, today, frames
 
     backend, today, frames = storage.read_json(encoder_file(tokenizer), parse)
     return build_encoder(recipe, tokenizer, backend, today, frames)
