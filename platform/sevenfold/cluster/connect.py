@@ -16,6 +16,7 @@ from ray.exceptions import ActorDiedError, RayTaskError
 
 import sevenfold
 from sevenfold.cluster import ray_private
+from sevenfold.cluster.temp_folder import ray_folder
 from sevenfold.errors import InputError, RunError, cause_of, first_line
 from sevenfold.report.console import say
 
@@ -59,7 +60,8 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
             second to the start of a run.
 
     Raises:
-        InputError: RAY_ADDRESS is the URL of a dashboard.
+        InputError: RAY_ADDRESS is the URL of a dashboard, or another user has taken the temporary
+            folder of this one.
         RunError: No cluster answers at RAY_ADDRESS.
     """
     import ray.data  # noqa: F401 (creates the loggers that `quieten` then sets the level of)
@@ -110,7 +112,10 @@ def _connect_to_cluster(variables: list[str], verbose: bool, log_level: int) -> 
 
 
 def _start_local(dashboard: bool, verbose: bool, log_level: int) -> None:
-    """Starts a Ray on this machine that listens on the loopback address only."""
+    """Starts a Ray on this machine for this user only.
+
+    It listens on the loopback address only, and other users cannot enter its folder.
+    """
     library = Path(sevenfold.__file__).parent
     paths = [str(library.parent), os.environ.get("PYTHONPATH", "")]
     os.environ.update(_LOCAL)
@@ -123,6 +128,7 @@ def _start_local(dashboard: bool, verbose: bool, log_level: int) -> None:
         include_dashboard=dashboard or verbose,
         log_to_driver=verbose,
         logging_level=log_level,
+        _temp_dir=ray_folder(),
     )
 
 

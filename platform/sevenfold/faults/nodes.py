@@ -16,6 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sevenfold.cluster import connect, ray_private
+from sevenfold.cluster.temp_folder import ray_folder
 from sevenfold.data.stream import TASK_CPUS
 from sevenfold.errors import RunError
 from sevenfold.recipe import Recipe
@@ -198,6 +199,7 @@ class LocalNodes(Nodes):
         head: dict[str, Any] = {
             "num_cpus": 0,
             "include_dashboard": self._dashboard,
+            "temp_dir": ray_folder(),
             "_system_config": health_checks,
         }
         if self._dashboard:
