@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.torch import save_file
+from safetensors.torch import save
 
+from sevenfold import storage
 from sevenfold.data.ledger import Ledger, Replay
 from sevenfold.data.stream import ReadRange
 from sevenfold.data.tokenizer import load_tokenizer
@@ -115,7 +116,8 @@ def replay(path: str, step: int, out: str | None = None) -> None:
         tensors = {k: v for k, v in vars(batch).items() if k != "decoder" and v is not None}
         if batch.decoder:
             tensors |= {f"decoder_{k}": v for k, v in vars(batch.decoder).items()}
-        save_file({k: v.contiguous() for k, v in tensors.items()}, out)
+        # save_file would create a file that only its owner can read, whatever the umask
+        storage.write(os.path.abspath(out), save({k: v.contiguous() for k, v in tensors.items()}))
         say(f"{', '.join(tensors)}: {out}")
 
 

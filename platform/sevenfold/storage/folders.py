@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat as stat_module
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,9 +73,24 @@ def new_folder(path: str, replaced: re.Pattern[str] | None = None) -> Iterator[s
     path = os.path.realpath(path)
     with temporary_folder_beside(path) as temporary:
         yield temporary
+        _set_modes(temporary)
         digest = hashlib.sha256(path.encode()).hexdigest()[:24]
         with filelock.FileLock(os.path.join(user_temporary_folder(), f"{digest}.lock")):
             _move_into_place(temporary, path, replaced)
+
+
+def _set_modes(folder: str) -> None:
+    """Gives all files and folders in a new folder the modes of files that this process creates.
+
+    safetensors writes files that only their owner can read, and copies keep the modes of originals.
+    The folder's own mode tells the umask, which could be read only by changing it for a moment.
+    """
+    mode = stat_module.S_IMODE(os.stat(folder).st_mode)
+    for parent, subfolders, files in os.walk(folder):
+        for names, wanted in ((subfolders, mode), (files, mode & 0o666)):
+            for path in (os.path.join(parent, name) for name in names):
+                if not os.path.islink(path):
+                    os.chmod(path, wanted)
 
 
 def _upload_over(folder: str, url: str, replaced: re.Pattern[str] | None) -> None:
