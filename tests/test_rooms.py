@@ -29,7 +29,8 @@ engine
 cluster data
 report
 run_folder
-recipe storage
+recipe
+storage
 errors
 """
 FLOOR = {room: i for i, line in enumerate(ORDER.split("\n")) for room in line.split()}

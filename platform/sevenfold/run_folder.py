@@ -34,7 +34,8 @@ class RunFolder:
     Attributes:
         root: The run folder, an absolute path or a URL.
         recipe: The recipe, with all defaults.
-        identity: The hash of the first recipe, if a later one has another train.micro_batch.
+        identity: The hash of the first recipe, if a later one has another train.micro_batch or an
+            earlier version stored the recipe with secrets of URLs.
         manifest: The manifest: the data files that the run reads.
         ledger: The folder of the ledger: which documents each step read.
         workers: The workers, and the nodes that they run on.

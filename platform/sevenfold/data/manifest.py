@@ -33,6 +33,7 @@ from sevenfold.data.sources.shards import (
 from sevenfold.data.sources.text_encoding import report_encodings, with_text_format
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
+from sevenfold.recipe.locations import STORED
 
 TARGET_BYTES = 2 * 2**20  # of text in a row group
 # The smallest target, for text and for the rows of fine-tuning data.
@@ -48,7 +49,7 @@ _SHARD, _DOCUMENTS, _BYTES = (_COLUMNS.index(c) for c in ("shard", "documents", 
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(storage.CarriesSecrets):
     """The shards of some sources and their row groups, in the order of sources, shards and rows.
 
     Attributes:
@@ -111,11 +112,14 @@ class Manifest:
 
     @staticmethod
     def from_json(tree: dict[str, Any]) -> Manifest:
-        """Returns the manifest that `to_json` converted."""
+        """Returns the manifest that `to_json` converted; in earlier versions, URLs had secrets."""
         table = np.array([tree["row_groups"][c] for c in _COLUMNS], np.int64).T
         return Manifest(
-            tuple(Source(**s) for s in tree["sources"]),
-            tuple(Shard(**s) for s in tree["shards"]),
+            tuple(Source.model_validate(s, context={STORED: True}) for s in tree["sources"]),
+            tuple(
+                Shard(**s | {"path": storage.keep_secrets(s["path"], stored=True)})
+                for s in tree["shards"]
+            ),
             np.ascontiguousarray(table),
             tuple(tree["left_out"]),
             tuple(tree["tokens_per_byte"]),

@@ -275,7 +275,10 @@ class Drill:
             f"name={self.recipe.name}-{name}",
             *changes,
         ]
-        return Run(command, {"PYTHONPATH": paths})
+        # the recipe's file has no secrets of URLs
+        urls = " ".join(storage.all_full_urls().values())
+        secrets = {storage.URLS_VARIABLE: urls} if urls else {}
+        return Run(command, {"PYTHONPATH": paths, **secrets})
 
     def difference(self, other: RunFolder) -> float | None:
         """Compares a run with the baseline run; see Outcome.difference."""

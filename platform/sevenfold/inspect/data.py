@@ -35,6 +35,7 @@ def run(
     """
     if near < 0:
         raise InputError(f"--near: expected 0 or more, found {near}")
+    path = storage.keep_secrets(path)
     survey = Survey(near)
     rows = bad_rows = 0
     first_errors: list[str] = []

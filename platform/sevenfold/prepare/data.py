@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -190,7 +191,17 @@ def load_unchanged_inputs(folder: RunFolder) -> Inputs | None:
     inputs = load_inputs(folder)
     for manifest in inputs.all.values():
         manifest.check_unchanged()
+    stored: dict[str, Any] = storage.read_json(folder.manifest)
+    paths = [shard["path"] for manifest in stored.values() for shard in manifest["shards"]]
+    if any(path != storage.without_secrets(path) for path in paths):
+        write_inputs(folder, inputs)  # an earlier version kept the secrets of URLs
     return inputs
+
+
+def write_inputs(folder: RunFolder, inputs: Inputs) -> None:
+    """Writes the inputs of a run into its folder."""
+    manifests = {split: manifest.to_json() for split, manifest in inputs.all.items()}
+    storage.write(folder.manifest, json.dumps(manifests))
 
 
 def load_inputs(folder: RunFolder) -> Inputs:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import re
 import threading
 from dataclasses import dataclass
@@ -25,13 +24,14 @@ from sevenfold.prepare.data import (
     load_unchanged_inputs,
     missing_corpus,
     with_classes,
+    write_inputs,
 )
 from sevenfold.prepare.encoder import encoder_file
 from sevenfold.prepare.model import CheckedModel, check_model, pin_model
 from sevenfold.prepare.steps import with_steps
 from sevenfold.prepare.streams import build_streams
 from sevenfold.prepare.tokenizer import prepare_tokenizer
-from sevenfold.recipe import Recipe, loads
+from sevenfold.recipe import Recipe, loads, stored_hash
 from sevenfold.report.console import say
 from sevenfold.run_folder import RunFolder
 
@@ -113,6 +113,7 @@ def prepare_job(
     inputs = (
         None if missing_corpus(recipe) else load_unchanged_inputs(folder) or find_inputs(recipe)
     )
+    storage.save_full_urls()
     if folder.finished():
         say(f"{folder.root}: already finished; nothing to do")
         return None
@@ -213,8 +214,8 @@ def _write_folder(folder: RunFolder, recipe: Recipe, resolved: Recipe, inputs: I
             storage.remove_empty(folder.root)
         raise
     if not storage.exists(folder.manifest):
-        manifests = {split: m.recorded().to_json() for split, m in inputs.all.items()}
-        storage.write(folder.manifest, json.dumps(manifests))
+        recorded = {split: manifest.recorded() for split, manifest in inputs.all.items()}
+        write_inputs(folder, Inputs(**recorded))
     return inputs
 
 
@@ -255,7 +256,8 @@ def claim_folder(folder: RunFolder, recipe: Recipe) -> str:
     of memory is resumed with a smaller one.
 
     Returns:
-        The identity by which the run's checkpoints know it: the hash of its first recipe.
+        The identity by which the run's checkpoints know it: the hash of its first recipe, as it
+        was computed then.
 
     Raises:
         InputError: The folder belongs to a run of another recipe.
@@ -263,9 +265,10 @@ def claim_folder(folder: RunFolder, recipe: Recipe) -> str:
     if not storage.exists(folder.recipe):
         storage.write(folder.recipe, recipe.to_yaml())
         return recipe.hash()
-    stored = loads(storage.read_text(folder.recipe), folder.recipe)
+    text = storage.read_text(folder.recipe)
+    stored, first_hash = loads(text, folder.recipe), stored_hash(text, folder.recipe)
     has_identity = storage.exists(folder.identity)
-    identity = storage.read_text(folder.identity) if has_identity else stored.hash()
+    identity = storage.read_text(folder.identity) if has_identity else first_hash
     if not re.fullmatch("[0-9a-f]{64}", identity):
         raise InputError(
             f"{folder.identity}: damaged: expected the SHA-256 of the run's first recipe, found "
@@ -281,7 +284,10 @@ def claim_folder(folder: RunFolder, recipe: Recipe) -> str:
                 "use its recipe to resume it, or choose another name (name=...)"
             )
         storage.write(folder.identity, identity)
-    if stored != recipe:
+    had_secrets = first_hash != stored.hash()  # an earlier version has stored it
+    if had_secrets and not has_identity:
+        storage.write(folder.identity, identity)
+    if stored != recipe or had_secrets:
         storage.write(folder.recipe, recipe.to_yaml())
     return identity
 

@@ -6,7 +6,7 @@ key.
 """
 
 from sevenfold.recipe.data import Data, Filter, Source, Stage, Tokenizer
-from sevenfold.recipe.recipe import PRETRAINING, Recipe, loads, parse
+from sevenfold.recipe.recipe import PRETRAINING, Recipe, loads, parse, stored_hash
 from sevenfold.recipe.sweep import Space, Sweep
 from sevenfold.recipe.training import (
     Adapter,
@@ -49,4 +49,5 @@ __all__ = [
     "Validation",
     "loads",
     "parse",
+    "stored_hash",
 ]

@@ -7,7 +7,24 @@ import difflib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from sevenfold import storage
+from sevenfold.recipe.locations import (
+    WITH_SECRETS,
+    Location,
+    default_name,
+    last_part,
+    with_short_names,
+)
 
 
 class Section(BaseModel):
@@ -52,7 +69,7 @@ class Source(Section):
     Local, or behind a URL that fsspec can open (s3, gs, http, ...).
     """
 
-    path: str = Field(
+    path: Location = Field(
         description="File, folder or glob. A relative path starts at the current folder; in a "
         "submitted Ray job, see storage.resolve_input"
     )
@@ -125,9 +142,13 @@ class Source(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _add_name(cls, tree: Any) -> Any:
-        if isinstance(tree, dict) and not tree.get("name") and isinstance(tree.get("path"), str):
-            tree = tree | {"name": tree["path"].rstrip("/").rsplit("/", 1)[-1]}
+    def _add_name(cls, tree: Any, info: ValidationInfo) -> Any:
+        if not isinstance(tree, dict) or not isinstance(tree.get("path"), str):
+            return tree
+        path, name = tree["path"], tree.get("name")
+        # earlier versions made the name of the URL with its secrets
+        if not name or (name == last_part(path) and WITH_SECRETS not in (info.context or {})):
+            tree = tree | {"name": default_name(path)}
         return tree
 
 
@@ -165,7 +186,7 @@ def _label_text(value: Any) -> Any:
 class Data(Section):
     """What is trained on, validated on and tested on, and in which order it is read."""
 
-    path: str | None = Field(
+    path: Location | None = Field(
         None,
         description="Folder, file or URL that the paths of sources, validation and test are "
         "relative to",
@@ -248,7 +269,7 @@ class Data(Section):
     max_document_mb: float = Field(
         64, gt=0, le=1024, description="A document longer than this number of MB is a bad document"
     )
-    cache: str | None = Field(
+    cache: Location | None = Field(
         None,
         description="Folder of a token cache, written by jobs/tokenize.py: tokens are read from "
         "it instead of encoding the text",
@@ -261,10 +282,12 @@ class Data(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _join_paths(cls, tree: Any) -> Any:
+    def _join_paths(cls, tree: Any, info: ValidationInfo) -> Any:
         """Joins `path` with the paths of all sources, and then removes it."""
         if not isinstance(tree, dict):
             return tree
+        if WITH_SECRETS not in (info.context or {}):
+            tree = with_short_names(tree, _SOURCE_LISTS)
         if not isinstance(tree.get("path"), str):
             sources = [s for k in _SOURCE_LISTS for s in tree.get(k) or () if isinstance(s, dict)]
             if any("path" not in s for s in sources):
@@ -272,7 +295,7 @@ class Data(Section):
                     "this recipe does not say where its data is: give data.path=FILE_OR_FOLDER"
                 )
             return tree
-        root = tree["path"].rstrip("/")
+        root = storage.keep_secrets(tree["path"]).rstrip("/")
 
         def join(source: Any) -> Any:
             if not isinstance(source, dict):
@@ -339,7 +362,7 @@ class Data(Section):
 class Tokenizer(Section):
     """Where the tokenizer comes from: a folder, the model's folder, or training on the sources."""
 
-    path: str | None = Field(
+    path: Location | None = Field(
         None,
         description="Folder of a Hugging Face tokenizer. Default: the tokenizer in model.path",
     )
@@ -349,7 +372,7 @@ class Tokenizer(Section):
         le=2**24,
         description="Train a byte-level BPE tokenizer of this size on a sample of the sources",
     )
-    chat_template: str | None = Field(
+    chat_template: Location | None = Field(
         None,
         description="Chat template for conversations: the name of one that the tokenizer has; a "
         "file with a Jinja template; or plain, which gives a simple one to a tokenizer that has "

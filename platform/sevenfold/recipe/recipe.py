@@ -11,8 +11,10 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
 
+from sevenfold import storage as files
 from sevenfold.errors import InputError
 from sevenfold.recipe.data import Data, Section, Tokenizer, without_unset
+from sevenfold.recipe.locations import STORED, WITH_SECRETS, OutputLocation
 from sevenfold.recipe.plain_yaml import load_yaml, read_yaml
 from sevenfold.recipe.sweep import BUDGETS, Sweep
 from sevenfold.recipe.training import (
@@ -37,14 +39,14 @@ _RENAMED = {"search": "sweep"}
 PRETRAINING = ("causal", "masked", "denoise")
 
 
-class Recipe(Section):
+class Recipe(files.CarriesSecrets, Section):
     """All settings of a run. `parse` reads one from a file."""
 
     name: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="Name of the run, and of its folder in storage",
     )
-    storage: str = Field(
+    storage: OutputLocation = Field(
         "runs", description="Folder or URL that holds the folders of runs (run_folder.py)"
     )
     seed: int = Field(
@@ -316,10 +318,26 @@ def loads(text: str, where: str, changes: dict[str, Any] | None = None) -> Recip
     Raises:
         InputError: As `parse`.
     """
+    return _validate(_apply_changes(_stored_tree(text, where), changes or {}, where), where, STORED)
+
+
+def stored_hash(text: str, where: str) -> str:
+    """Returns the hash of a recipe that a run has stored, as the version that stored it did.
+
+    Earlier versions kept the secrets of URLs in recipes.
+
+    Args:
+        text: The recipe, in YAML.
+        where: As in `loads`.
+    """
+    return _validate(_stored_tree(text, where), where, WITH_SECRETS).hash()
+
+
+def _stored_tree(text: str, where: str) -> dict[str, Any]:
     stored = _check_tree(load_yaml(text, where), where)
     tree = {_RENAMED.get(key, key): value for key, value in stored.items()}
     _pop_consent(tree)
-    return _validate(_apply_changes(tree, changes or {}, where), where)
+    return tree
 
 
 def _pop_consent(tree: dict[str, Any]) -> bool:
@@ -353,10 +371,16 @@ def _apply_changes(tree: dict[str, Any], changes: dict[str, Any], where: str) ->
     return tree
 
 
-def _validate(tree: dict[str, Any], where: str) -> Recipe:
-    """Builds the recipe; the first of pydantic's errors becomes one line."""
+def _validate(tree: dict[str, Any], where: str, *context: str) -> Recipe:
+    """Builds the recipe; the first of pydantic's errors becomes one line.
+
+    Args:
+        tree: The recipe.
+        where: The place that errors name.
+        *context: How its URLs are read: locations.STORED or WITH_SECRETS.
+    """
     try:
-        return Recipe.model_validate(tree)
+        return Recipe.model_validate(tree, context=dict.fromkeys(context))
     except ValidationError as e:
         errors = e.errors(include_url=False)
         first = errors[0]
@@ -372,7 +396,11 @@ def _validate(tree: dict[str, Any], where: str) -> Recipe:
             raise InputError(f"{where}: required key {path!r} is missing{more}") from None
         message = first["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
-        found = "" if first["type"] == "value_error" else f", found {repr(first['input'])[:200]}"
+        found = (
+            ""
+            if first["type"] == "value_error"
+            else f", found {files.hide_secrets(repr(first['input']))[:200]}"
+        )
         raise InputError(f"{where}: {path + ': ' if path else ''}{message}{found}{more}") from None
 
 

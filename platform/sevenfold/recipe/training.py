@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from sevenfold.recipe.bleu import BleuTokenizer
 from sevenfold.recipe.data import Section
+from sevenfold.recipe.locations import Location
 
 
 class Model(Section):
@@ -16,7 +17,7 @@ class Model(Section):
     config: dict[str, Any] | None = Field(
         None, description="transformers config of a new model: model_type and its fields"
     )
-    path: str | None = Field(
+    path: Location | None = Field(
         None,
         description="Model to start from: a run, a Hugging Face directory, a GGUF file (.gguf), "
         "or a model of the hub (hf://ORGANIZATION/NAME@REVISION)",

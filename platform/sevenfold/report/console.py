@@ -24,6 +24,8 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sevenfold.storage import hide_secrets
+
 console = Console(highlight=False, soft_wrap=True)
 
 # metric, its label, its format; in the order of the line
@@ -74,9 +76,10 @@ def say(message: str, stderr: bool = False) -> None:
     """Prints a message on one line, as it is apart from `escape`: without rich's markup or emoji.
 
     Args:
-        message: The message. A newline in it is escaped.
+        message: The message. A newline in it is escaped, and the secrets of URLs are left out.
         stderr: Prints on standard error, as errors are.
     """
+    message = hide_secrets(message)
     if stderr:
         print(escape(message), file=sys.stderr, flush=True)
     else:
@@ -107,7 +110,10 @@ def print_json(text: str) -> None:
 
 
 def escape_logs_and_tracebacks() -> None:
-    """Escapes the log records of all libraries, and the traceback that ends this process."""
+    """Escapes the log records of all libraries, and the traceback that ends this process.
+
+    The secrets of URLs are left out of both.
+    """
     if logging.getLogRecordFactory() is logging.LogRecord:  # Ray wraps this factory in its own
         logging.setLogRecordFactory(_LogRecord)
     sys.excepthook = _print_traceback
@@ -115,14 +121,14 @@ def escape_logs_and_tracebacks() -> None:
 
 class _LogRecord(logging.LogRecord):
     def getMessage(self) -> str:
-        return escape(super().getMessage(), lines=True)
+        return escape(hide_secrets(super().getMessage()), lines=True)
 
 
 def _print_traceback(
     kind: type[BaseException], error: BaseException, trace: TracebackType | None
 ) -> None:
     lines = "".join(traceback.format_exception(kind, error, trace))
-    print(escape(lines, lines=True), end="", file=sys.stderr, flush=True)
+    print(escape(hide_secrets(lines), lines=True), end="", file=sys.stderr, flush=True)
 
 
 class Progress:

@@ -38,22 +38,36 @@ from sevenfold.storage.folders import (
 from sevenfold.storage.listing import plain_name
 from sevenfold.storage.paths import home, in_ray_job, is_url, join, resolve_input, resolve_output
 from sevenfold.storage.reader import Reader
+from sevenfold.storage.url_secrets import (
+    URLS_VARIABLE,
+    CarriesSecrets,
+    all_full_urls,
+    hide_secrets,
+    keep_secrets,
+    save_full_urls,
+    without_secrets,
+)
 
 __all__ = [
     "CHECKSUMS",
     "DAMAGED_HINT",
     "SMALL_FILES",
+    "URLS_VARIABLE",
+    "CarriesSecrets",
     "Reader",
+    "all_full_urls",
     "copy",
     "exists",
     "file_digest",
     "find_files",
+    "hide_secrets",
     "home",
     "in_ray_job",
     "input_files",
     "is_url",
     "join",
     "json_object",
+    "keep_secrets",
     "listdir",
     "local_copy",
     "makedirs",
@@ -66,6 +80,7 @@ __all__ = [
     "remove_empty",
     "resolve_input",
     "resolve_output",
+    "save_full_urls",
     "size",
     "temporary_folder_beside",
     "to_json",
@@ -73,6 +88,7 @@ __all__ = [
     "user_temporary_folder",
     "verify_checksums",
     "version",
+    "without_secrets",
     "write",
     "write_checksums",
     "write_json",

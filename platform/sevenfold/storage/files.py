@@ -52,12 +52,14 @@ def input_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
         hidden = re.compile(r"(^|/)[._]")
         paths = [f"{root.rstrip('/')}/{name}" for name in names if not hidden.search(name)]
         expected = f"files ({', '.join('*' + s for s in suffixes)}) in this folder"
-    elif any(c in root for c in "*?["):
+    elif not is_http(path) and any(c in root for c in "*?["):
         paths, expected = _glob(fs, path, root), "a file that matches"
     else:
         paths, expected = [], "a file or folder"
     if not paths:
         raise InputError(f"{path}: expected {expected}, found none")
+    if is_http(path):
+        return [path]
     return [fs.unstrip_protocol(p) if is_url(path) else p for p in sorted(paths)]
 
 

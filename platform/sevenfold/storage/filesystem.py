@@ -10,6 +10,7 @@ import fsspec
 from sevenfold.errors import InputError
 from sevenfold.storage import object_stores
 from sevenfold.storage.retry import MissingError, with_retries
+from sevenfold.storage.url_secrets import full_url, hide_secrets
 
 # What stores report about a file that changes when its content does.
 VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "Last-Modified", "created")
@@ -45,6 +46,8 @@ def is_listing(url: str, info: dict[str, Any], suffixes: tuple[str, ...]) -> boo
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Returns the fsspec filesystem of a path or URL, and the path within it.
 
+    Over HTTP, the path within it is the URL with its secrets: it must not be shown or stored.
+
     Raises:
         InputError: fsspec does not know such URLs.
     """
@@ -63,7 +66,11 @@ def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
             "client_kwargs": {"timeout": timeout},
         }
     try:
-        fs, root = fsspec.core.url_to_fs(path, **options)
+        if is_http(path):
+            urlsplit(path).port  # noqa: B018 (raises ValueError if it is no number)
+        fs, root = fsspec.core.url_to_fs(full_url(path), **options)
     except (ValueError, ImportError) as e:
-        raise InputError(f"{path}: expected a path or a URL that fsspec supports: {e}") from None
+        raise InputError(
+            hide_secrets(f"{path}: expected a path or a URL that fsspec supports: {e}")
+        ) from None
     return fs, root

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from sevenfold.storage.url_secrets import keep_secrets
+
 
 def in_ray_job() -> bool:
     """Returns whether this process is the entry point of a submitted Ray job."""
@@ -28,25 +30,25 @@ def is_url(path: str) -> bool:
 
 
 def resolve_input(path: str) -> str:
-    """Returns the absolute form of an input's path or URL.
+    """Returns the absolute form of an input's path or URL; of a URL without its secrets.
 
     In a submitted Ray job, a relative path that exists in the job's working directory, because it
     was uploaded with the job, refers to the file there.
     """
     if is_url(path):
-        return path.rstrip("/")
+        return keep_secrets(path).rstrip("/")
     if in_ray_job() and os.path.exists(os.path.expanduser(path)):
         return os.path.abspath(os.path.expanduser(path))
     return resolve_output(path)
 
 
 def resolve_output(path: str) -> str:
-    """Returns the absolute form of an output's path or URL.
+    """Returns the absolute form of an output's path or URL; of a URL without its secrets.
 
     Unlike `locate`, it never refers to a job's working directory, which is deleted after the job.
     """
     if is_url(path):
-        return path.rstrip("/")
+        return keep_secrets(path).rstrip("/")
     return os.path.normpath(os.path.join(home(), os.path.expanduser(path)))
 
 

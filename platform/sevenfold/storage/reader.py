@@ -13,6 +13,7 @@ from sevenfold.errors import InputError, RunError
 from sevenfold.storage.filesystem import filesystem, is_http
 from sevenfold.storage.paths import is_url
 from sevenfold.storage.retry import T, with_retries
+from sevenfold.storage.url_secrets import keep_secrets
 
 # The largest file that is downloaded as a whole from a server without range requests.
 MAX_DOWNLOAD_BYTES = 2 << 30
@@ -37,6 +38,7 @@ class Reader(io.RawIOBase):
     _file: BinaryIO | None = None
 
     def __init__(self, path: str):
+        path = keep_secrets(path) if is_http(path) else path
         self.name = path
         self.size = -1
         self._position = 0  # where the next read begins

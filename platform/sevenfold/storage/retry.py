@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from sevenfold.errors import InputError, RunError
+from sevenfold.storage.url_secrets import URLS_VARIABLE, hide_secrets
 
 RETRY_SECONDS = 120.0  # after the first failure, until retrying is given up
 # The wait before a retry doubles from the first to the longest of these; seconds.
@@ -24,12 +25,21 @@ REFUSALS = (
 T = TypeVar("T")
 
 
+# Ends errors about URLs: what was given once may be unknown here, or have expired.
+_URL_HINT = (
+    f"; a URL with a password or signature can be given again in ${URLS_VARIABLE} (URLs, separated "
+    "by spaces)"
+)
+
+
 class MissingError(InputError):
     """There is nothing at a path."""
 
 
 def with_retries(path: str, action: str, attempt: Callable[[], T]) -> T:
     """Calls a function that accesses a storage, again and again if the storage fails temporarily.
+
+    The errors name URLs without their secrets, and have no cause, whose message would have them.
 
     Args:
         path: The path or URL, for messages.
@@ -44,6 +54,7 @@ def with_retries(path: str, action: str, attempt: Callable[[], T]) -> T:
         RunError: The storage has failed for RETRY_SECONDS seconds.
     """
     first_failure, wait = None, FIRST_WAIT
+    path = hide_secrets(path)
     while True:
         try:
             return attempt()
@@ -52,11 +63,11 @@ def with_retries(path: str, action: str, attempt: Callable[[], T]) -> T:
             if permanent is e:
                 raise
             if permanent is not None:
-                raise permanent from e
+                raise permanent from None
             # fsspec reports an outage as a missing file, with the real error as its cause
             actual = e.__cause__ if isinstance(e, FileNotFoundError) and e.__cause__ else e
             now = time.monotonic()
-            reason = " ".join(str(actual).split()) or type(actual).__name__
+            reason = _reason(actual) or type(actual).__name__
             if first_failure is None:
                 first_failure = now
                 logging.getLogger(__name__).warning(
@@ -68,7 +79,7 @@ def with_retries(path: str, action: str, attempt: Callable[[], T]) -> T:
                     f"{path}: could not be {action}, retried for {now - first_failure:.0f} s: "
                     f"{reason}: check the storage and the connection to it, then start the run "
                     "again"
-                ) from e
+                ) from None
         time.sleep(min(wait, remaining))
         wait = min(2 * wait, LONGEST_WAIT)
 
@@ -82,7 +93,7 @@ def _permanent_error(path: str, error: Exception) -> Exception | None:
         error.__cause__, (OSError, TimeoutError, aiohttp.ClientError)
     ):
         error = error.__cause__
-    reason = " ".join(str(error).split())
+    reason = _reason(error)
     status = _http_status(error, reason)
     if "NO_SUCH_BUCKET" in reason:
         return MissingError(f"{path}: expected a bucket of this name, found none")
@@ -102,13 +113,21 @@ def _permanent_error(path: str, error: Exception) -> Exception | None:
     if refused or (300 <= status < 500 and status not in (408, 425, 429)):
         return InputError(
             f"{path}: access refused ({reason}): check the address, the credentials and their "
-            "permissions"
+            f"permissions{_URL_HINT if '://' in path else ''}"
         )
     invalid_url = isinstance(error, aiohttp.ClientError) and isinstance(error, ValueError)
     if isinstance(error, FileExistsError) or invalid_url:
         return InputError(f"{path}: cannot be used: {reason}")
-    temporary = isinstance(error, (OSError, TimeoutError, aiohttp.ClientError))
-    return None if temporary else error
+    if isinstance(error, (OSError, TimeoutError, aiohttp.ClientError)):
+        return None
+    if reason != " ".join(str(error).split()):  # an error that would show a secret
+        return InputError(f"{path}: cannot be used: {type(error).__name__}: {reason}")
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """Returns an error's message on one line, without the secrets of URLs."""
+    return hide_secrets(" ".join(str(error).split()))
 
 
 def _http_status(error: Exception, reason: str) -> int:

@@ -125,7 +125,7 @@ def launch(
     except ray.train.TrainingFailedError as e:
         if "sevenfold.errors." not in str(e):
             # a bug in sevenfold or a fault of the machine: the worker's traceback explains it
-            print_text(str(e))
+            print_text(storage.hide_secrets(str(e)))
         raise RunError(
             f"{job.folder}: training failed: {cause_of(str(e))}; "
             "run the same command again to resume from the last checkpoint"
