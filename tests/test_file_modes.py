@@ -1,7 +1,6 @@
 """The modes of a run's files: those that the user's umask gives, as of any other program."""
 
 import os
-import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import safetensors.torch
 import torch
 import yaml
 from conftest import ROOT
+from helpers.modes import wrong_modes
 
 from sevenfold import storage
 
@@ -55,24 +55,8 @@ def test_a_new_folder_has_the_modes_of_the_umask(umask: int, tmp_path: Path) -> 
     assert not wrong_modes(paths, umask)
 
 
-def wrong_modes(paths: list[Path], umask: int) -> dict[str, str]:
-    """Returns the paths whose mode is not the one of new files and folders under an umask."""
-    expected = {True: 0o777 & ~umask, False: 0o666 & ~umask}
-    return {
-        str(p): oct(mode)
-        for p in paths
-        if not p.is_symlink() and (mode := stat.S_IMODE(p.stat().st_mode)) != expected[p.is_dir()]
-    }
-
-
-# 027 differs from every fixed mode that a program might give: 600, 644, 664 and 666.
-@pytest.mark.parametrize(
-    "umask",
-    [
-        pytest.param(0o027, marks=pytest.mark.slow),
-        *(pytest.param(umask, marks=pytest.mark.nightly) for umask in (0o002, 0o022, 0o077)),
-    ],
-)
+@pytest.mark.nightly  # test_twelve_secrets.py does this once
+@pytest.mark.parametrize("umask", [0o002, 0o022, 0o077])
 def test_a_run_folder_has_the_modes_of_the_umask(
     umask: int, tree: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -21,7 +21,8 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         if self.headers.get("Authorization") != expected:
             return self.send_error(401)
-        if url.path.endswith((".jsonl", ".gguf")) and url.query != server.query:
+        query, needed = map(urllib.parse.parse_qs, (url.query, server.query))
+        if url.path.endswith((".jsonl", ".gguf")) and query != needed:
             return self.send_error(403)
         self.path = url.path
         return super().send_head()
