@@ -59,8 +59,11 @@ PRIVATE = {
         "the environment variables that Ray Tune's trials get"
     ),
     "ray.tune.schedulers.pbt:_PBTTrialState": "trials are added to PBT while others train",
+    "ray.tune.schedulers.pbt:PopulationBasedTraining._checkpoint_or_exploit": (
+        "no trial continues from an earlier step"
+    ),
     "ray.tune.schedulers.hyperband:HyperBandScheduler._get_r0": (
-        "we round a bracket's first rung up, Ray rounds it down"
+        "we round a bracket's first rung up, Ray rounds it down; it knows no grace"
     ),
 }
 
@@ -198,11 +201,13 @@ def pbt_trial_state(trial: Any) -> Any:
     return _PBTTrialState(trial)
 
 
-def set_hyperband_rungs(scheduler: Any, first_rung: Callable[[int], int]) -> None:
-    """Sets the function by which a HyperBand scheduler computes the first rung of a bracket.
+def set_hyperband_rungs(scheduler: Any, first_rung: Callable[[int], int], brackets: int) -> None:
+    """Sets the brackets of a HyperBand scheduler.
 
     Args:
         scheduler: Ray's HyperBandScheduler.
         first_rung: Returns the first rung of the bracket with this number.
+        brackets: The most brackets; Ray's number stays if it is smaller.
     """
     scheduler._get_r0 = first_rung
+    scheduler._s_max_1 = min(scheduler._s_max_1, brackets)

@@ -10,6 +10,7 @@ import io
 import math
 import pickle
 import random
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -125,7 +126,13 @@ class _NoStopping(_Limited, FIFOScheduler):
 
 
 class _Population(_Limited, PopulationBasedTraining):
-    """Population based training (PBT)."""
+    """Population based training (PBT).
+
+    Attributes:
+        last_step: The last step of a trial.
+    """
+
+    last_step = 0
 
     def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
         """Adds a trial to the population.
@@ -146,12 +153,51 @@ class _Population(_Limited, PopulationBasedTraining):
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         """Returns Ray's decision, but does not pause a trial if all trials have room.
 
-        Ray's method pauses a trial whenever another one waits, even if there is room for both.
+        Ray's method pauses a trial whenever another one waits, even if there is room for both. A
+        trial at its last step ends, and does not continue from another one.
         """
+        if result["step"] >= self.last_step:
+            return str(TrialScheduler.CONTINUE)
         decision: str = super().on_trial_result(tune_controller, trial, result)
         if decision == TrialScheduler.PAUSE and self.limit.fits():
             return TrialScheduler.CONTINUE
         return decision
+
+    def choose_trial_to_run(self, tune_controller: Any, *args: Any, **kwargs: Any) -> Trial | None:
+        """Chooses the trial that has trained least, so that each has its turn.
+
+        Among equal ones the order changes from turn to turn: a trial that is always the first to
+        reach a step never finds another one that it could continue from.
+        """
+        if self.limit.room() <= 0:
+            return None
+
+        def order(trial: Trial) -> tuple[int, int]:
+            step = self._trial_state[trial].last_train_time
+            return step, zlib.crc32(f"{trial.trial_id} {step}".encode())
+
+        waiting = (Trial.PENDING, Trial.PAUSED)
+        trials = (t for t in tune_controller.get_trials() if t.status in waiting)
+        return min(trials, key=order, default=None)
+
+    def _checkpoint_or_exploit(
+        self, trial: Trial, tune_controller: Any, upper: list[Trial], lower: list[Trial]
+    ) -> None:
+        """Lets a bad trial continue from a better one, but never from an earlier step.
+
+        Where a metric worsens with training, trials that wait are the better ones. Ray lets the
+        others go back to them again and again, and the sweep never ends.
+        """
+        if trial in lower:
+            step = self._trial_state[trial].last_train_time
+            upper = [
+                donor
+                for donor in upper
+                if self._trial_state[donor].last_checkpoint
+                and self._trial_state[donor].last_train_time >= step
+            ]
+            lower = lower if upper else []
+        super()._checkpoint_or_exploit(trial, tune_controller, upper, lower)
 
 
 def build_scheduler(
@@ -176,9 +222,14 @@ def build_scheduler(
         # Rungs are counted in reports, because a trial can only be stopped at a report.
         scheduler = _HyperBand(time_attr="report", max_t=reports, reduction_factor=sweep.eta)
         # Ray rounds the first rung down and multiplies it by eta for the later ones: with 5
-        # reports and eta 3, no trial would get beyond the third report. So round it up.
+        # reports and eta 3, no trial would get beyond the third report. So round it up. Brackets
+        # that would stop trials before the grace are left out; the remaining ones begin there.
+        grace = min(reports, math.ceil(sweep.grace * reports - 1e-9))
+        brackets = 1 + max(1, math.floor(math.log(1 / sweep.grace, sweep.eta) + 1e-9))
         ray_private.set_hyperband_rungs(
-            scheduler, lambda s: math.ceil(reports * sweep.eta**-s - 1e-9)
+            scheduler,
+            lambda s: max(grace, math.ceil(reports * sweep.eta**-s - 1e-9)),
+            brackets,
         )
     elif sweep.scheduler == "median":
         scheduler = _Median(
@@ -195,6 +246,7 @@ def build_scheduler(
             hyperparam_mutations={key: _mutation(space) for key, space in sweep.space.items()},
             custom_explore_fn=_ClipToSpace(sweep),
         )
+        scheduler.last_step = steps
     else:
         scheduler = _NoStopping()
     scheduler.limit = limit
