@@ -46,6 +46,8 @@ CONDITIONAL = {"seed": {"choice": [1], "when": {"train.steps": 3}}}
     [
         ({"space": {"seed": {"integer": [3, 2]}}}, "the space is empty: 3 is above 2"),
         ({"space": {"seed": {"uniform": [1, 1]}}}, "the space is empty"),
+        ({"space": {"seed": {"uniform": [1, math.inf]}}}, "the ends must be finite"),
+        ({"space": {"seed": {"loguniform": [math.nan, 1]}}}, "the ends must be finite"),
         ({"space": {"seed": {}}}, "give exactly one of uniform, loguniform, integer, choice"),
         ({"space": CONDITIONAL}, "when: expected other keys of the space, found train.steps"),
         ({"trials": 0}, "greater than 0"),
@@ -73,6 +75,24 @@ def test_invalid_settings(changes: dict[str, Any], says: str) -> None:
         ({"train.global_batch": {"integer": [64, 128]}}, "must be a multiple"),
         ({"train.steps": {"choice": [5, 6]}}, "'train.steps' must be the same for all trials"),
         ({"optimizer.learning_rate": {"uniform": [-1, 1]}}, "learning_rate"),
+        # a corner of two keys, of which each is valid alone
+        (
+            {"train.global_batch": {"choice": [4, 8]}, "data.lanes": {"choice": [1, 8]}},
+            "must be a multiple of data.lanes",
+        ),
+        # points of which no model can be made
+        (
+            {"model.config.num_attention_heads": {"choice": [3]}},
+            "no trial with model.config.num_attention_heads=3 can be trained: ",
+        ),
+        (
+            {
+                "model.config.hidden_size": {"choice": [16, 24]},
+                "model.config.num_attention_heads": {"choice": [2, 16]},
+            },
+            "hidden_size=24, model.config.num_attention_heads=16 can be trained: ",
+        ),
+        ({"model.config.intermediate_size": {"integer": [0, 8]}}, "expected 1 to"),
     ],
 )
 def test_every_kind_of_point_is_validated_beforehand(space: dict[str, Any], says: str) -> None:
@@ -83,6 +103,12 @@ def test_every_kind_of_point_is_validated_beforehand(space: dict[str, Any], says
     )
     with pytest.raises(InputError, match=says):
         sweep.checked(recipe)
+
+
+def test_a_small_space_is_counted() -> None:
+    small = {"a": {"choice": [1, 2]}, "b": {"integer": [3, 5]}}
+    assert settings(space=small).points == 6
+    assert settings(space=CONTINUOUS).points is None and settings().points is None
 
 
 def test_mode_follows_from_the_metric() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -69,6 +70,8 @@ class Space(Section):
         bounds = self.uniform or self.loguniform or self.integer
         if bounds is not None:
             low, high = bounds
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"the ends must be finite, found {low} and {high}")
             if self.integer and low > high:
                 raise ValueError(f"the space is empty: {low} is above {high}")
             if not self.integer and low >= high:
@@ -249,6 +252,16 @@ class Sweep(Section):
                     point[key] = value
             points.setdefault(repr(point), point)
         return list(points.values())[: self.trials]
+
+    @property
+    def points(self) -> int | None:
+        """The number of different points; None if there are infinitely many, or conditions."""
+        count = 1
+        for space in self.space.values():
+            if space.when or not (space.choice or space.integer):
+                return None
+            count *= len(space.choice) if space.choice else space.ends[1] - space.ends[0] + 1
+        return count
 
     @property
     def number(self) -> int:

@@ -31,6 +31,7 @@ from sevenfold.sweep.callback import BudgetStopper, SweepCallback
 from sevenfold.sweep.leftovers import release_leftovers
 from sevenfold.sweep.schedulers import TrialLimit
 from sevenfold.sweep.searcher import Searcher
+from sevenfold.sweep.space_check import check_space
 from sevenfold.sweep.worker_pool import WorkerPool
 from sevenfold.train import launch
 from sevenfold.train.messages import pluralize
@@ -112,9 +113,6 @@ def run(recipe: Recipe, verbose: bool = False, trust_state: bool = False) -> Run
 def checked(recipe: Recipe) -> Sweep:
     """Returns the recipe's sweep after a check that its trials can be trained.
 
-    For each key of the search space, the ends of its range and values between them are tried in
-    the recipe.
-
     Raises:
         InputError: There is no `sweep` section, or something in it cannot be used.
     """
@@ -123,15 +121,12 @@ def checked(recipe: Recipe) -> Sweep:
         raise InputError(
             f"{recipe.name}: the recipe has no `sweep` section: add one with `space` and `trials`"
         )
-    for key, space in sweep.space.items():
+    for key in sweep.space:
         if not key.startswith(SEARCHABLE) or key in NOT_SEARCHABLE:
             raise InputError(
                 f"sweep.space: {key!r} must be the same for all trials; searchable are "
                 f"{', '.join(SEARCHABLE)} but not {', '.join(NOT_SEARCHABLE)}"
             )
-        conditions = {k: v[0] if isinstance(v, list) else v for k, v in space.when.items()}
-        for value in space.samples:
-            recipe.override({**conditions, key: value})  # raises InputError if it is not valid
     metrics = reported_metrics(recipe)
     if sweep.metric not in metrics:
         raise InputError(
@@ -144,6 +139,7 @@ def checked(recipe: Recipe) -> Sweep:
             f"{recipe.steps} steps there is one every {interval}: lower validation.every, or set "
             "sweep.scheduler=none"
         )
+    check_space(recipe, sweep)
     return sweep
 
 
@@ -201,6 +197,11 @@ def _search(
     if saved:
         snapshot.restore(job.folder, saved)
     say(f"{recipe.name}: {sweep.number} trials of {recipe.steps} steps, {limit.room()} at a time")
+    if sweep.points is not None and sweep.points < sweep.number:
+        say(
+            f"sweep.space has only {sweep.points} points, so that some trials are the same: "
+            "sweep.algorithm=grid tries each once"
+        )
     pool = WorkerPool(job, capacity)
     callback = SweepCallback(sweep, scheduler, limit, pool, lease, job.folder, saved)
     resume = saved is not None

@@ -19,6 +19,7 @@ from sevenfold.recipe import Recipe
 from sevenfold.run_folder import RunFolder
 from sevenfold.sweep import worker_group, worker_pool
 from sevenfold.sweep.dispatcher import TrialSpec
+from sevenfold.sweep.space_check import check_point_model
 
 # Tune gets a file with this name in place of a checkpoint. It says which run folder a trial's
 # checkpoint is in, which checkpoint that is, and its step.
@@ -51,6 +52,7 @@ def run(config: dict[str, Any], job: Job, dispatcher: Any) -> None:
     trial_id = str(tune.get_context().get_trial_id())
     pointer = _read_pointer()
     recipe = _trial_recipe(job.recipe, config)
+    check_point_model(recipe, config)  # before workers try to build it
     trials_folder = storage.join(job.folder, "trials")
     if pointer is None:
         folder = RunFolder(storage.join(trials_folder, trial_id))
