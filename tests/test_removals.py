@@ -36,6 +36,12 @@ TABLE = {
     "storage/copies.py:local_copy": (
         "Its own copy in the temporary folder, if it is unfinished or was changed."
     ),
+    "storage/url_secrets.py:save_full_urls": (
+        "~/.sevenfold/urls: a file with the same URLs and further ones replaces it."
+    ),
+    "cluster/temp_folder.py:_remove_ended_sessions": (
+        "In Ray's private folder, sessions whose process has ended, apart from the newest ones."
+    ),
     "storage/copies.py:_download": "Nothing: the copy does not exist.",
     "model/probe/rehearsal.py:rehearse_export": "Its own temporary folder.",
     "storage/folders.py:new_folder": "Its own temporary folder.",

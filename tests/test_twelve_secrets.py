@@ -43,7 +43,9 @@ def _forms(secret: str) -> set[bytes]:
 
 def _contents(root: Path) -> Iterator[tuple[str, bytes]]:
     """Yields what each file holds, and its path."""
-    for path in root.rglob("*"):
+    # os.walk passes over what the last processes of Ray remove in the meantime.
+    paths = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
+    for path in paths:
         yield f"{path}: its name", os.fsencode(path.name)
         if path.is_symlink() or not path.is_file():
             continue

@@ -131,7 +131,8 @@ def test_secrets_are_found_outside_of_the_process(
         file = tmp_path / "home/.sevenfold/urls"
         assert file.read_text().split() == urls
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
-        assert os.listdir(file.parent) == ["urls"]
+        assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+        assert set(os.listdir(file.parent)) <= {"urls", "urls.lock"}
         forget()
     assert [url_secrets.full_url(storage.without_secrets(url)) for url in urls] == urls
     # what is typed is newer

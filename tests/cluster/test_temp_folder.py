@@ -138,7 +138,7 @@ def test_no_other_user_reaches_the_sockets_logs_and_objects_of_a_local_ray(paren
         sockets: set[str] = set()
         while not {"plasma_store", "raylet"} <= sockets:
             assert process.poll() is None
-            sockets = {p.name for p in parent.rglob("*") if p.is_socket()}
+            sockets = {p.name for p in parent.glob("*/ray/session_2*/sockets/*") if p.is_socket()}
         assert os.listdir(parent) == [USER]
         assert stat.S_IMODE((parent / USER).stat().st_mode) == 0o700
         for store in Path("/dev/shm").glob("plasma*"):

@@ -20,6 +20,8 @@ import re
 import secrets
 from typing import Any
 
+import filelock
+
 # The environment variable with URLs.
 URLS_VARIABLE = "SEVENFOLD_URLS"
 # Schemes in which the part before "@" names a container or a repository, unless it has a password.
@@ -126,17 +128,18 @@ def save_full_urls() -> None:
 
     Commands about a run, such as `evaluate`, thus find them without being given them again.
     """
-    saved = _read_file()
-    if _full_urls.items() <= saved.items():
+    if _full_urls.items() <= _read_file().items():
         return
     path = _file()
     temporary = f"{path}.{secrets.token_hex(4)}.tmp"
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as f:
-            f.writelines(f"{url}\n" for url in {**saved, **_full_urls}.values())
-        os.replace(temporary, path)
+        with filelock.FileLock(f"{path}.lock"):
+            urls = {**_read_file(), **_full_urls}.values()
+            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "w", encoding="utf-8") as f:
+                f.writelines(f"{url}\n" for url in urls)
+            os.replace(temporary, path)
     except OSError as e:
         logging.getLogger(__name__).warning(
             "%s: the URLs with secrets could not be saved (%s): commands about this run will need "
