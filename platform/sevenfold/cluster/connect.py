@@ -107,6 +107,7 @@ def _connect_to_cluster(variables: list[str], verbose: bool, log_level: int) -> 
         log_to_driver=verbose,
         logging_level=log_level,
         runtime_env={"py_modules": [library], "env_vars": env},
+        job_config=ray_private.job_without_paths(),
     )
     ray_private.start_data_actors()
 
@@ -117,7 +118,7 @@ def _start_local(dashboard: bool, verbose: bool, log_level: int) -> None:
     It listens on the loopback address only, and other users cannot enter its folder.
     """
     library = Path(sevenfold.__file__).parent
-    paths = [str(library.parent), os.environ.get("PYTHONPATH", "")]
+    paths = [str(library.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ.update(_LOCAL)
     ray_private.listen_on_loopback()
     os.environ["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
@@ -129,6 +130,7 @@ def _start_local(dashboard: bool, verbose: bool, log_level: int) -> None:
         log_to_driver=verbose,
         logging_level=log_level,
         _temp_dir=ray_folder(),
+        job_config=ray_private.job_without_paths(),
     )
 
 

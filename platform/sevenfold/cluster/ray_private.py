@@ -18,6 +18,9 @@ PRIVATE = {
     "ray._private.ray_constants:ENABLE_RAY_CLUSTERS_ENV_VAR": (
         "the same, for the processes that this one starts"
     ),
+    "ray.job_config:JobConfig._py_driver_sys_path": (
+        "the folders that workers import from first; Ray adds the current one"
+    ),
     "ray._private.worker:print_to_stdstream": (
         "prints Ray's messages about itself; we print their first line only"
     ),
@@ -79,6 +82,26 @@ def listen_on_loopback() -> None:
 
     ray_constants.ENABLE_RAY_CLUSTER = False
     os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+
+
+class _NoPaths(list[str]):
+    """A list of folders that stays empty."""
+
+    def extend(self, _: Any) -> None:
+        """Adds nothing."""
+
+
+def job_without_paths() -> Any:
+    """Returns a job config with which workers do not import from the driver's current folder.
+
+    Ray (2.60) puts that folder, and the one of the driver's script, before all others on the path
+    of each worker. A numpy.py in a folder that was handed over would run.
+    """
+    from ray.job_config import JobConfig
+
+    config = JobConfig()
+    config._py_driver_sys_path = _NoPaths()
+    return config
 
 
 def show_ray_output(show: Callable[[dict[str, Any], bool], None]) -> None:

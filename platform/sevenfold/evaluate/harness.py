@@ -50,6 +50,7 @@ def harness(
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
+            "-P",  # not from the current folder
             "-m",
             "lm_eval",
             "run",

@@ -268,6 +268,7 @@ class Drill:
         paths = os.pathsep.join(p for p in (library, os.environ.get("PYTHONPATH")) if p)
         command = [
             sys.executable,
+            "-P",  # not from the current folder
             "-m",
             "sevenfold.cli",
             self._job,

@@ -73,7 +73,15 @@ def download_wheel(name: str, version: str, folder: str) -> Path:
     Raises:
         RunError: pip cannot download it.
     """
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+    ]
     requirement = f"{name}=={version}"
     result = subprocess.run(
         [*command, "--no-deps", "--only-binary=:all:", "--dest", folder, requirement],
