@@ -7,11 +7,13 @@ one that only this user can enter.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
 import stat
 import tempfile
+from collections.abc import Iterator
 
 import psutil
 
@@ -49,6 +51,21 @@ def ray_folder() -> str:
     ray = os.path.join(folder, "ray")
     _remove_ended_sessions(ray)
     return ray
+
+
+@contextlib.contextmanager
+def default_ray_folder() -> Iterator[None]:
+    """Makes `ray_folder` the one that Ray uses by default in this process, and in its children."""
+    configured = os.environ.get("RAY_TMPDIR")
+    os.environ["RAY_TMPDIR"] = os.path.dirname(ray_folder())
+    try:
+        os.makedirs(os.path.join(os.environ["RAY_TMPDIR"], "ray"), exist_ok=True)
+        yield
+    finally:
+        if configured is None:
+            del os.environ["RAY_TMPDIR"]
+        else:
+            os.environ["RAY_TMPDIR"] = configured
 
 
 def _user_folder(parent: str) -> str:

@@ -16,7 +16,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from sevenfold.cluster import connect, ray_private
-from sevenfold.cluster.temp_folder import ray_folder
+from sevenfold.cluster.temp_folder import default_ray_folder
 from sevenfold.data.stream import TASK_CPUS
 from sevenfold.errors import RunError
 from sevenfold.recipe import Recipe
@@ -199,7 +199,6 @@ class LocalNodes(Nodes):
         head: dict[str, Any] = {
             "num_cpus": 0,
             "include_dashboard": self._dashboard,
-            "temp_dir": ray_folder(),
             "_system_config": health_checks,
         }
         if self._dashboard:
@@ -207,7 +206,8 @@ class LocalNodes(Nodes):
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 head["dashboard_port"] = probe.getsockname()[1]
-        self._cluster = Cluster(True, head_node_args=head)
+        with default_ray_folder():  # Cluster has no setting for its own file there
+            self._cluster = Cluster(True, head_node_args=head)
         os.environ["RAY_ADDRESS"] = self._cluster.address
         connect.connect()
         self._others: list[Any] = []
