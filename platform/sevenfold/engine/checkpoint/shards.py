@@ -89,11 +89,15 @@ class CheckpointWeights:
     Args:
         checkpoint: The checkpoint.
         like: For each name, a tensor of the expected shape and dtype; it may be on the meta device.
+
+    Raises:
+        InputError: The checkpoint's index cannot be read.
     """
 
     def __init__(self, checkpoint: Checkpoint, like: Mapping[str, torch.Tensor]):
         self._path, self._like = checkpoint.path, like
         self._reader = shard_reader(checkpoint)
+        self._reader.read_metadata()  # DCP would log a traceback of its error
 
     def __getitem__(self, name: str) -> torch.Tensor:
         """Reads a tensor.
