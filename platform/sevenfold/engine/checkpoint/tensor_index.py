@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from sevenfold import storage
-from sevenfold.errors import InputError
+from sevenfold.errors import InputError, first_line
 
 INDEX = "tensors.json"
 PICKLED_INDEX = ".metadata"  # DCP's own
@@ -239,7 +239,7 @@ def _read_pickled(path: str, files: Container[str]) -> Metadata:
     except Exception as e:  # a pickle that torch did not write can hold anything
         raise InputError(
             f"{path}: expected the index of a checkpoint that torch wrote, found another content: "
-            f"{e}; {storage.DAMAGED_HINT}"
+            f"{first_line(e)}; {storage.DAMAGED_HINT}"
         ) from None
     return metadata
 
