@@ -266,4 +266,6 @@ def limit_transformers() -> None:
     """Makes transformers render all chat templates within limits."""
     from transformers.utils import chat_template_utils
 
-    chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment
+    if chat_template_utils.ImmutableSandboxedEnvironment is not BoundedEnvironment:
+        chat_template_utils.ImmutableSandboxedEnvironment = BoundedEnvironment
+        chat_template_utils._compile_jinja_template.cache_clear()  # of templates without limits
