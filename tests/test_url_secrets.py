@@ -8,6 +8,7 @@ import stat
 import string
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,18 @@ def test_no_password_of_any_characters_is_shown() -> None:
         password = "k" + "".join(draw.choices(characters, k=draw.randrange(1, 40))) + "Zz"
         url = f"https://user:{password}@host/data.jsonl"
         assert storage.without_secrets(url) == "https://host/data.jsonl", url
+
+
+LONG = ("x", "a://x:y", "://", "a://a?b=", "a://" + "." * 5, ".", "a:b@", "@", "?#=", "https://a@")
+
+
+@pytest.mark.parametrize("piece", LONG)
+def test_a_long_text_takes_no_long_time(piece: str) -> None:
+    text = f"a://{piece * (200_000 // len(piece))} a://"
+    begin = time.process_time()
+    storage.hide_secrets(text)
+    storage.without_secrets(text)
+    assert time.process_time() - begin < 2
 
 
 @pytest.mark.parametrize("slash", ["", "/"])

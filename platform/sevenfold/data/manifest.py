@@ -121,7 +121,7 @@ class Manifest(storage.CarriesSecrets):
                 for s in tree["shards"]
             ),
             np.ascontiguousarray(table),
-            tuple(tree["left_out"]),
+            tuple(map(storage.hide_secrets, tree["left_out"])),
             tuple(tree["tokens_per_byte"]),
         )
 

@@ -27,16 +27,16 @@ URLS_VARIABLE = "SEVENFOLD_URLS"
 # Schemes in which the part before "@" names a container or a repository, unless it has a password.
 _CONTAINERS = frozenset({"abfs", "abfss", "wasb", "wasbs"})
 _REPOSITORIES = frozenset({"github", "git"})
-_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]*"
+# The lengths are limited so that the time for a text is linear in its length.
+_SCHEME = r"[A-Za-z][A-Za-z0-9+.-]{0,30}"
 # What comes before the last "@" of the host's part. Passwords may contain the characters that end
 # that part ("/", "?", "#") although they should be encoded there; but a port is no password.
-_USER = r"(?:[^\s/]*@|[^\s/@:]*:(?!\d+[/?#]|//|:)[^\s@]*@(?:[^\s/@]*@)*)"
+_USER = r"(?:[^\s/]*@|[^\s/@:]*:(?!\d+[/?#]|//|:)[^\s@]{0,2000}@(?:[^\s/@]*@)*)"
 _LOGIN = re.compile(rf"({_SCHEME})://({_USER})")
 # In object stores "?" is a wildcard and "#" a character of a name.
 _TAIL = re.compile(r"[?#][^?#/=]*=.*", re.DOTALL)
 _HTTP_TAIL = re.compile(r"[?#].*", re.DOTALL)
 _IN_TEXT = re.compile(rf"""{_SCHEME}://[^\s"'<>`]+""")
-_PUNCTUATION = re.compile(r"[\])},.:;]*$")
 _PARTS = re.compile(rf"({_SCHEME}://)({_USER})?([^?#]*)(.*)", re.DOTALL)
 
 _full_urls: dict[str, str] = {}  # by their form without secrets
@@ -65,7 +65,7 @@ def hide_secrets(text: str) -> str:
         return text
 
     def hidden(match: re.Match[str]) -> str:
-        url = _PUNCTUATION.sub("", match[0])
+        url = match[0].rstrip("])},.:;")
         return without_secrets(url) + match[0][len(url) :]
 
     return _IN_TEXT.sub(hidden, text)
