@@ -10,13 +10,14 @@ import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -33,6 +34,7 @@ VARIABLES = ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "WANDB_AP
 def _forms(secret: str) -> set[bytes]:
     """Returns a secret as it is, encoded for a URL, and in base64 at each place."""
     forms = {secret, urllib.parse.quote(secret, safe=""), urllib.parse.quote(secret)}
+    forms.add(secret.replace("/", "%2F"))
     encoded = {form.encode() for form in forms}
     for offset in range(3):
         # The characters at both ends depend on the neighbours as well.
@@ -53,6 +55,46 @@ def _contents(root: Path) -> Iterator[tuple[str, bytes]]:
         if path.suffix == ".parquet":  # whose columns are compressed
             table = pq.read_table(path)
             yield f"{path}: columns", repr((table.to_pydict(), table.schema.metadata)).encode()
+
+
+def _find(planted: dict[str, str], contents: dict[str, bytes]) -> set[tuple[str, str]]:
+    """Returns which secret was found where."""
+    return {
+        (name, where)
+        for name, secret in planted.items()
+        for form in _forms(secret)
+        for where, content in contents.items()
+        if form in content
+    }
+
+
+PLACES: dict[str, Callable[[Path, str], object]] = {
+    "text": lambda folder, secret: (folder / "a.log").write_text(f"token {secret}."),
+    "encoded for a URL": lambda folder, secret: (folder / "a.yaml").write_text(
+        f"https://h/?s={urllib.parse.quote(secret, safe='')}"
+    ),
+    "basic authentication": lambda folder, secret: (folder / "a.bin").write_bytes(
+        base64.b64encode(f"me:{secret}".encode())
+    ),
+    "base64 within other bytes": lambda folder, secret: (folder / "a.bin").write_bytes(
+        base64.urlsafe_b64encode(b"12" + secret.encode() + b"345")
+    ),
+    "a compressed column": lambda folder, secret: pq.write_table(
+        pa.table({"a": [secret] * 1000}), folder / "a.parquet", compression="zstd"
+    ),
+    "the name of a file": lambda folder, secret: (folder / secret.replace("/", "%2F")).touch(),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_planted_secret_is_found(place: str, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for i in range(20):
+        planted = {"secret": f"k/+{secrets.token_hex(16)}", "other": secrets.token_hex(16)}
+        folder = tmp_path / "deep" / str(i)
+        folder.mkdir()
+        PLACES[place](folder, planted["secret"])
+        assert {name for name, _ in _find(planted, dict(_contents(folder)))} == {"secret"}
 
 
 def _watch(commands: set[str], typed: set[int], stop: threading.Event) -> None:
@@ -181,14 +223,7 @@ def test_twelve_secrets_are_used_and_found_nowhere(
         contents |= dict(_contents(folder))
     shm = [p for p in Path("/dev/shm").iterdir() if p.is_file() and p.stat().st_mtime > begin]
     assert not [p for p in shm if p.stat().st_mode & 0o077]
-    found = {
-        (name, where)
-        for name, secret in planted.items()
-        for form in _forms(secret)
-        for where, content in contents.items()
-        if form in content
-    }
-    assert not found
+    assert not _find(planted, contents)
     # what was looked through
     seen = {Path(where).name for where in contents}
     assert {"recipe.yaml", "manifest.json", "MANIFEST.json", "best.yaml", "report.html"} <= seen

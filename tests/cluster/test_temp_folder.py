@@ -104,6 +104,16 @@ def test_the_longest_path_that_is_accepted_is_one_of_a_socket(
         temp_folder.ray_folder()
 
 
+def test_it_is_the_default_of_ray_for_a_while_only(parent: Path) -> None:
+    from ray._common.utils import get_default_ray_temp_dir
+
+    folder = temp_folder.ray_folder()
+    for _ in range(2):
+        with temp_folder.default_ray_folder():
+            assert get_default_ray_temp_dir() == folder
+        assert os.environ["RAY_TMPDIR"] == str(parent)
+
+
 def test_old_sessions_that_have_ended_are_removed(parent: Path) -> None:
     ray = Path(temp_folder.ray_folder())
     ended = subprocess.Popen(["true"])
