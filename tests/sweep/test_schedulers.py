@@ -284,7 +284,7 @@ def test_scheduler_state_is_saved_and_restored(kind: str) -> None:
             first.on_trial_result(controller, t, result(i, 20))
     state = schedulers.dump_state(first)
     second, new_controller = build_with_trials(kind, "abc")
-    schedulers.restore_state(second, state, new_controller.trials, second.limit)
+    schedulers.restore_state(second, state, new_controller.trials, second.limit, "/s")
     assert schedulers.dump_state(second) == state
     if kind == "asha":
         decision = first.on_trial_result(controller, controller.trials[2], result(9, 60))
@@ -305,7 +305,7 @@ def test_a_trial_that_only_tune_has_saved_continues() -> None:
         first, _ = build_with_trials(kind, "ab")
         second, controller = build_with_trials(kind, "bc")
         state = schedulers.dump_state(first)
-        schedulers.restore_state(second, state, controller.trials, second.limit)
+        schedulers.restore_state(second, state, controller.trials, second.limit, "/s")
         result = {
             "step": 20,
             "report": 1,

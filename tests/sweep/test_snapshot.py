@@ -10,9 +10,10 @@ import pytest
 import yaml
 from conftest import RECIPE, refused
 from hostile.sweeps import FILES, hostile_states
+from ray import tune
 
 from sevenfold.errors import InputError
-from sevenfold.sweep import snapshot
+from sevenfold.sweep import snapshot, trial
 
 
 @pytest.fixture(autouse=True)
@@ -45,6 +46,16 @@ def test_restored_files_replace_what_lay_there(tmp_path: Path) -> None:
     snapshot.restore(str(tmp_path / "s"), FILES | {"../../outside.pkl": b"x"})
     found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert found == {f"s/ray/tune/{name}" for name in (*FILES, "outside.pkl", "trial/result.json")}
+
+
+@pytest.mark.parametrize("sweep", ["/new/b-sweep", "s3://bucket/b-sweep"])
+def test_paths_follow_a_sweep_that_was_moved(sweep: str) -> None:
+    old = "/old/trials/a-sweep/ray/tune/t1/checkpoint_000003"
+    path = snapshot.moved(tune.Checkpoint(old), sweep).path
+    assert path == f"{sweep.removeprefix('s3://')}/ray/tune/t1/checkpoint_000003"
+    assert snapshot.moved(tune.Checkpoint("/elsewhere/c"), sweep).path == "/elsewhere/c"
+    old = "/old/trials/a-sweep/trials/t1.2/checkpoints/step-00000004.00"
+    assert trial.moved(old, sweep) == f"{sweep}/trials/t1.2/checkpoints/step-00000004.00"
 
 
 def test_a_key_of_the_environment_is_enough_on_another_machine(

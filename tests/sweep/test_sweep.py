@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import pickle
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import ray
 import yaml
 from conftest import RECIPE, run_job, start_job
+from hostile.runs import Bomb
 
 from sevenfold.engine.checkpoint import read_manifest, verified_checkpoint
 from sevenfold.faults.nodes import LocalNodes
@@ -88,17 +91,36 @@ def test_a_killed_sweep_resumes_and_has_the_same_result(home: Path) -> None:
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    root = home / "runs/killed-sweep/trials"
+    # A copy of the sweep goes on, and the original stays as it is. Pickles that somebody has put
+    # beside its saved state are not read.
+    original, copied = home / "runs/killed-sweep", home / "runs/copied-sweep"
+    shutil.copytree(original, copied)
+    for name in ("experiment_state-9.json", "searcher-state-9.pkl", "callback-states-9.pkl"):
+        (copied / "ray/tune" / name).write_bytes(pickle.dumps(Bomb(str(home / "trace"))))
+    time.sleep(5)  # the workers of a killed driver end soon after it
+    files = {p: p.stat().st_mtime_ns for p in original.rglob("*") if p.is_file()}
+    root = copied / "trials"
     before = {name: (root / name / "metrics.jsonl").read_text() for name in finished}
     assert before
-    output = run_job("sweep", "r.yaml", "name=killed", home=home)
+    output = run_job("sweep", "r.yaml", "name=copied", home=home)
     assert "resuming the sweep" in output and "all resources released" in output
-    assert ranking(home, "killed") == ranking(home, "whole")
+    assert ranking(home, "copied") == ranking(home, "whole")
+    assert files == {p: p.stat().st_mtime_ns for p in original.rglob("*") if p.is_file()}
+    assert not (home / "trace").exists()
+    summary = json.loads((copied / "summary.json").read_text())
+    assert summary["checkpoint"].startswith(str(copied))
+    # The best trials keep their checkpoints (sweep.keep).
+    kept = {p.parent.parent.name for p in root.glob("*/checkpoints/step-*")}
+    assert kept == {t["trial"] for t in read_trials(home, "copied")[:3]}
     # Finished trials are not run again.
     for name, text in before.items():
         assert (root / name / "metrics.jsonl").read_text() == text
-    assert len(read_reports(home, "killed")) == 4
-    assert "already finished" in run_job("sweep", "r.yaml", "name=killed", home=home)
+    assert len(read_reports(home, "copied")) == 4
+    assert "already finished" in run_job("sweep", "r.yaml", "name=copied", home=home)
+    # Killed after the last trial, before the results were written.
+    (copied / "summary.json").unlink()
+    output = run_job("sweep", "r.yaml", "name=copied", home=home)
+    assert "all trials had ended" in output and (copied / "summary.json").exists()
 
 
 @pytest.mark.nightly

@@ -15,6 +15,7 @@ from sevenfold.recipe.training import is_lower_better
 # Settings that may differ when a sweep is resumed: they are not part of a recipe's identity.
 BUDGETS = (
     "max_concurrent",
+    "keep",
     "max_failures",
     "max_hours",
     "max_worker_hours",
@@ -157,6 +158,9 @@ class Sweep(Section):
         None,
         gt=0,
         description="Maximum number of trials at a time. Default: as many as the cluster holds",
+    )
+    keep: int = Field(
+        3, gt=0, description="Number of the best trials whose checkpoints a finished sweep keeps"
     )
     max_failures: int = Field(1, ge=0, description="How many times a failed trial is retried")
     max_hours: float | None = Field(

@@ -75,6 +75,11 @@ class SweepCallback(tune.Callback):
         if saved:
             self.set_state(pickle.loads(saved[CALLBACK]))  # noqa: S301 (authenticated)
 
+    @property
+    def idle(self) -> bool:
+        """Whether an earlier process had ended all trials, so that Tune has done nothing."""
+        return self._resumes
+
     def exhausted_budget(self) -> str:
         """Returns a message that says which budget is used up; an empty string if none is."""
         cost = self.worker_hours * (self._sweep.worker_hour_cost or 0)
@@ -136,7 +141,11 @@ class SweepCallback(tune.Callback):
             raise RunError("another driver has taken over this sweep and continues it: stopping")
         if self._restored_state is not None:
             state = self._restored_state["scheduler"]
-            schedulers.restore_state(self._scheduler, state, trials, self.limit)
+            schedulers.restore_state(self._scheduler, state, trials, self.limit, self._folder)
+            for trial in trials:
+                if trial.checkpoint is not None:
+                    result = trial.latest_checkpoint_result
+                    result.checkpoint = snapshot.moved(trial.checkpoint, self._folder)
             self._restored_state = None
             self.limit.paused = set()
         self._measure_use()

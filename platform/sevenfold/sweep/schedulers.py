@@ -29,6 +29,7 @@ from ray.tune.schedulers import (
 
 from sevenfold.cluster import ray_private
 from sevenfold.recipe import Space, Sweep
+from sevenfold.sweep import snapshot
 
 WORST_SCORE = 1e30  # counts as the score of a trial whose score is not finite
 MIN_MEDIAN_TRIALS = 3  # the fewest trials that the median stopping rule takes a median of
@@ -299,7 +300,11 @@ def dump_state(scheduler: TrialScheduler) -> bytes:
 
 
 def restore_state(
-    scheduler: TrialScheduler, state: bytes, trials: Iterable[Trial], limit: TrialLimit
+    scheduler: TrialScheduler,
+    state: bytes,
+    trials: Iterable[Trial],
+    limit: TrialLimit,
+    folder: str,
 ) -> None:
     """Restores the state that `dump_state` has saved.
 
@@ -311,6 +316,7 @@ def restore_state(
         state: The saved state.
         trials: Tune's trials, which replace the ids in the state.
         limit: The limit that the scheduler respects.
+        folder: The sweep's folder.
     """
     trials_by_id = {t.trial_id: t for t in trials}
 
@@ -329,6 +335,9 @@ def restore_state(
         scheduler._trial_state = {
             t: s for t, s in scheduler._trial_state.items() if not isinstance(t, str)
         }
+        for trial_state in scheduler._trial_state.values():
+            if isinstance(trial_state.last_checkpoint, tune.Checkpoint):
+                trial_state.last_checkpoint = snapshot.moved(trial_state.last_checkpoint, folder)
     # Add the trials that the state does not have. ASHA's keys are ids, the others' are trials.
     known = vars(scheduler).get("_trial_info", vars(scheduler).get("_trial_state"))
     if known is None:

@@ -17,6 +17,8 @@ import stat
 import zipfile
 from pathlib import Path
 
+from ray import tune
+
 from sevenfold import storage
 from sevenfold.errors import InputError
 from sevenfold.run_folder import RunFolder
@@ -65,11 +67,11 @@ def load(sweep: str, *, trusted: bool = False) -> dict[str, bytes] | None:
     """
     path = _path(sweep)
     if not storage.exists(path):
-        tune = storage.join(RunFolder(sweep).ray, TUNE)
-        if not any(name.startswith("experiment_state") for name in storage.listdir(tune)):
+        folder = storage.join(RunFolder(sweep).ray, TUNE)
+        if not any(name.startswith("experiment_state") for name in storage.listdir(folder)):
             return None
         if not trusted:
-            raise _refusal(tune, "found one without it, as earlier versions of sevenfold wrote it")
+            raise _refusal(folder, "found one of an earlier version of sevenfold, without a key")
         return {}
     with storage.open_read(path) as file:
         magic, code, content = file.read(len(_MAGIC)), file.read(65), file.read()
@@ -86,12 +88,27 @@ def load(sweep: str, *, trusted: bool = False) -> dict[str, bytes] | None:
 
 def restore(sweep: str, files: dict[str, bytes]) -> None:
     """Replaces what Tune reads when it resumes a sweep by files of its saved state."""
-    tune = storage.join(RunFolder(sweep).ray, TUNE)
-    for name in storage.listdir(tune):
+    folder = storage.join(RunFolder(sweep).ray, TUNE)
+    for name in storage.listdir(folder):
         if name.endswith(_STATE_FILES):
-            storage.remove(storage.join(tune, name))
+            storage.remove(storage.join(folder, name))
     for name, content in files.items():
-        storage.write(storage.join(tune, os.path.basename(name)), content)
+        storage.write(storage.join(folder, os.path.basename(name)), content)
+
+
+def moved(checkpoint: tune.Checkpoint, sweep: str) -> tune.Checkpoint:
+    """Returns a checkpoint of Tune's where the sweep's folder is now.
+
+    Args:
+        checkpoint: The checkpoint where it was saved. Since then the folder may have been renamed
+            or copied. Tune itself follows only a trial's own checkpoints.
+        sweep: The sweep's folder.
+    """
+    _, found, rest = checkpoint.path.rpartition(f"/ray/{TUNE}/")
+    if not found:
+        return checkpoint
+    root = RunFolder(sweep).ray.partition("://")[2] or RunFolder(sweep).ray
+    return tune.Checkpoint(f"{root}/{TUNE}/{rest}", checkpoint.filesystem)
 
 
 def remove(sweep: str) -> None:

@@ -20,6 +20,7 @@ from sevenfold import storage
 from sevenfold.cluster import ray_private
 from sevenfold.cluster.capacity import gang_capacity
 from sevenfold.cluster.lease import Lease
+from sevenfold.engine.checkpoint import remove_checkpoints
 from sevenfold.errors import InputError, RunError, cause_of
 from sevenfold.prepare.job import Job, prepare_job, required_resources
 from sevenfold.recipe import Recipe, Sweep
@@ -210,6 +211,8 @@ def _search(
     finally:
         callback.close()
         pool.close()
+    if callback.idle:
+        say(f"{job.folder}: all trials had ended: only the results were not written yet")
     _record_spent(job, callback, len(trials))
     complete = len(trials) >= sweep.number and all(t.is_finished() for t in trials)
     if not complete and not callback.exhausted_budget():
@@ -334,7 +337,9 @@ def _record(tune_trial: Trial, job: Job, sweep: Sweep) -> dict[str, Any]:
         if "/" in name and not name.startswith("config/"):
             is_finite = not isinstance(value, float) or math.isfinite(value)
             metrics[name] = value if is_finite else None  # JSON has no NaN
-    metrics |= {"checkpoint": last.get("checkpoint"), "step": last.get("step")}
+    path = last.get("checkpoint")
+    checkpoint = trial.moved(path, job.folder) if path else None
+    metrics |= {"checkpoint": checkpoint, "step": last.get("step")}
     failed = tune_trial.status == Trial.ERROR
     return {
         "trial": tune_trial.trial_id,
@@ -387,5 +392,19 @@ def _finish(
     best_recipe = recipe.override({**best["config"], "sweep": None})
     storage.write(storage.join(folder.root, "best.yaml"), best_recipe.to_yaml())
     html.write(folder, sweep)
+    _remove_checkpoints(folder, [t["trial"] for t in trials[sweep.keep :]])
     best_job = replace(job, recipe=job.recipe.override(best["config"]))
     launch.finish(best_job, best["metrics"], seconds)
+
+
+def _remove_checkpoints(folder: RunFolder, trials: Sequence[str]) -> None:
+    """Removes the checkpoints of trials that a finished sweep does not need.
+
+    Args:
+        folder: The sweep's folder.
+        trials: The ids of the trials. PBT adds a number to the names of some of their folders.
+    """
+    root = storage.join(folder.root, "trials")
+    for name in storage.listdir(root):
+        if name.partition(".")[0] in trials:
+            remove_checkpoints(RunFolder(storage.join(root, name)).checkpoints)

@@ -50,7 +50,7 @@ def run(config: dict[str, Any], job: Job, dispatcher: Any) -> None:
     if not job.verbose:
         connect.quieten()
     trial_id = str(tune.get_context().get_trial_id())
-    pointer = _read_pointer()
+    pointer = _read_pointer(job.folder)
     recipe = _trial_recipe(job.recipe, config)
     check_point_model(recipe, config)  # before workers try to build it
     trials_folder = storage.join(job.folder, "trials")
@@ -95,8 +95,23 @@ def completed_file(sweep: str, trial_id: str) -> str:
     return storage.join(sweep, "trials", trial_id, "whole")
 
 
-def _read_pointer() -> dict[str, Any] | None:
-    """Returns the pointer that Tune gives to this trial; None for a new trial."""
+def moved(path: str, sweep: str) -> str:
+    """Returns the path of a trial's folder or checkpoint where the sweep's folder is now.
+
+    Args:
+        path: Its path when it was written. Since then the sweep's folder may have been renamed or
+            copied.
+        sweep: The sweep's folder.
+    """
+    return storage.join(sweep, "trials", path.rpartition("/trials/")[2])
+
+
+def _read_pointer(sweep: str) -> dict[str, Any] | None:
+    """Returns the pointer that Tune gives to this trial; None for a new trial.
+
+    Args:
+        sweep: The sweep's folder.
+    """
     checkpoint = tune.get_checkpoint()
     if checkpoint is None:
         return None
@@ -105,7 +120,8 @@ def _read_pointer() -> dict[str, Any] | None:
         open(os.path.join(folder, POINTER), encoding="utf-8") as f,
     ):
         pointer: dict[str, Any] = json.load(f)
-        return pointer
+    paths = {key: pointer[key] for key in ("folder", "checkpoint") if pointer[key]}
+    return pointer | {key: moved(path, sweep) for key, path in paths.items()}
 
 
 def _trial_recipe(recipe: Recipe, config: dict[str, Any]) -> Recipe:

@@ -18,7 +18,7 @@ from sevenfold.engine.checkpoint.manifest import (
     verified_checkpoint,
     verify_files,
 )
-from sevenfold.engine.checkpoint.retention import prune_checkpoints
+from sevenfold.engine.checkpoint.retention import prune_checkpoints, remove_checkpoints
 from sevenfold.engine.checkpoint.shards import CheckpointWeights, load_checkpoint
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "on_each_rank",
     "prune_checkpoints",
     "read_manifest",
+    "remove_checkpoints",
     "tree_digest",
     "verified_checkpoint",
     "verify_files",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import Collection
@@ -69,6 +70,24 @@ def prune_checkpoints(
             remaining = _remove_unfinished(path)
         foreign += [name] if MANIFEST in remaining else [f"{name}/{file}" for file in remaining]
     return foreign
+
+
+def remove_checkpoints(folder: str) -> None:
+    """Removes all checkpoints in a folder, and what interrupted saves left.
+
+    Files that no save wrote stay, and so do damaged checkpoints.
+
+    Args:
+        folder: The folder of checkpoints of a run that is finished.
+    """
+    committed = committed_names(folder)
+    for name in checkpoint_names(folder):
+        path = storage.join(folder, name)
+        if name not in committed:
+            _remove_unfinished(path)
+            continue
+        with contextlib.suppress(DamagedError):
+            _remove_committed(path, read_manifest(path).run)
 
 
 def _remove_committed(path: str, run: str) -> list[str]:
