@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ray
@@ -215,7 +215,7 @@ def _write_folder(folder: RunFolder, recipe: Recipe, resolved: Recipe, inputs: I
         raise
     if not storage.exists(folder.manifest):
         recorded = {split: manifest.recorded() for split, manifest in inputs.all.items()}
-        write_inputs(folder, Inputs(**recorded))
+        write_inputs(folder, replace(inputs, **recorded))
     return inputs
 
 
