@@ -235,7 +235,7 @@ def execute(argv: list[str], case: Path) -> None:
     os._exit(main(argv))
 
 
-def examine(given: Input, fresh: bool = False) -> dict[str, bool]:
+def examine(given: Input) -> dict[str, bool]:
     """Runs the command of an input; returns which claims it breaks."""
     with tempfile.TemporaryDirectory() as folder:
         case = Path(folder)
@@ -252,7 +252,7 @@ def examine(given: Input, fresh: bool = False) -> dict[str, bool]:
                 "PATH": os.environ["PATH"],
                 "PYTHONPATH": f"{ROOT / 'platform'}:",
             }
-            command = [sys.executable, "-m", "sevenfold.cli", *argv]
+            command = [str(Path(sys.executable).with_name("sevenfold")), *argv]
             done = subprocess.run(
                 command, cwd=case / "work", env=environment, capture_output=True, timeout=300
             )
