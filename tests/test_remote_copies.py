@@ -108,8 +108,8 @@ def test_a_page_takes_time_in_proportion_to_its_length() -> None:
 @pytest.mark.parametrize(
     ("make", "found"),
     [
-        (lambda path: path.mkdir(mode=0o755), "the mode 0755"),
-        (lambda path: path.mkdir(mode=0o500), "the mode 0500"),
+        (lambda path: path.mkdir(mode=0o755), "the mode 755"),
+        (lambda path: path.mkdir(mode=0o500), "the mode 500"),
         (lambda path: path.write_text(""), "a file"),
         (lambda path: path.symlink_to(path.parent.parent), "a symbolic link"),
         (lambda path: path.symlink_to("none"), "a symbolic link"),

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from sevenfold import storage
 from sevenfold.cluster import temp_folder
 from sevenfold.errors import InputError
 
@@ -42,9 +43,9 @@ TAKEN: dict[str, tuple[Callable[[Path], None], str]] = {
     "readable by all": (lambda path: path.mkdir(0o755), "found the mode 755"),
     "the group's too": (lambda path: path.mkdir(0o770), "found the mode 770"),
     "only to pass through": (lambda path: path.mkdir(0o711), "found the mode 711"),
-    "a link": (_link, "file or link"),
-    "a file": (lambda path: path.touch(), "file or link"),
-    "another user's": (_other_user, f"found user {OTHER_USER}'s folder"),
+    "a link": (_link, "found a symbolic link"),
+    "a file": (lambda path: path.touch(), "found a file"),
+    "another user's": (_other_user, f"found one of user {OTHER_USER}"),
 }
 
 
@@ -83,7 +84,7 @@ def test_a_long_path_leaves_room_for_a_socket(
     monkeypatch.delenv("RAY_TMPDIR")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / longest))
     checked: list[str] = []
-    monkeypatch.setattr(temp_folder, "require_private", checked.append)
+    monkeypatch.setattr(storage, "require_private", checked.append)
     monkeypatch.setattr(temp_folder, "_remove_ended_sessions", checked.append)
     assert temp_folder.ray_folder() == f"/tmp/{USER}/ray"
     assert checked[0] == f"/tmp/{USER}"

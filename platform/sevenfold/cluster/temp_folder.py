@@ -11,12 +11,12 @@ import contextlib
 import os
 import re
 import shutil
-import stat
 import tempfile
 from collections.abc import Iterator
 
 import psutil
 
+from sevenfold import storage
 from sevenfold.errors import InputError
 
 # The most bytes of a unix socket's path; 104 with the last zero byte on macOS, 108 on Linux.
@@ -47,7 +47,7 @@ def ray_folder() -> str:
             f"{MAX_SOCKET_PATH - len(folder.removeprefix(str(configured)) + _LONGEST)} bytes, for "
             "the paths of Ray's sockets are limited: set a shorter one"
         )
-    require_private(folder)
+    storage.require_private(folder)
     ray = os.path.join(folder, "ray")
     _remove_ended_sessions(ray)
     return ray
@@ -75,33 +75,6 @@ def _user_folder(parent: str) -> str:
 
 def _is_too_long(folder: str) -> bool:
     return len(os.fsencode(folder + _LONGEST)) > MAX_SOCKET_PATH
-
-
-def require_private(folder: str) -> None:
-    """Creates a folder that only this user can enter; checks one that exists already.
-
-    Raises:
-        InputError: It is not a folder, or another user's, or others can enter it.
-    """
-    try:
-        os.makedirs(os.path.dirname(folder), exist_ok=True)
-        os.mkdir(folder, 0o700)
-    except FileExistsError:
-        pass
-    except OSError as e:
-        raise InputError(f"{folder}: cannot be created: {e.strerror}") from None
-    status = os.lstat(folder)  # not stat: a link of another user could lead anywhere
-    if stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid():
-        if not status.st_mode & 0o077:
-            return
-        found = f"the mode {stat.S_IMODE(status.st_mode):o}"
-    else:
-        owner = f"user {status.st_uid}'s"
-        found = f"{owner} folder" if stat.S_ISDIR(status.st_mode) else f"{owner} file or link"
-    raise InputError(
-        f"{folder}: expected a folder of this user (uid {os.getuid()}) with the mode 700, found "
-        f"{found}: remove it, or set TMPDIR to a folder of your own (for Ray, RAY_TMPDIR)"
-    )
 
 
 def _remove_ended_sessions(ray: str) -> None:

@@ -37,6 +37,7 @@ from sevenfold.storage.folders import (
 )
 from sevenfold.storage.listing import plain_name
 from sevenfold.storage.paths import home, in_ray_job, is_url, join, resolve_input, resolve_output
+from sevenfold.storage.private import require_private
 from sevenfold.storage.reader import Reader
 from sevenfold.storage.url_secrets import (
     URLS_VARIABLE,
@@ -78,6 +79,7 @@ __all__ = [
     "read_text",
     "remove",
     "remove_empty",
+    "require_private",
     "resolve_input",
     "resolve_output",
     "save_full_urls",

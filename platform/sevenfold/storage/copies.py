@@ -21,6 +21,7 @@ from sevenfold.storage.files import json_object, open_read, read_json, remove, w
 from sevenfold.storage.filesystem import VERSION_KEYS, filesystem, is_http, stat
 from sevenfold.storage.listing import remote_files
 from sevenfold.storage.paths import is_url
+from sevenfold.storage.private import require_private
 
 MAX_FILES = 10_000  # of a model directory; the largest models have some hundred
 # What describes a model and its tokenizer, the code of those that have some, and weights. Other
@@ -46,28 +47,8 @@ def user_temporary_folder() -> str:
             the name: what they put there must not be taken for a copy of this user.
     """
     folder = os.path.join(tempfile.gettempdir(), f"sevenfold-{os.getuid()}")
-    try:
-        os.mkdir(folder, 0o700)
-    except FileExistsError:
-        pass
-    except OSError as e:
-        raise InputError(f"{folder}: cannot be created ({e.strerror}): set TMPDIR") from None
-    found = os.lstat(folder)
-    mode = file_modes.S_IMODE(found.st_mode) & 0o777
-    if file_modes.S_ISLNK(found.st_mode):
-        fault = "a symbolic link"
-    elif not file_modes.S_ISDIR(found.st_mode):
-        fault = "a file"
-    elif found.st_uid != os.getuid():
-        fault = f"one of user {found.st_uid}"
-    elif mode != 0o700:
-        fault = f"the mode {mode:04o}"
-    else:
-        return folder
-    raise InputError(
-        f"{folder}: expected a folder of this user (uid {os.getuid()}) with the mode 0700, found "
-        f"{fault}: remove it, or set TMPDIR to another folder"
-    )
+    require_private(folder)
+    return folder
 
 
 @functools.cache
