@@ -1,13 +1,15 @@
 """Early stopping end to end: a run that overfits ends with its best model, even after a kill."""
 
 import json
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from conftest import RECIPE, ROOT, once, run_job, stdlib_texts
+from conftest import RECIPE, ROOT, once, run_job, start_job, stdlib_texts
 
 from sevenfold.engine.checkpoint import checkpoint_paths
 from sevenfold.faults.inject import Run
@@ -89,3 +91,32 @@ def test_an_unknown_metric_is_an_error_at_the_first_validation(home: Path) -> No
     )
     assert expected in error
     assert "Traceback" not in error and error.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("metric", ["", "train/loss"])
+def test_a_run_that_is_stopped_at_a_validation_makes_it_when_it_resumes(
+    home: Path, tmp_path: Path, metric: str
+) -> None:
+    """Every step is validated, so that the stop falls on a validation."""
+    name = f"stopped{len(metric)}"
+    words = ["pretrain", str(home / "r.yaml"), f"name={name}", "train.steps=40"]
+    words += ["validation.every=1", "validation.patience=null", "checkpoint.every=50"]
+    if metric:
+        words += ["validation.keep_best=true", f"validation.metric={metric}"]
+    process = start_job(*words, home=tmp_path)
+    run = tmp_path / "runs" / name
+    deadline = time.monotonic() + 200
+    while process.poll() is None and time.monotonic() < deadline:
+        log = run / "metrics.jsonl"
+        if log.exists() and log.read_text().count("validation/loss") > 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=200)
+    assert process.returncode == 130 and "Checkpoint saved at step" in stderr, stderr
+    output = run_job(*words, home=tmp_path)
+    assert "resuming from step" in output
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    validated = [m["step"] for m in logged if "validation/loss" in m]
+    assert validated == list(range(1, 41))

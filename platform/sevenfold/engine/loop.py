@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,6 +75,7 @@ class Trainer:
         guard: Decides which steps are skipped and when to roll back.
         interval: Decides when a checkpoint is due.
         best: Tracks the best validation.
+        loss: The training loss of the last step; infinity if it is not finite, None before a step.
     """
 
     recipe: Recipe
@@ -89,6 +90,7 @@ class Trainer:
     guard: Guard
     interval: Interval
     best: BestTracker
+    loss: float | None = None
 
     def step(self, step: int, signal: Signal = Signal.NONE) -> StepResult | None:
         """Runs one training step.
@@ -141,9 +143,7 @@ class Trainer:
         return bool(total)
 
 
-def fit(
-    trainer: Trainer, hooks: Hooks, start: int = 0, unreported: Mapping[str, float] | None = None
-) -> int:
+def fit(trainer: Trainer, hooks: Hooks, start: int = 0, *, missed: bool = False) -> int:
     """Trains from step `start` to the recipe's last step.
 
     It ends earlier if the data of all ranks is exhausted (their rows hold only padding), or if the
@@ -153,8 +153,8 @@ def fit(
         trainer: Runs the steps.
         hooks: The callbacks around the steps.
         start: The number of steps done before, by an earlier run.
-        unreported: The logged metrics of step `start`, if its report may have been lost. The step
-            is then validated and reported once more.
+        missed: Whether the validation of step `start` was not made, or its report may have been
+            lost. The step is then validated and reported now; `trainer.loss` is its loss.
 
     Returns:
         The total number of steps done, those before `start` included.
@@ -164,9 +164,11 @@ def fit(
         RunError: See `Guard.record`, `BestTracker.update` and `Hooks.roll_back`.
     """
     recipe, plan, best = trainer.recipe, trainer.plan, trainer.best
-    interrupted = start >= plan.total or best.exhausted or best.missed_validation(start)
-    if interrupted or unreported is not None:  # the run died between a save and its report
-        _validate(trainer, hooks, start, loss=(unreported or {}).get("train/loss"))
+    missed = missed or start >= plan.total or best.exhausted or best.missed_validation(start)
+    # checkpoints of earlier versions do not say the loss, by which the best step may be chosen
+    needs_loss = best.enabled and best.settings.metric == "train/loss"
+    if missed and not (needs_loss and trainer.loss is None):
+        _validate(trainer, hooks, start, loss=trainer.loss)
     trainer.model.train()
     step = start
     while step < plan.total and not best.exhausted:
@@ -186,12 +188,12 @@ def fit(
             trainer.meter.reset()
             continue
         plan.update(step)
+        trainer.loss = result.loss if math.isfinite(result.loss) else math.inf
         _log(trainer, hooks, step, result)
         saved = _handle_signal(hooks, step, result.signal)
         save = not saved and (step == plan.total or trainer.interval.due(step))
         if step == plan.total or is_due(step, recipe.validation.every):
-            loss = result.loss if math.isfinite(result.loss) else float("inf")
-            _validate(trainer, hooks, step, save=save, loss=loss)
+            _validate(trainer, hooks, step, save=save, loss=trainer.loss)
         elif save:
             hooks.save(step)
     if best.best is not None:

@@ -5,6 +5,7 @@ It consists of the position in the data, the guard and the best validation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from platform import python_version
@@ -21,11 +22,13 @@ from sevenfold.data.reader import UNIT
 from sevenfold.data.stream import LaneReader, ReaderState, ReadRange
 from sevenfold.engine.checkpoint import Checkpoint, CheckpointManager
 from sevenfold.engine.checkpoint.best import BestTracker
+from sevenfold.engine.checkpoint.interval import is_due
 from sevenfold.engine.guard import Guard
 from sevenfold.engine.step_plan import DataProgress, StepPlan
 from sevenfold.errors import RunError
 from sevenfold.model.parallel import DataRank
 from sevenfold.prepare.job import Job
+from sevenfold.report.run_log import logged_metrics
 from sevenfold.run_folder import RunFolder
 
 
@@ -116,6 +119,33 @@ class RunState:
             self._warn_of_skips(step)
         return step
 
+    def missed_validation(self, checkpoint: Checkpoint | None) -> tuple[bool, float | None]:
+        """Finds out whether an earlier start of the run left out the validation of its last step.
+
+        A run that is stopped or killed at a step that is validated may have saved it before the
+        validation; and a sweep may have missed the report of it.
+
+        Args:
+            checkpoint: The checkpoint that the run resumes from. None: it starts afresh.
+
+        Returns:
+            Whether the validation was not made, or its report was missed; and the step's training
+            loss, None if it is not known. Both are the same on every rank.
+        """
+        found: list[tuple[bool, float | None]] = [(False, None)]
+        if self._rank == 0 and checkpoint is not None:
+            job, step = self._job, checkpoint.step
+            logged = logged_metrics(RunFolder(job.folder).log, step)
+            loss = logged.get("train/loss", checkpoint.extra.get("loss"))
+            if loss is not None and not math.isfinite(loss):
+                loss = math.inf
+            unreported = job.reporter is not None and step > job.reporter.since
+            validated = job.validation is None or any(k.startswith("validation/") for k in logged)
+            missed = is_due(step, job.recipe.validation.every) and (unreported or not validated)
+            found = [(missed, loss)]
+        dist.broadcast_object_list(found)
+        return found[0]
+
     def open_reader(self, step: int) -> LaneReader:
         """Opens a reader at the restored position, without the data that the guard skips.
 
@@ -161,10 +191,13 @@ class RunState:
         self.guard.rollbacks += 1
         return skipped
 
-    def collect(self) -> dict[str, Any]:
+    def collect(self, loss: float | None) -> dict[str, Any]:
         """Gathers the state of all ranks for a checkpoint.
 
         Every rank calls it, while no save is pending.
+
+        Args:
+            loss: The training loss of the step; None if it is not known.
 
         Returns:
             The checkpoint's `extra`, plain JSON.
@@ -186,7 +219,8 @@ class RunState:
             self._unsaved += read_ranges
         if self._rank == 0 and state.skipped > self._restored.skipped:
             self._say(f"{state.skipped:,} bad documents skipped so far (data.on_bad_document=skip)")
-        return self._extra(state)
+        is_known = loss is not None and math.isfinite(loss)  # JSON has no infinity
+        return self._extra(state) | {"loss": loss if is_known else None}
 
     def write_ledger(self) -> Callable[[], None]:
         """Returns a function that writes the ledger.

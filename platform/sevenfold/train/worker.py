@@ -26,7 +26,7 @@ from sevenfold.engine.checkpoint import (
     load_checkpoint,
 )
 from sevenfold.engine.checkpoint.best import UnknownMetricError
-from sevenfold.engine.checkpoint.interval import Interval, is_due
+from sevenfold.engine.checkpoint.interval import Interval
 from sevenfold.engine.guard import DIVERGENCE_ADVICE, describe_divergence
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import (
@@ -40,7 +40,7 @@ from sevenfold.errors import DivergedError, RunError, StoppedError
 from sevenfold.model import build, parallel
 from sevenfold.prepare.encoder import set_first_token
 from sevenfold.prepare.job import Job
-from sevenfold.report.run_log import RunLog, logged_metrics
+from sevenfold.report.run_log import RunLog
 from sevenfold.run_folder import RunFolder
 from sevenfold.train.messages import describe_moved, pluralize
 from sevenfold.train.resume import RunState
@@ -142,7 +142,8 @@ class Worker:
         )
         if self.rank == 0:
             self.run_log = RunLog(self.folder, start, self._send)
-        trainer = self._build_trainer(flops_per_token)
+        self.trainer = self._build_trainer(flops_per_token)
+        missed, self.trainer.loss = state.missed_validation(checkpoint)
         hooks = loop.Hooks(
             signal=self._receive_signal,
             roll_back=self._roll_back,
@@ -154,7 +155,7 @@ class Worker:
             report=self._report,
         )
         try:
-            last_step = loop.fit(trainer, hooks, start, self._unreported(start))
+            last_step = loop.fit(self.trainer, hooks, start, missed=missed)
             saved = self.manager.wait()
             if not state.best.exhausted and (saved is None or saved.step < last_step):
                 raise RunError(
@@ -243,19 +244,6 @@ class Worker:
         """Returns the latest valid checkpoint, the same one on every rank."""
         return latest_checkpoint(self.folder.checkpoints, self._send)
 
-    def _unreported(self, start: int) -> dict[str, float] | None:
-        """Returns the logged metrics of step `start`, if the sweep may have missed their report.
-
-        Args:
-            start: The step that a trial resumes from.
-        """
-        reporter = self.job.reporter
-        if reporter is None or start <= reporter.since:
-            return None
-        if not is_due(start, self.recipe.validation.every):
-            return None
-        return logged_metrics(self.folder.log, start)
-
     # hooks of the training loop, see loop.Hooks
 
     def _receive_signal(self) -> Signal:
@@ -310,7 +298,7 @@ class Worker:
     def _save(self, step: int) -> None:
         """Starts to save a checkpoint after a step."""
         with self.interval.saving(step):
-            extra = self.state.collect()
+            extra = self.state.collect(self.trainer.loss)
             best = self.state.best
             # the checkpoint that was last reported to a sweep may be that of the previous best
             # validation
