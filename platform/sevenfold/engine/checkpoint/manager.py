@@ -147,8 +147,9 @@ class CheckpointManager:
         model_state, optimizer_state = get_state_dict(
             model, optimizers, options=state_dict_options(model)
         )
-        # without the hyperparameters of the optimizers, which the recipe has
-        state = {"model": model_state, "optimizer": {"state": optimizer_state["state"]}}
+        state: Any = {"model": model_state}
+        if optimizers:  # without their hyperparameters, which the recipe has
+            state["optimizer"] = {"state": optimizer_state["state"]}
         copy: Any = self._stager.stage(state)
         self._pending = self._thread.submit(self._persist, copy, step, extra, before_commit)
 
