@@ -65,7 +65,9 @@ def test_code_of_a_model_is_not_run_without_trust_remote_code(
     )
     (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
     tree["model"], tree["tokenizer"] = {"path": str(tmp_path)}, {}
-    with pytest.raises(InputError, match=r"Python code of its own \(code\.py\).*add --trust-remote-code \w{32}$"):
+    with pytest.raises(
+        InputError, match=r"Python code of its own \(code\.py\).*add --trust-remote-code \w{32}$"
+    ):
         build.config_of(Recipe.model_validate(tree), 512)
     assert not (tmp_path / "ran").exists()
 
