@@ -4,6 +4,7 @@ import json
 import math
 import multiprocessing
 import os
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -166,6 +167,32 @@ def test_one_driver_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert not own.lost
     own.close()
     assert not (tmp_path / "driver.json").exists()
+
+
+def test_a_lease_is_renewed_after_an_outage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder's disk does not answer for a while: a real folder that is away meanwhile."""
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.1)
+    root = tmp_path / "sweep"
+    root.mkdir()
+    own = lease.Lease(RunFolder(str(root)))
+    root.rename(tmp_path / "away")
+    root.write_text("")  # nothing can be read or written below a file
+    time.sleep(1)
+    assert not own.lost
+    root.unlink()
+    (tmp_path / "away").rename(root)
+    number = json.loads((root / "driver.json").read_text())["number"]
+    deadline = time.monotonic() + 20
+    while json.loads((root / "driver.json").read_text())["number"] == number:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    # another driver has taken it: it is not removed
+    held = json.loads((root / "driver.json").read_text())
+    (root / "driver.json").write_text(json.dumps(held | {"token": "another"}))
+    own.close()
+    assert json.loads((root / "driver.json").read_text())["token"] == "another"
 
 
 def test_a_grid_has_every_point_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -13,7 +14,7 @@ from typing import Any
 import psutil
 
 from sevenfold import storage
-from sevenfold.errors import InputError
+from sevenfold.errors import InputError, RunError
 from sevenfold.report.console import say
 from sevenfold.run_folder import RunFolder
 from sevenfold.storage.retry import MissingError
@@ -64,21 +65,31 @@ class Lease:
             time.sleep(RENEW_SECONDS / 10)
 
     def close(self) -> None:
-        """Gives the lease back."""
+        """Gives the lease back, if it is still this one's."""
         self._stop.set()
         self._thread.join()
-        if not self.lost:
-            storage.remove(self._path)
+        with contextlib.suppress(InputError, RunError):  # it expires by itself
+            held = self._read()
+            if held and held["token"] == self._token:
+                storage.remove(self._path)
 
     def _renew(self) -> None:
         while not self._stop.wait(RENEW_SECONDS):
             try:
-                held = self._read()
-            except InputError:  # damaged: it is written anew
-                held = None
-            if held and held["token"] != self._token:
-                self.lost = True
+                self._renew_once()
+            except (InputError, RunError):  # the storage cannot be reached for a while
+                continue
+            if self.lost:
                 return
+
+    def _renew_once(self) -> None:
+        """Renews the lease, or finds that another driver has taken it."""
+        try:
+            held = self._read()
+        except InputError:  # damaged: it is written anew
+            held = None
+        self.lost = bool(held and held["token"] != self._token)
+        if not self.lost:
             self._write()
 
     def _read(self) -> dict[str, Any] | None:

@@ -78,6 +78,11 @@ class RunLog:
         if self._writer is not None:
             self._try(self._writer.close)
 
+    def abandon(self) -> None:
+        """Closes the log without writing what is not written yet: it belongs to another process."""
+        if self._writer is not None:
+            self._try(self._writer.close)
+
     def _append(self, sync: bool = False) -> None:
         """Appends the lines that are not written yet.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -36,7 +37,7 @@ from sevenfold.engine.objectives import (
     build_objective,
 )
 from sevenfold.engine.signals import Signal
-from sevenfold.errors import DivergedError, RunError, StoppedError
+from sevenfold.errors import DivergedError, InputError, RunError, StoppedError
 from sevenfold.model import build, parallel
 from sevenfold.prepare.encoder import set_first_token
 from sevenfold.prepare.job import Job
@@ -48,6 +49,9 @@ from sevenfold.train.signals import SignalReceiver
 from sevenfold.train.validate import Validator
 
 log = logging.getLogger(__name__)
+
+
+TAKEN_OVER = "{}: this run was started again and continues there; these workers stop"
 
 
 class Worker:
@@ -67,6 +71,7 @@ class Worker:
         last_report: The last metrics that were reported, with step and checkpoint.
         ranks: What this start of the run wrote to workers.json: the process and node of each rank.
         run_log: Writes metrics.jsonl and TensorBoard's files; None on all ranks but rank 0.
+        taken_over: Whether rank 0 has found that a later start of the run owns the folder.
     """
 
     def __init__(self, job: Job):
@@ -88,6 +93,7 @@ class Worker:
         self.last_report: dict[str, Any] = {}
         self.ranks: list[dict[str, Any]] = []
         self.run_log: RunLog | None = None
+        self.taken_over = False
 
     def run(self) -> dict[str, Any]:
         """Trains until the run ends.
@@ -106,8 +112,11 @@ class Worker:
         except (TakenOverError, UnknownMetricError, DivergedError, StoppedError) as e:
             # returned and not raised: on an exception, Ray would restart the workers
             self.last_report = {"ended": str(e), "stopped": isinstance(e, StoppedError)}
-            if isinstance(e, TakenOverError):
-                self.run_log = None  # the later start of this run writes these files now
+            if self.taken_over or isinstance(e, TakenOverError):
+                self.last_report = {"ended": TAKEN_OVER.format(self.folder.root), "stopped": False}
+                if self.run_log:  # the later start of this run writes these files now
+                    self.run_log.abandon()
+                self.run_log = None
         finally:
             self.state.close()
             if self.run_log:
@@ -247,7 +256,7 @@ class Worker:
     # hooks of the training loop, see loop.Hooks
 
     def _receive_signal(self) -> Signal:
-        return self.signals.receive(self.manager)
+        return Signal.ABANDON if self.taken_over else self.signals.receive(self.manager)
 
     def _roll_back(self, step: int, steps: int) -> int:
         """Loads the latest checkpoint, and skips the data of the last steps from now on.
@@ -292,6 +301,12 @@ class Worker:
             self._send(f"skipped {documents} of a chunk; the first: {bad.first}")
         if self.run_log is None:
             return
+        # files at a URL are written by saves only, which check this too
+        if not storage.is_url(self.folder.root):
+            with contextlib.suppress(InputError, RunError):  # of a disk that does not answer
+                self.taken_over = not self._owns_folder()
+        if self.taken_over:
+            return
         self.run_log.add(step, metrics)
         self._send((step, metrics))
 
@@ -323,11 +338,11 @@ class Worker:
         Raises:
             TakenOverError: There is a later start.
         """
-        if storage.read_json(self.folder.workers) != self.ranks:
-            raise TakenOverError(
-                f"{self.folder.root}: this run was started again and continues there; "
-                "these workers stop"
-            )
+        if not self._owns_folder():
+            raise TakenOverError(TAKEN_OVER.format(self.folder.root))
+
+    def _owns_folder(self) -> bool:
+        return bool(storage.read_json(self.folder.workers) == self.ranks)
 
     def _wait_for_save(self) -> None:
         self.manager.wait()
