@@ -7,6 +7,7 @@ several forms, and all sums are those of the changed files: sums prove wholeness
 from __future__ import annotations
 
 import contextlib
+import pickle
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from hostile.runs import FORMS, attack, write_run_with_code
 
 from sevenfold.cli import main
 from sevenfold.model.remote_code import code_hash
+from sevenfold.recipe import loads, parse
 
 
 @pytest.fixture(scope="module")
@@ -152,3 +154,11 @@ def test_a_hash_covers_names_and_contents_of_all_code(tmp_path: Path) -> None:
     hashes.add(code_hash(str(tmp_path)))
     (tmp_path / "config.json").write_text("no code")
     assert len(hashes) == 4 and code_hash(str(tmp_path)) in hashes
+
+
+def test_workers_and_trials_get_the_consent_and_files_do_not(handed: Path) -> None:
+    recipe = parse(str(handed / "recipe.yaml")).trusting(["0" * 32])
+    sent = pickle.loads(pickle.dumps(recipe))  # as Ray sends it to workers
+    assert sent.trusted_code == {"0" * 32} == sent.override({"seed": 7}).trusted_code
+    assert loads(recipe.to_yaml(), "r.yaml").trusted_code == frozenset()
+    assert recipe.hash() == parse(str(handed / "recipe.yaml")).hash()
