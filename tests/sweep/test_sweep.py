@@ -97,15 +97,21 @@ def test_a_killed_sweep_resumes_and_has_the_same_result(home: Path) -> None:
     shutil.copytree(original, copied)
     for name in ("experiment_state-9.json", "searcher-state-9.pkl", "callback-states-9.pkl"):
         (copied / "ray/tune" / name).write_bytes(pickle.dumps(Bomb(str(home / "trace"))))
-    time.sleep(5)  # the workers of a killed driver end soon after it
-    files = {p: p.stat().st_mtime_ns for p in original.rglob("*") if p.is_file()}
+
+    def state() -> dict[Path, int]:
+        return {p: p.stat().st_mtime_ns for p in original.rglob("*") if p.is_file()}
+
+    files = {}
+    while files != state():  # the processes of a killed driver end some seconds after it
+        files = state()
+        time.sleep(15)
     root = copied / "trials"
     before = {name: (root / name / "metrics.jsonl").read_text() for name in finished}
     assert before
     output = run_job("sweep", "r.yaml", "name=copied", home=home)
     assert "resuming the sweep" in output and "all resources released" in output
     assert ranking(home, "copied") == ranking(home, "whole")
-    assert files == {p: p.stat().st_mtime_ns for p in original.rglob("*") if p.is_file()}
+    assert files == state()
     assert not (home / "trace").exists()
     summary = json.loads((copied / "summary.json").read_text())
     assert summary["checkpoint"].startswith(str(copied))

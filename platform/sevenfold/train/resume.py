@@ -139,10 +139,12 @@ class RunState:
             loss = logged.get("train/loss", checkpoint.extra.get("loss"))
             if loss is not None and not math.isfinite(loss):
                 loss = math.inf
-            unreported = job.reporter is not None and step > job.reporter.since
-            validated = job.validation is None or any(k.startswith("validation/") for k in logged)
-            missed = is_due(step, job.recipe.validation.every) and (unreported or not validated)
-            found = [(missed, loss)]
+            if job.reporter is not None:
+                missed = step > job.reporter.since
+            else:
+                validated = any(key.startswith("validation/") for key in logged)
+                missed = job.validation is not None and not validated
+            found = [(missed and is_due(step, job.recipe.validation.every), loss)]
         dist.broadcast_object_list(found)
         return found[0]
 
