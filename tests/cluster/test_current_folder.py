@@ -52,7 +52,7 @@ def test_versions(command: str, path: str, folder: Path) -> None:
     assert "sevenfold " in run([*COMMANDS[command], "--version"], folder, PATHS[path], 120)
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands(command: str, path: str, folder: Path, tree: dict[str, Any]) -> None:
@@ -64,8 +64,13 @@ def test_commands(command: str, path: str, folder: Path, tree: dict[str, Any]) -
     assert "chunks" in run([*COMMANDS[command], *arguments], folder, PATHS[path], 120)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", ["as it is", "with an empty entry"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param("as it is", marks=pytest.mark.slow),
+        pytest.param("with an empty entry", marks=pytest.mark.nightly),
+    ],
+)
 def test_jobs_on_a_local_ray(path: str, folder: Path, tree: dict[str, Any]) -> None:
     tree["train"] |= {"steps": 2}
     tree["cluster"] = {"num_workers": 2}

@@ -93,8 +93,13 @@ def test_an_unknown_metric_is_an_error_at_the_first_validation(home: Path) -> No
     assert "Traceback" not in error and error.count("\n") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("metric", ["", "train/loss"])
+@pytest.mark.parametrize(
+    "metric",
+    [
+        pytest.param("", marks=pytest.mark.nightly),
+        pytest.param("train/loss", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_is_stopped_at_a_validation_makes_it_when_it_resumes(
     home: Path, tmp_path: Path, metric: str
 ) -> None:
