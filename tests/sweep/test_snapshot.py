@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -43,7 +45,12 @@ def test_restored_files_replace_what_lay_there(tmp_path: Path) -> None:
     (tune / "trial").mkdir(parents=True)
     (tune / "searcher-state-9.pkl").write_bytes(b"hostile")
     (tune / "trial/result.json").write_text("kept")
-    snapshot.restore(str(tmp_path / "s"), FILES | {"../../outside.pkl": b"x"})
+    moved = SimpleNamespace(storage=SimpleNamespace(storage_fs_path="/old/s/ray"))
+    generator = {"search_gen_state-1.json": pickle.dumps({"experiment": moved})}
+    snapshot.restore(str(tmp_path / "s"), FILES | generator | {"../../outside.pkl": b"x"})
+    state = pickle.loads((tune / "search_gen_state-1.json").read_bytes())
+    assert state["experiment"].storage.storage_fs_path == str(tmp_path / "s/ray")
+    (tune / "search_gen_state-1.json").unlink()
     found = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert found == {f"s/ray/tune/{name}" for name in (*FILES, "outside.pkl", "trial/result.json")}
 

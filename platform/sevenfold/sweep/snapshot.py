@@ -17,7 +17,7 @@ import stat
 import zipfile
 from pathlib import Path
 
-from ray import tune
+from ray import cloudpickle, tune
 
 from sevenfold import storage
 from sevenfold.errors import InputError
@@ -31,6 +31,7 @@ _KEY_FILE = "~/.sevenfold/key"
 _MIN_KEY = 16  # characters
 # The names of the files of Tune's that a resumed sweep reads, and unpickles.
 _STATE_FILES = (".json", ".pkl")
+_GENERATOR = "search_gen_state"  # how the name of the state of Tune's generator of trials begins
 
 
 def save(sweep: str, files: dict[str, bytes]) -> None:
@@ -93,7 +94,21 @@ def restore(sweep: str, files: dict[str, bytes]) -> None:
         if name.endswith(_STATE_FILES):
             storage.remove(storage.join(folder, name))
     for name, content in files.items():
+        if name.startswith(_GENERATOR):
+            content = _with_folder(content, sweep)
         storage.write(storage.join(folder, os.path.basename(name)), content)
+
+
+def _with_folder(state: bytes, sweep: str) -> bytes:
+    """Returns the state of Tune's generator of trials with the folder where the sweep is now.
+
+    Tune lets a resumed sweep create trials in the folder that this state names.
+    """
+    tree = cloudpickle.loads(state)  # authenticated, see `load`
+    if tree["experiment"].storage.storage_fs_path == _ray_path(sweep):
+        return state
+    tree["experiment"].storage.storage_fs_path = _ray_path(sweep)
+    return bytes(cloudpickle.dumps(tree))
 
 
 def moved(checkpoint: tune.Checkpoint, sweep: str) -> tune.Checkpoint:
@@ -107,8 +122,12 @@ def moved(checkpoint: tune.Checkpoint, sweep: str) -> tune.Checkpoint:
     _, found, rest = checkpoint.path.rpartition(f"/ray/{TUNE}/")
     if not found:
         return checkpoint
-    root = RunFolder(sweep).ray.partition("://")[2] or RunFolder(sweep).ray
-    return tune.Checkpoint(f"{root}/{TUNE}/{rest}", checkpoint.filesystem)
+    return tune.Checkpoint(f"{_ray_path(sweep)}/{TUNE}/{rest}", checkpoint.filesystem)
+
+
+def _ray_path(sweep: str) -> str:
+    """Returns the path of Ray's folder within its filesystem, as Tune keeps it."""
+    return RunFolder(sweep).ray.rpartition("://")[2]
 
 
 def remove(sweep: str) -> None:

@@ -195,8 +195,6 @@ def _search(
     saved = snapshot.load(job.folder, trusted=trust_state)
     if saved is not None:
         say(f"{job.folder}: resuming the sweep")
-    if saved:
-        snapshot.restore(job.folder, saved)
     say(f"{recipe.name}: {sweep.number} trials of {recipe.steps} steps, {limit.room()} at a time")
     if sweep.points is not None and sweep.points < sweep.number:
         say(
@@ -205,9 +203,8 @@ def _search(
         )
     pool = WorkerPool(job, capacity)
     callback = SweepCallback(sweep, scheduler, limit, pool, lease, job.folder, saved)
-    resume = saved is not None
     try:
-        trials = _run_tune(job, sweep, scheduler, limit, callback, pool, resume, verbose)
+        trials = _run_tune(job, sweep, scheduler, limit, callback, pool, saved, verbose)
     finally:
         callback.close()
         pool.close()
@@ -242,10 +239,13 @@ def _run_tune(
     limit: TrialLimit,
     callback: SweepCallback,
     pool: WorkerPool,
-    resume: bool,
+    saved: dict[str, bytes] | None,
     verbose: bool,
 ) -> list[Trial]:
     """Runs Ray Tune to the end of the sweep. Returns its trials."""
+    stopper = BudgetStopper(callback)  # before the saved state, which refers to it, is read
+    if saved:
+        snapshot.restore(job.folder, saved)
     trainable = tune.with_parameters(trial.run, job=job, dispatcher=pool.dispatcher)
     # PBT needs the whole population from the beginning: trials without room wait.
     room = (lambda: 1) if sweep.scheduler == "pbt" else limit.room
@@ -253,13 +253,13 @@ def _run_tune(
         tune.with_resources(trainable, {"CPU": DRIVER_CPUS}),
         name=snapshot.TUNE,
         storage_path=RunFolder(job.folder).ray,
-        resume=resume,
+        resume=saved is not None,
         metric=sweep.metric,
         mode=sweep.best,
         num_samples=sweep.number,
         search_alg=Searcher(sweep, job.recipe.seed, room),
         scheduler=scheduler,
-        stop=BudgetStopper(callback),
+        stop=stopper,
         max_failures=sweep.max_failures,
         raise_on_failed_trial=False,
         callbacks=[callback],
