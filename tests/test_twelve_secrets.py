@@ -132,7 +132,9 @@ def test_twelve_secrets_are_used_and_found_nowhere(
         (served / f"{name}.jsonl").write_text("".join(lines))
     tiny_models.save(served / "model", "llama")
 
-    folders = {name: tmp_path / name for name in ("home", "tmp", "work")}
+    folders = {name: tmp_path / name for name in ("home", "work")}
+    # short, for the sockets of Python's own processes
+    folders["tmp"] = Path(os.environ["RAY_TMPDIR"], "tmp")
     for folder in folders.values():
         folder.mkdir(0o700)
     ray_folder = Path(os.environ["RAY_TMPDIR"], "t")
