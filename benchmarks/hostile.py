@@ -174,7 +174,7 @@ def sweep_inputs() -> Iterator[Input]:
         yield Input("state of a sweep", name, write)
 
 
-def server_inputs(model: Path, urls: dict[str, str]) -> Iterator[Input]:
+def server_inputs(urls: dict[str, str]) -> Iterator[Input]:
     for name, url in urls.items():
 
         def write(work: Path, _: str, url: str = url) -> list[str]:
@@ -286,10 +286,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", dest="json_path")
     parser.add_argument("--only", default="", help="the inputs of this group only")
-    parser.add_argument("--quick", action="store_true", help="every tenth input of each group")
+    parser.add_argument("--quick", action="store_true", help="every tenth input")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as shared:
-        os.environ["SEVENFOLD_TEST_SHARED"] = shared
         from conftest import SHARED
 
         os.environ[SHARED] = shared
@@ -314,7 +313,7 @@ def main() -> None:
                 *model_inputs(model),
                 *run_inputs(finished),
                 *sweep_inputs(),
-                *server_inputs(model, urls),
+                *server_inputs(urls),
                 *folder_inputs(model),
             ]
             inputs = [given for given in inputs if arguments.only in given.group]
@@ -323,27 +322,12 @@ def main() -> None:
             with ThreadPoolExecutor(PROCESSES) as pool:
                 results = list(pool.map(examine, inputs))
     groups = Counter(given.group for given in inputs)
-    measure.show(
-        "hostile inputs",
-        ["inputs", "number", *results[0]],
-        [
-            [
-                group,
-                str(number),
-                *(
-                    str(
-                        sum(
-                            broken[name]
-                            for given, broken in zip(inputs, results, strict=True)
-                            if given.group == group
-                        )
-                    )
-                    for name in results[0]
-                ),
-            ]
-            for group, number in groups.items()
-        ],
-    )
+    rows = []
+    for group, number in groups.items():
+        of_group = [r for given, r in zip(inputs, results, strict=True) if given.group == group]
+        counts = [str(sum(broken[name] for broken in of_group)) for name in results[0]]
+        rows.append([group, str(number), *counts])
+    measure.show("hostile inputs", ["inputs", "number", *results[0]], rows)
     claims = [
         measure.claim(name, sum(broken[name] for broken in results), None, 0, at_most=True)
         for name in results[0]

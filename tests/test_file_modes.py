@@ -17,7 +17,7 @@ from sevenfold import storage
 
 
 def _job(umask: int, job: str, *args: str, home: Path) -> None:
-    """Runs a job under an umask, as a user's shell has it."""
+    """Runs a job in a process with this umask."""
     command = [sys.executable, str(ROOT / "jobs" / f"{job}.py"), *args]
     environment = {**os.environ, "SEVENFOLD_HOME": str(home)}
     result = subprocess.run(

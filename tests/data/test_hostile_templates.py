@@ -72,7 +72,7 @@ def test_templates_end_within_bounds() -> None:
         assert not message or ": line " in message, message
         if not message:
             rendered.append(name)
-    # what is left of them is small
+    # the rendered text is short
     assert rendered == ["namespaces that hold each other", "long date"]
 
 

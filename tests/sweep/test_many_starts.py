@@ -58,7 +58,7 @@ def test_a_sweep_goes_on_after_a_thousand_ended_trials() -> None:
         status = ray.get(dispatcher.wait_for_report.remote(number, 0), timeout=SECONDS)
         assert status.ended and not status.error
         number = ray.get(dispatcher.submit.remote("trial", spec()), timeout=SECONDS)
-    # a call that comes after the end of its assignment is told so
+    # a call made after its assignment has ended returns ABANDON
     assert set(ray.get(waits, timeout=SECONDS)) <= {Signal.NONE, Signal.ABANDON}
     # an assignment that has ended leaves nothing
     start, _ = ray.get(dispatcher.next_assignment.remote(group, 1), timeout=SECONDS)

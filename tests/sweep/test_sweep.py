@@ -91,7 +91,7 @@ def test_a_killed_sweep_resumes_and_has_the_same_result(home: Path) -> None:
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    # A copy of the sweep goes on, and the original stays as it is. Pickles that somebody has put
+    # A copy of the sweep continues, and the original is not changed. Pickles that somebody has put
     # beside its saved state are not read.
     original, copied = home / "runs/killed-sweep", home / "runs/copied-sweep"
     shutil.copytree(original, copied)

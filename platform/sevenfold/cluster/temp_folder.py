@@ -38,9 +38,9 @@ def ray_folder() -> str:
         InputError: Another user has made the folder, others can enter it, or its path is too long.
     """
     configured = os.environ.get("RAY_TMPDIR")
-    folder = _user_folder(configured or tempfile.gettempdir())
+    folder = storage.user_folder(configured or tempfile.gettempdir())
     if not configured and _is_too_long(folder):
-        folder = _user_folder("/tmp")  # noqa: S108 (checked below)
+        folder = storage.user_folder("/tmp")  # noqa: S108 (checked below)
     if _is_too_long(folder):
         raise InputError(
             f"RAY_TMPDIR={configured}: expected a path of at most "
@@ -66,11 +66,6 @@ def default_ray_folder() -> Iterator[None]:
             del os.environ["RAY_TMPDIR"]
         else:
             os.environ["RAY_TMPDIR"] = configured
-
-
-def _user_folder(parent: str) -> str:
-    """Returns the path of this user's folder, the same as storage.user_temporary_folder's."""
-    return os.path.join(os.path.abspath(parent), f"sevenfold-{os.getuid()}")
 
 
 def _is_too_long(folder: str) -> bool:

@@ -37,7 +37,7 @@ from sevenfold.storage.folders import (
 )
 from sevenfold.storage.listing import plain_name
 from sevenfold.storage.paths import home, in_ray_job, is_url, join, resolve_input, resolve_output
-from sevenfold.storage.private import require_private
+from sevenfold.storage.private import require_private, user_folder
 from sevenfold.storage.reader import Reader
 from sevenfold.storage.url_secrets import (
     URLS_VARIABLE,
@@ -87,6 +87,7 @@ __all__ = [
     "temporary_folder_beside",
     "to_json",
     "upload",
+    "user_folder",
     "user_temporary_folder",
     "verify_checksums",
     "version",

@@ -21,7 +21,7 @@ from sevenfold.storage.files import json_object, open_read, read_json, remove, w
 from sevenfold.storage.filesystem import VERSION_KEYS, filesystem, is_http, stat
 from sevenfold.storage.listing import remote_files
 from sevenfold.storage.paths import is_url
-from sevenfold.storage.private import require_private
+from sevenfold.storage.private import require_private, user_folder
 
 MAX_FILES = 10_000  # of a model directory; the largest models have some hundred
 # What describes a model and its tokenizer, the code of those that have some, and weights. Other
@@ -46,7 +46,7 @@ def user_temporary_folder() -> str:
         InputError: Something else has its name. Others can write to the temporary folder, and know
             the name: what they put there must not be taken for a copy of this user.
     """
-    folder = os.path.join(tempfile.gettempdir(), f"sevenfold-{os.getuid()}")
+    folder = user_folder(tempfile.gettempdir())
     require_private(folder)
     return folder
 

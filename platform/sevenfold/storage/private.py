@@ -8,6 +8,11 @@ import stat
 from sevenfold.errors import InputError
 
 
+def user_folder(parent: str) -> str:
+    """Returns the path of this user's own folder in a folder that others may write to."""
+    return os.path.join(os.path.abspath(parent), f"sevenfold-{os.getuid()}")
+
+
 def require_private(folder: str) -> None:
     """Creates a folder that only this user can enter; checks one that exists already.
 

@@ -11,6 +11,23 @@ from sevenfold.errors import InputError
 from sevenfold.prepare.model import check_model
 from sevenfold.recipe import Recipe, Sweep
 
+# The keys, or prefixes of keys, that may differ between trials. All else is the same for all
+# trials: the tokenizer, the base model and the documents are prepared once per sweep.
+SEARCHABLE = (
+    "train.",
+    "optimizer.",
+    "schedule.",
+    "adapter.",
+    "model.config.",
+    "data.sequence_length",
+    "data.lanes",
+    "seed",
+    "preference.",
+    "contrastive.",
+    "corruption.",
+)
+# Exceptions from SEARCHABLE: the schedulers compare trials at equal steps.
+NOT_SEARCHABLE = ("train.steps", "train.tokens")
 # The most points that are tried in the recipe, and the most models that are tried.
 MAX_POINTS, MAX_MODELS = 512, 32
 # Keys, or prefixes of keys, that decide which model is built.
@@ -18,13 +35,20 @@ _MODEL_KEYS = ("model.config.", "adapter.", "data.sequence_length", "train.dropo
 
 
 def check_space(recipe: Recipe, sweep: Sweep) -> None:
-    """Checks the ends of a search space, alone and together, and values between them.
+    """Checks the keys of a search space, its ends, alone and together, and values between them.
 
     Where a key decides which model is built, the model is tried too, see `prepare.model`.
 
     Raises:
-        InputError: A point is not valid in the recipe, or its model cannot be trained.
+        InputError: A key must be the same for all trials, a point is not valid in the recipe, or
+            its model cannot be trained.
     """
+    for key in sweep.space:
+        if not key.startswith(SEARCHABLE) or key in NOT_SEARCHABLE:
+            raise InputError(
+                f"sweep.space: {key!r} must be the same for all trials; searchable are "
+                f"{', '.join(SEARCHABLE)} but not {', '.join(NOT_SEARCHABLE)}"
+            )
     models: dict[str, tuple[dict[str, Any], Recipe]] = {}  # by their settings
     for point in itertools.islice(_points(sweep), MAX_POINTS):
         changed = recipe.override(point)  # raises InputError if it is not valid

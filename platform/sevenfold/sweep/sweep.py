@@ -37,23 +37,6 @@ from sevenfold.sweep.worker_pool import WorkerPool
 from sevenfold.train import launch
 from sevenfold.train.messages import pluralize
 
-# The keys, or prefixes of keys, that may differ between trials. All else is the same for all
-# trials: the tokenizer, the base model and the documents are prepared once per sweep.
-SEARCHABLE = (
-    "train.",
-    "optimizer.",
-    "schedule.",
-    "adapter.",
-    "model.config.",
-    "data.sequence_length",
-    "data.lanes",
-    "seed",
-    "preference.",
-    "contrastive.",
-    "corruption.",
-)
-# Exceptions from SEARCHABLE: the schedulers compare trials at equal steps.
-NOT_SEARCHABLE = ("train.steps", "train.tokens")
 # Logical CPUs of a trial's driver, in addition to its workers and data tasks: it mostly waits.
 DRIVER_CPUS = 0.25
 CAPACITY_SECONDS = 5.0  # between two measurements of the cluster's capacity
@@ -122,12 +105,6 @@ def checked(recipe: Recipe) -> Sweep:
         raise InputError(
             f"{recipe.name}: the recipe has no `sweep` section: add one with `space` and `trials`"
         )
-    for key in sweep.space:
-        if not key.startswith(SEARCHABLE) or key in NOT_SEARCHABLE:
-            raise InputError(
-                f"sweep.space: {key!r} must be the same for all trials; searchable are "
-                f"{', '.join(SEARCHABLE)} but not {', '.join(NOT_SEARCHABLE)}"
-            )
     metrics = reported_metrics(recipe)
     if sweep.metric not in metrics:
         raise InputError(
