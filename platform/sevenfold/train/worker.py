@@ -108,13 +108,13 @@ class Worker:
         self.state.open_reader(start)  # Ray Data starts while the model is built
         try:
             self._train(start, checkpoint)
-        except (TakenOverError, UnknownMetricError, DivergedError, StoppedError):
+        except (TakenOverError, UnknownMetricError, DivergedError, StoppedError) as e:
             # returned and not raised: on an exception, Ray would restart the workers
-            if self.taken_over:  # other ranks have learned only that they are to stop
-                e = TakenOverError(TAKEN_OVER.format(self.folder.root))
             self.last_report = {"ended": str(e), "stopped": isinstance(e, StoppedError)}
-            if isinstance(e, TakenOverError) and self.run_log:
-                self.run_log.abandon()  # the later start of this run writes these files now
+            if self.taken_over or isinstance(e, TakenOverError):
+                self.last_report = {"ended": TAKEN_OVER.format(self.folder.root), "stopped": False}
+                if self.run_log:  # the later start of this run writes these files now
+                    self.run_log.abandon()
                 self.run_log = None
         finally:
             self.state.close()
