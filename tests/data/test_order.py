@@ -2,12 +2,15 @@
 
 import itertools
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from sevenfold.data.lanes import ENOUGH, advice, best_lanes, lanes_of, max_rows_per_rank, share_used
 from sevenfold.data.manifest import Manifest
-from sevenfold.data.order import DataOrder, LanePosition, chunks_of, lanes_of, shuffled
+from sevenfold.data.order import FEISTEL, LISTED, DataOrder, LanePosition, chunks_of
+from sevenfold.data.permutation import permuted, shuffled
 from sevenfold.data.sources.shards import Shard
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
@@ -94,6 +97,72 @@ def test_the_shuffled_order_never_changes() -> None:
     assert shuffled(8, 7, 1).tolist() != shuffled(8, 7, 0).tolist() != shuffled(8, 8, 0).tolist()
     spread = np.mean([shuffled(100, s)[:50].mean() for s in range(200)])
     assert abs(spread - 49.5) < 1.0
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 7, 10, 64, 97, 1000, 4099])
+def test_a_permutation_is_one(n: int) -> None:
+    for seed in range(5):
+        order = [permuted(i, n, seed, 3, 1) for i in range(n)]
+        assert sorted(order) == list(range(n))
+    if n > 4:
+        assert len({tuple(permuted(i, n, seed) for i in range(n)) for seed in range(50)}) > 40
+
+
+@pytest.mark.parametrize("n", [2, 3, 4, 5, 10, 50])
+def test_every_place_is_equally_likely(n: int) -> None:
+    """A chi-squared test of each position, and of each pair of neighbours, over 4,000 seeds."""
+    draws = np.array([[permuted(i, n, seed) for i in range(n)] for seed in range(4000)])
+    for position in range(min(n, 10)):
+        counts = np.bincount(draws[:, position], minlength=n)
+        assert ((counts - 4000 / n) ** 2 / (4000 / n)).sum() < n + 6 * np.sqrt(2 * n) + 4
+    # as often as not, the next element is the larger one
+    assert abs((np.diff(draws, axis=1) > 0).mean() - 0.5) < 0.03
+
+
+def test_a_permutation_never_changes() -> None:
+    """The order must stay the same when a run is resumed with another version."""
+    assert [permuted(i, 8, 7, 0) for i in range(8)] == [4, 0, 2, 1, 7, 5, 3, 6]
+    assert permuted(123_456_789_012, 10**12, 7) == 121_615_943_721
+
+
+def test_a_permutation_of_nothing_has_no_positions() -> None:
+    with pytest.raises(ValueError, match="expected a position in a permutation of 0 elements"):
+        permuted(0, 0, 1)
+
+
+def test_a_run_of_an_earlier_version_keeps_its_order() -> None:
+    """The row groups of each source are shuffled as a list, as they were before."""
+    order = DataOrder(manifest(30, 50), 4, 2, ((0, (0.5, 0.5)),), version=LISTED)
+    read = [g for i in range(40) for g in order.chunk(i)]
+    assert [g for g in read if g < 30][:30] == shuffled(30, 4, 0, 0).tolist()
+    assert [g - 30 for g in read if g >= 30][:50] == shuffled(50, 4, 1, 0).tolist()
+    assert read != [g for i in range(40) for g in replace(order, version=FEISTEL).chunk(i)]
+
+
+@pytest.mark.parametrize("batch", [1, 6, 7, 64, 100, 384, 512, 1000, 1024])
+def test_the_share_of_used_time_is_that_of_the_lanes(batch: int) -> None:
+    for world in range(1, min(batch, 200) + 1):
+        lanes = best_lanes(batch, world)
+        assert lanes is not None and lanes >= world and batch % lanes == 0
+        rows = [len(lanes_of(rank, world, lanes)) * batch // lanes for rank in range(world)]
+        assert max(rows) == max_rows_per_rank(batch, world, lanes) and sum(rows) == batch
+        assert share_used(batch, world, lanes) == pytest.approx(batch / (world * max(rows)))
+        # no number of lanes is better than one for each row
+        if share_used(batch, world, lanes) < ENOUGH:
+            assert share_used(batch, world, lanes) == share_used(batch, world, batch)
+    assert best_lanes(batch, batch + 1) is None
+
+
+def test_workers_that_wait_are_named_with_better_numbers() -> None:
+    assert advice(512, 64, 64) is None
+    assert advice(512, 48, 64) == (
+        "48 workers are used for 67% of the time: of 512 sequences per step in 64 lanes, the "
+        "busiest worker reads 16; better: 32 (100%) or 64 (100%) workers, or data.lanes=512 (97%)"
+    )
+    started = advice(512, 48, 64, may_change=False)
+    assert started is not None and started.endswith("better: 32 (100%) or 64 (100%) workers")
+    one_left = advice(10, 6, 10)
+    assert one_left is not None and one_left.endswith("better: 5 (100%) or 10 (100%) workers")
 
 
 @pytest.mark.parametrize("world", range(1, 9))

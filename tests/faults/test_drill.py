@@ -23,7 +23,7 @@ def home(tmp_path: Path) -> Path:
     tree = json.loads(json.dumps(RECIPE))
     tree["model"]["config"] |= {"hidden_size": 64, "intermediate_size": 128}
     tree["data"] |= {"sources": [{"path": str(tmp_path / "text.jsonl")}], "sequence_length": 128}
-    tree["train"] |= {"global_batch": 32, "micro_batch": 8}
+    tree["train"] |= {"global_batch": 8, "micro_batch": 4}
     tree |= {"optimizer": {"learning_rate": 1e-3}, "cluster": {"num_workers": 2}}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
     return tmp_path
@@ -87,6 +87,7 @@ time.sleep(60)
     assert len(run.failed) == 1 and run.wait() == -9
 
 
+@pytest.mark.timeout(1200)  # two runs on three nodes each: ten minutes on a busy machine
 @pytest.mark.parametrize(
     "fault",
     [
@@ -101,7 +102,7 @@ def test_faults_do_not_change_the_result(home: Path, fault: str) -> None:
     train/test_kills.py kills workers, in cluster/test_pools.py a node joins, and
     benchmarks/faults.py covers the other faults.
     """
-    result = drill(home, "--faults", fault, "--steps", "60")
+    result = drill(home, "--faults", fault, "--steps", "36")
     assert result.returncode == 0, result.stdout + result.stderr
     [outcome] = json.loads((home / "runs/tiny-drill/drill.json").read_text())
     assert outcome["fault"] == fault

@@ -13,7 +13,8 @@ import numpy as np
 
 from sevenfold.data import pack
 from sevenfold.data.encode import Encoded, TextEncoder
-from sevenfold.data.order import DataOrder, shuffled
+from sevenfold.data.order import DataOrder
+from sevenfold.data.permutation import shuffled
 from sevenfold.data.rows import Chunk, Pieces, Rows
 from sevenfold.data.sources.documents import Skipped
 from sevenfold.errors import InputError

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from sevenfold.data.build_chunk import build_rows
-from sevenfold.data.order import shuffled
+from sevenfold.data.permutation import shuffled
 from sevenfold.data.rows import Rows
 from sevenfold.data.sources.documents import Documents, texts
 

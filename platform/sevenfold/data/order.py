@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sevenfold.data.manifest import Manifest
+from sevenfold.data.permutation import permuted, shuffled
 from sevenfold.errors import InputError
 from sevenfold.recipe import Data
 
@@ -32,6 +33,10 @@ MAX_CHUNK_TOKENS = 4_000_000
 # The maximum number of tokens in the current chunks of all lanes. These chunks are in memory, and
 # a run that resumes builds them again.
 MAX_LANES_TOKENS = 64_000_000
+LANES_BYTES = 4 * MAX_LANES_TOKENS  # of text, with 4 bytes per token
+# How the row groups of an epoch are permuted, by the version of the order that a run was started
+# with: as a list (1), or by a Feistel network, whose elements are computed one by one (2).
+LISTED, FEISTEL = 1, 2
 # Shares are integers that sum to this, so that the order is the same on every machine.
 _UNIT = 2**32
 
@@ -79,6 +84,7 @@ class DataOrder:
         stages: The mixture: (token at which the stage begins, weight of each source), sorted.
             Empty: sources are mixed in proportion to their sizes.
         epochs: The maximum number of times that a row group is read. None: no limit.
+        version: How row groups are permuted, LISTED or FEISTEL.
     """
 
     manifest: Manifest
@@ -86,9 +92,12 @@ class DataOrder:
     lanes: int
     stages: tuple[tuple[int, tuple[float, ...]], ...] = ()
     epochs: int | None = None
+    version: int = FEISTEL
 
     @staticmethod
-    def from_manifest(manifest: Manifest, data: Data, seed: int, lanes: int) -> DataOrder:
+    def from_manifest(
+        manifest: Manifest, data: Data, seed: int, lanes: int, version: int = FEISTEL
+    ) -> DataOrder:
         """Returns the order that a recipe's `data` section describes."""
         stages: list[tuple[int, tuple[float, ...]]] = []
         if data.sources[0].weight is not None:
@@ -97,7 +106,7 @@ class DataOrder:
                 (stage.at_tokens, tuple(stage.weights.get(s.name, 0.0) for s in data.sources))
                 for stage in data.curriculum
             ]
-        return DataOrder(manifest, seed, lanes, tuple(stages), data.epochs)
+        return DataOrder(manifest, seed, lanes, tuple(stages), data.epochs, version)
 
     @functools.cached_property
     def pools(self) -> tuple[range, ...]:
@@ -209,9 +218,15 @@ class DataOrder:
         for pool_index, (pool, first, stop) in enumerate(ranges):
             for count in range(first, stop):
                 epoch, position = divmod(count, len(pool))
-                permutation = shuffled(len(pool), self.seed, pool_index, epoch)
-                groups.append(pool[int(permutation[position])])
+                groups.append(pool[self._permuted(position, pool_index, epoch)])
         return groups
+
+    def _permuted(self, position: int, pool: int, epoch: int) -> int:
+        """Returns which row group of a pool is at a position of an epoch."""
+        n, key = len(self.pools[pool]), (self.seed, pool, epoch)
+        if self.version == LISTED:
+            return int(shuffled(n, *key)[position])
+        return permuted(position, n, *key)
 
     def estimated_steps(self, tokens_per_step: int) -> int:
         """Returns the estimated number of steps until the data ends. Needs `epochs`.
@@ -255,23 +270,6 @@ class LanePosition(NamedTuple):
     row: int = 0
 
 
-def lanes_of(rank: int, world_size: int, lanes: int) -> range:
-    """Returns the lanes that a rank serves.
-
-    The numbers of lanes of any two ranks differ by at most one. Needs lanes >= world_size.
-    """
-    return range(rank * lanes // world_size, (rank + 1) * lanes // world_size)
-
-
-def max_rows_per_rank(global_batch: int, world_size: int, lanes: int) -> int:
-    """Returns the maximum number of rows of a global batch on any rank.
-
-    It determines the number of micro-batches, which is the same on all ranks.
-    """
-    rows_per_lane = global_batch // lanes
-    return max(len(lanes_of(r, world_size, lanes)) for r in range(world_size)) * rows_per_lane
-
-
 def chunks_of(
     positions: dict[int, LanePosition], lanes: int, end: int | None = None
 ) -> Iterator[int]:
@@ -299,29 +297,3 @@ def skipped(skip: Sequence[tuple[int, int]], data_step: int) -> bool:
         data_step: The step, counted from 0.
     """
     return any(first <= data_step + 1 <= last for first, last in skip)
-
-
-@functools.lru_cache(maxsize=4)
-def _shuffled(n: int, key: tuple[int, ...]) -> np.ndarray:
-    state = 0
-    for part in key:
-        state = int(_mix(np.array([(state ^ part) & (2**64 - 1)], np.uint64))[0])
-    draws = _mix(np.arange(n, dtype=np.uint64) + np.uint64(state))
-    return np.argsort(draws, kind="stable")
-
-
-def shuffled(n: int, *key: int) -> np.ndarray:
-    """Returns a permutation of range(n) that depends on the key alone.
-
-    It is the same on every machine and with every version of numpy.
-    """
-    return _shuffled(n, key)
-
-
-def _mix(x: np.ndarray) -> np.ndarray:
-    """Applies splitmix64 (Steele, Lea and Flood, OOPSLA 2014) to uint64 values."""
-    with np.errstate(over="ignore"):
-        x = x + np.uint64(0x9E3779B97F4A7C15)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))

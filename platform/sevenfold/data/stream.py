@@ -13,7 +13,9 @@ import numpy as np
 from sevenfold.data import ray_chunks
 from sevenfold.data.build_chunk import build_chunk, count_rows, framed_lengths
 from sevenfold.data.encode import Encoded, TextEncoder
-from sevenfold.data.order import DataOrder, lanes_of, shuffled
+from sevenfold.data.lanes import lanes_of
+from sevenfold.data.order import DataOrder
+from sevenfold.data.permutation import shuffled
 from sevenfold.data.ray_chunks import TASK_CPUS, Prefetcher
 from sevenfold.data.reader import LaneReader, ReaderState, ReadRange, StreamShard
 from sevenfold.data.rows import Chunk, Rows

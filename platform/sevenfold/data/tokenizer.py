@@ -18,7 +18,7 @@ from sevenfold import storage
 from sevenfold.data.encode import TextEncoder
 from sevenfold.data.manifest import Manifest
 from sevenfold.data.named_files import check_named_files
-from sevenfold.data.order import shuffled
+from sevenfold.data.permutation import shuffled
 from sevenfold.data.sources import formats
 from sevenfold.data.sources.documents import Selection, texts
 from sevenfold.errors import InputError, first_line

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from sevenfold.data.lanes import ENOUGH, best_lanes, share_used
 from sevenfold.errors import InputError
 from sevenfold.plan import hardware, layouts, memory, speed
 from sevenfold.plan.hardware import GIB, Fleet
@@ -50,15 +51,13 @@ def fitted(recipe: Recipe, fleet: Fleet) -> Recipe:
     """Returns the recipe with one worker per GPU of the fleet.
 
     A global batch smaller than the number of GPUs limits the workers to one per sequence. If the
-    recipe has fewer lanes than workers, it gets the smallest sufficient number that divides the
-    global batch; if there is none, the lanes stay as they are.
+    recipe's lanes leave too many workers waiting, it gets the number of lanes that is best.
     """
     global_batch, gpus = recipe.train.global_batch, fleet.gpus
     gpus = min(gpus, global_batch)
     lanes = recipe.lanes
-    if gpus > lanes:
-        divisors = (n for n in range(gpus, global_batch + 1) if global_batch % n == 0)
-        lanes = min(divisors, default=lanes)
+    if gpus > lanes or share_used(global_batch, gpus, lanes) < ENOUGH:
+        lanes = best_lanes(global_batch, gpus) or lanes
     changes = {
         "cluster.num_workers": gpus,
         "cluster.gpus_per_worker": 1,

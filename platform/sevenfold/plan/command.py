@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sevenfold.cluster.cluster_file import read_cluster_file
+from sevenfold.data.lanes import advice
 from sevenfold.errors import InputError
 from sevenfold.plan import budget, choose, cost, hardware, shape, show, speed
 from sevenfold.plan.choose import Candidate
@@ -175,9 +176,12 @@ def _show_plan(
     show.choice(found, chosen)
     if on_fleet.lanes != recipe.lanes:
         say(
-            f"  data.lanes: {on_fleet.lanes}, so that each worker has a lane; "
+            f"  data.lanes: {on_fleet.lanes}, so that the workers read equally much; "
             f"the order of the data differs from that with {recipe.lanes} lanes"
         )
+    readers = chosen.layout.readers
+    if idle := advice(on_fleet.train.global_batch, readers, max(on_fleet.lanes, readers)):
+        say(f"  {idle}")
 
 
 def _price_and_speed(plan: tuple[Candidate, Cost]) -> tuple[float, float]:

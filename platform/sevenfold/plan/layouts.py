@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from sevenfold.data.order import max_rows_per_rank
+from sevenfold.data.lanes import max_rows_per_rank
 from sevenfold.errors import InputError
 from sevenfold.model import parallel
 from sevenfold.plan import shape

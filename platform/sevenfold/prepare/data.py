@@ -12,7 +12,14 @@ from typing import Any
 from sevenfold import storage
 from sevenfold.data.examples import ENCODERS
 from sevenfold.data.manifest import Manifest, scan
-from sevenfold.data.order import CHUNKS_PER_LANE, MAX_GROUPS_PER_CHUNK, DataOrder
+from sevenfold.data.order import (
+    CHUNKS_PER_LANE,
+    FEISTEL,
+    LANES_BYTES,
+    LISTED,
+    MAX_GROUPS_PER_CHUNK,
+    DataOrder,
+)
 from sevenfold.data.sources import formats, python_corpus
 from sevenfold.data.sources.documents import BadDocumentsError, Documents, Selection, held_out
 from sevenfold.data.sources.reading import column_names
@@ -32,16 +39,26 @@ class Inputs:
         train: The manifest of data.sources.
         validation: The manifest of data.validation, None if the recipe has none.
         test: The manifest of data.test, None if the recipe has none.
+        order: The version of the order in which the run reads them, see `data.order`.
     """
 
     train: Manifest
     validation: Manifest | None
     test: Manifest | None = None
+    order: int = FEISTEL
 
     @property
     def all(self) -> dict[str, Manifest]:
         """The manifests that are not None, by the name of the split."""
-        return {split: manifest for split, manifest in vars(self).items() if manifest is not None}
+        splits = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {split: manifest for split, manifest in splits.items() if manifest is not None}
+
+    def recorded(self) -> Inputs:
+        """Returns the inputs with what tells later whether a file has changed."""
+        recorded = {split: manifest.recorded() for split, manifest in self.all.items()}
+        return Inputs(
+            recorded["train"], recorded.get("validation"), recorded.get("test"), self.order
+        )
 
 
 def with_classes(recipe: Recipe, manifest: Manifest) -> Recipe:
@@ -146,7 +163,9 @@ def find_inputs(recipe: Recipe) -> Inputs:
     # row groups are made so small that the shortest stage of the curriculum has enough chunks
     stage_starts = [0, *(stage.at_tokens for stage in data.curriculum)]
     stage_tokens = (stop - start for start, stop in itertools.pairwise(stage_starts))
-    max_group_bytes = 2 * min(stage_tokens, default=2**62) // chunks
+    max_group_bytes = min(
+        2 * min(stage_tokens, default=2**62) // chunks, LANES_BYTES // recipe.lanes
+    )
     train = scan(
         data.sources,
         objective,
@@ -192,7 +211,7 @@ def load_unchanged_inputs(folder: RunFolder) -> Inputs | None:
     for manifest in inputs.all.values():
         manifest.check_unchanged()
     stored: dict[str, Any] = storage.read_json(folder.manifest)
-    paths = [shard["path"] for manifest in stored.values() for shard in manifest["shards"]]
+    paths = [shard["path"] for split in inputs.all for shard in stored[split]["shards"]]
     if any(path != storage.without_secrets(path) for path in paths):
         write_inputs(folder, inputs)  # an earlier version kept the secrets of URLs
     return inputs
@@ -200,8 +219,10 @@ def load_unchanged_inputs(folder: RunFolder) -> Inputs | None:
 
 def write_inputs(folder: RunFolder, inputs: Inputs) -> None:
     """Writes the inputs of a run into its folder."""
-    manifests = {split: manifest.to_json() for split, manifest in inputs.all.items()}
-    storage.write(folder.manifest, json.dumps(manifests))
+    tree: dict[str, Any] = {split: manifest.to_json() for split, manifest in inputs.all.items()}
+    if inputs.order != LISTED:  # earlier versions wrote none
+        tree["order"] = inputs.order
+    storage.write(folder.manifest, json.dumps(tree))
 
 
 def load_inputs(folder: RunFolder) -> Inputs:
@@ -212,9 +233,10 @@ def load_inputs(folder: RunFolder) -> Inputs:
     """
 
     def parse(tree: Any) -> Inputs:
-        items = storage.json_object(tree).items()
-        manifests = {split: Manifest.from_json(subtree) for split, subtree in items}
-        return Inputs(manifests["train"], manifests.get("validation"), manifests.get("test"))
+        splits = storage.json_object(tree)
+        order = int(splits.pop("order", LISTED))
+        manifests = {split: Manifest.from_json(subtree) for split, subtree in splits.items()}
+        return Inputs(manifests["train"], manifests.get("validation"), manifests.get("test"), order)
 
     return storage.read_json(folder.manifest, parse)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from sevenfold import storage
-from sevenfold.data.order import DataOrder, max_rows_per_rank
+from sevenfold.data import lanes
+from sevenfold.data.order import DataOrder
 from sevenfold.prepare.data import Inputs, find_inputs, missing_corpus, with_classes
 from sevenfold.prepare.job import UNPACKED, required_resources
 from sevenfold.prepare.model import check_model
@@ -25,7 +26,8 @@ def describe(recipe: Recipe) -> str:
     else:
         data = _describe_data(recipe, inputs)
     batch, tokens = recipe.train.global_batch, recipe.tokens_per_step
-    rows = max_rows_per_rank(batch, recipe.readers, recipe.lanes)
+    rows = lanes.max_rows_per_rank(batch, recipe.readers, recipe.lanes)
+    idle = lanes.advice(batch, recipe.readers, recipe.lanes)
     micro_batches = -(-rows // recipe.train.micro_batch)
     resources = required_resources(recipe).items()
     figures = [
@@ -35,6 +37,7 @@ def describe(recipe: Recipe) -> str:
         if recipe.steps
         else f"steps: those of {recipe.data.epochs} epochs; their number is not known yet",
         f"per worker: at most {rows} sequences per step, in {micro_batches} micro-batches",
+        *([] if idle is None else [idle]),
         *([] if checked.support.packing else [UNPACKED]),
         *data,
         "needs: " + ", ".join(f"{amount:g} {name}" for name, amount in resources if amount),

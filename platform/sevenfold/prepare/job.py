@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib
 import re
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 
 from sevenfold import storage
 from sevenfold.cluster import capacity, connect
-from sevenfold.data import token_cache
+from sevenfold.data import lanes, token_cache
 from sevenfold.data.examples import ENCODERS
 from sevenfold.data.sources.documents import Selection
 from sevenfold.data.stream import TASK_CPUS, Stream
@@ -132,6 +132,9 @@ def prepare_job(
         token_cache.require_cache(storage.resolve_input(recipe.data.cache), inputs.train, selection)
     inputs = _write_folder(folder, recipe, resolved, inputs)
     train, validation = build_streams(resolved, inputs, folder.tokenizer)
+    batch, has_checkpoints = recipe.train.global_batch, bool(storage.listdir(folder.checkpoints))
+    if idle := lanes.advice(batch, recipe.readers, train.order.lanes, not has_checkpoints):
+        say(idle)
     if not checked.support.packing:
         say(UNPACKED)
     estimated = False
@@ -214,8 +217,7 @@ def _write_folder(folder: RunFolder, recipe: Recipe, resolved: Recipe, inputs: I
             storage.remove_empty(folder.root)
         raise
     if not storage.exists(folder.manifest):
-        recorded = {split: manifest.recorded() for split, manifest in inputs.all.items()}
-        write_inputs(folder, replace(inputs, **recorded))
+        write_inputs(folder, inputs.recorded())
     return inputs
 
 

@@ -31,7 +31,7 @@ def with_steps(recipe: Recipe, stream: Stream, tokenizer: str) -> tuple[Recipe, 
     description = storage.read_json(encoder_file(tokenizer), storage.json_object)
     if "data_steps" not in description:
         counts = stream.order.manifest.bytes <= COUNTED_MB * 1e6
-        rows_per_lane = recipe.train.global_batch // recipe.lanes
+        rows_per_lane = recipe.train.global_batch // stream.order.lanes
         description["data_steps"] = stream.count_steps(rows_per_lane) if counts else None
         storage.write_json(encoder_file(tokenizer), description)
     data_steps: int | None = description["data_steps"]

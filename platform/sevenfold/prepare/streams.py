@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from sevenfold import storage
-from sevenfold.data.order import DataOrder
+from sevenfold.data.order import LISTED, DataOrder
 from sevenfold.data.sources.documents import Selection
 from sevenfold.data.stream import Stream
 from sevenfold.data.token_cache import TokenCache
@@ -61,7 +61,13 @@ def build_streams(recipe: Recipe, inputs: Inputs, tokenizer: str) -> tuple[Strea
     """
     data = recipe.data
     encoder = load_encoder(recipe, tokenizer)
-    order = DataOrder.from_manifest(inputs.train, data, recipe.seed, recipe.lanes)
+    lanes = recipe.earlier_lanes if inputs.order == LISTED else recipe.lanes
+    if lanes < recipe.readers:
+        raise InputError(
+            f"{recipe.name}: this run was started with {lanes} lanes: expected at most as many "
+            f"workers, found {recipe.readers}: set cluster.num_workers to {lanes} or fewer"
+        )
+    order = DataOrder.from_manifest(inputs.train, data, recipe.seed, lanes, inputs.order)
     selection = Selection.from_data(data, encoder.fields)
     cache = None
     if data.cache:
@@ -78,10 +84,10 @@ def build_streams(recipe: Recipe, inputs: Inputs, tokenizer: str) -> tuple[Strea
         labels=tuple(recipe.cluster.data_labels.items()),
     )
     if inputs.validation:
-        held_out_order = DataOrder(inputs.validation, seed=0, lanes=1)
+        held_out_order = DataOrder(inputs.validation, seed=0, lanes=1, version=inputs.order)
         held_out_selection = replace(selection, held_out=0)
     elif data.held_out:
-        held_out_order = DataOrder(inputs.train, seed=0, lanes=1)
+        held_out_order = DataOrder(inputs.train, seed=0, lanes=1, version=inputs.order)
         held_out_selection = Selection.from_data(data, encoder.fields, "held_out")
     else:
         return train, None

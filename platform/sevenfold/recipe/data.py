@@ -248,7 +248,7 @@ class Data(Section):
         description="Number of lanes: the parallel streams into which the data order is divided. "
         "A step takes the same number of sequences from each, and each worker reads some of "
         "them; so the order does not depend on the number of workers. "
-        "Default: min(64, train.global_batch)",
+        "Default: the largest divisor of train.global_batch up to 256",
     )
     skip: list[tuple[int, int]] = Field(
         [],

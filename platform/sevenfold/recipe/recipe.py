@@ -37,6 +37,9 @@ from sevenfold.recipe.training import (
 _RENAMED = {"search": "sweep"}
 # Objectives that train on plain text; the others are fine-tuning, on rows of examples.
 PRETRAINING = ("causal", "masked", "denoise")
+# More lanes divide well among more numbers of workers, but each has a chunk in memory, and a small
+# corpus is divided into smaller chunks, which have more padding.
+MAX_DEFAULT_LANES = 256
 
 
 class Recipe(files.CarriesSecrets, Section):
@@ -115,7 +118,8 @@ class Recipe(files.CarriesSecrets, Section):
         if lanes < self.readers:
             raise ValueError(
                 f"data.lanes ({lanes}) must be at least cluster.num_workers / parallel.tensor "
-                f"({self.readers}); its default is min(64, train.global_batch)"
+                f"({self.readers}); its default is the largest divisor of "
+                f"train.global_batch ({batch}) up to {MAX_DEFAULT_LANES}"
             )
 
     def _check_length_and_validation(self) -> None:
@@ -180,7 +184,14 @@ class Recipe(files.CarriesSecrets, Section):
 
     @property
     def lanes(self) -> int:
-        """The number of lanes of the data order."""
+        """The number of lanes of the data order of a run that is started now."""
+        batch = self.train.global_batch
+        most = min(MAX_DEFAULT_LANES, batch)
+        return self.data.lanes or next(n for n in range(most, 0, -1) if batch % n == 0)
+
+    @property
+    def earlier_lanes(self) -> int:
+        """The number of lanes of a run that was started by an earlier version."""
         return self.data.lanes or min(64, self.train.global_batch)
 
     @property

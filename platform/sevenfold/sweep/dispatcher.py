@@ -43,7 +43,8 @@ class TrialSpec:
         validation = (
             sweep_job.validation.order.manifest if sweep_job.validation and not held_out else None
         )
-        inputs = Inputs(sweep_job.train.order.manifest, validation)
+        order = sweep_job.train.order
+        inputs = Inputs(order.manifest, validation, order=order.version)
         train, validation_stream = build_streams(self.recipe, inputs, sweep_job.tokenizer)
         return replace(
             sweep_job,

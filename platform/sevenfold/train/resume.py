@@ -160,7 +160,9 @@ class RunState:
         stream = replace(self._job.train, skip=(*self._job.train.skip, *self._skipped_data))
         shard = stream.shard(self._place.rank, self._place.world_size)
         recipe = self._job.recipe
-        self.reader = shard.reader(recipe.train.global_batch // recipe.lanes, self._restored, step)
+        self.reader = shard.reader(
+            recipe.train.global_batch // self._job.train.order.lanes, self._restored, step
+        )
         return self.reader
 
     def _progress(self) -> DataProgress:
@@ -170,7 +172,7 @@ class RunState:
         dist.all_reduce(done)
         # the ranks of one tensor-parallel group read the same rows
         total = int(done) // self._job.recipe.parallel.tensor
-        return DataProgress(total, UNIT * self._job.recipe.lanes, self.reader.state.data_step)
+        return DataProgress(total, UNIT * self._job.train.order.lanes, self.reader.state.data_step)
 
     def close(self) -> None:
         """Closes the reader."""

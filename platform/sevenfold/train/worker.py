@@ -16,7 +16,7 @@ from ray.util import get_node_ip_address
 
 from sevenfold import storage
 from sevenfold.cluster import connect
-from sevenfold.data.order import max_rows_per_rank
+from sevenfold.data.lanes import max_rows_per_rank
 from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.engine import cpu, loop, optim
 from sevenfold.engine.checkpoint import (
@@ -187,7 +187,7 @@ class Worker:
             # not state.reader itself, since a rollback replaces it
             rows=iter(lambda: next(state.reader), None),  # type: ignore[arg-type]
             rows_per_rank=max_rows_per_rank(
-                recipe.train.global_batch, self.data_rank.world_size, recipe.lanes
+                recipe.train.global_batch, self.data_rank.world_size, self.job.train.order.lanes
             ),
             device=self.device,
             meter=Meter(flops_per_token, peak, self.world, self.device),
