@@ -224,8 +224,8 @@ class Corpora:
     def __call__(self, size_mb: int) -> Path:
         from sevenfold.data.backends import choose_backend
         from sevenfold.data.encode import TextEncoder
-        from sevenfold.data.manifest import scan
         from sevenfold.data.order import CHUNKS_PER_LANE, DataOrder
+        from sevenfold.data.scan import scan
         from sevenfold.data.sources.documents import Selection
         from sevenfold.data.tokenizer import (
             LAST_WRITTEN,

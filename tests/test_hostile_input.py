@@ -28,7 +28,7 @@ def read(path):
     return repr(tree["extra"]) if "extra" in tree else "read"
 """
 READ_DATA = """
-from sevenfold.data.manifest import scan
+from sevenfold.data.scan import scan
 from sevenfold.data.sources.documents import Selection
 from sevenfold.recipe import Source
 

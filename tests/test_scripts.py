@@ -10,7 +10,7 @@ import pytest
 import regex
 from helpers import tiny_models
 
-from sevenfold.data.manifest import scan
+from sevenfold.data.scan import scan
 from sevenfold.data.sources.documents import Selection
 from sevenfold.data.text import UNSPACED
 from sevenfold.data.tokenizer import sample, train_tokenizer

@@ -29,6 +29,16 @@ BYTES = random.Random(7).randbytes(13 << 20)
 SHARDS = (".parquet",)
 
 
+def input_paths(path: str, suffixes: tuple[str, ...] = SHARDS) -> list[str]:
+    """The paths of the input files; what their listing says of each is what a look at it says."""
+    files = storage.input_files(path, suffixes)
+    for file in files:
+        assert file.size is None or file.size == storage.size(file.path)
+        # fsspec's files in memory report their time in two forms
+        assert file.version == storage.version(file.path) or path.startswith("memory:")
+    return [file.path for file in files]
+
+
 def test_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SEVENFOLD_HOME", raising=False)
@@ -56,9 +66,9 @@ def test_write_read_list_remove(root: str, tmp_path: Path) -> None:
     storage.write(storage.join(folder, "b.parquet"), b"1")
     assert storage.read_json(storage.join(folder, "a.json")) == {"x": 1}
     assert storage.listdir(folder) == ["a.json", "b.parquet"]
-    shards = storage.input_files(folder, SHARDS)
+    shards = input_paths(folder)
     assert [p.rsplit("/", 1)[-1] for p in shards] == ["b.parquet"]
-    matches = storage.input_files(storage.join(folder, "*.json"), SHARDS)
+    matches = input_paths(storage.join(folder, "*.json"))
     assert [p.rsplit("/", 1)[-1] for p in matches] == ["a.json"]
     storage.remove(folder)
     assert not storage.exists(storage.join(folder, "a.json"))
@@ -72,7 +82,7 @@ def test_missing_files_are_errors(tmp_path: Path) -> None:
         (tmp_path / "*.x", "matches"),
     ):
         with pytest.raises(InputError, match=says):
-            storage.input_files(str(path), SHARDS)
+            input_paths(str(path))
     with pytest.raises(InputError, match="expected a run"):
         RunFolder.existing(str(tmp_path))
 
@@ -90,12 +100,12 @@ def test_files_searches_recursively_and_skips_hidden_ones(root: str, tmp_path: P
         "f.md",
     ):
         storage.write(storage.join(root, *name.split("/")), b"1")
-    paths = storage.input_files(root, (".parquet", ".jsonl"))
+    paths = input_paths(root, (".parquet", ".jsonl"))
     assert [p.split("/")[-1] for p in paths] == ["c.jsonl", "b.parquet"] and paths == sorted(paths)
     with pytest.raises(
         InputError, match=r"expected files \(\*\.txt, \*\.json\) in this folder, found none"
     ):
-        storage.input_files(root, (".txt", ".json"))
+        input_paths(root, (".txt", ".json"))
 
 
 def check_reader(path: str) -> None:
@@ -250,7 +260,7 @@ def parquet_table(rows: int = 50_000) -> tuple[pa.Table, bytes]:
 
 def test_http_reads_ranges(served: Served) -> None:
     for path in ("/x.bin", "/get?id=5&part=1"):
-        assert storage.input_files(served.url(path), SHARDS) == [served.url(path)]
+        assert input_paths(served.url(path)) == [served.url(path)]
         served.requests.clear()
         with storage.open_read(served.url(path)) as f:
             f.seek(9 << 20)
@@ -277,14 +287,14 @@ def test_http_has_no_folders(served: Served) -> None:
         with pytest.raises(
             InputError, match="expected the URL of one file, found a folder or glob"
         ):
-            storage.input_files(served.url(path), SHARDS)
+            input_paths(served.url(path))
 
 
 def test_http_missing_or_forbidden(served: Served) -> None:
     start = time.monotonic()
     missing = served.url("/none.parquet")
     assert not storage.exists(missing)
-    for function in (storage.open_read, storage.size, lambda p: storage.input_files(p, SHARDS)):
+    for function in (storage.open_read, storage.size, lambda p: input_paths(p)):
         with pytest.raises(InputError, match=r"expected a file.*found none"):
             function(missing)
     served.status = 403
@@ -324,7 +334,7 @@ def test_http_outage_in_a_read(
     for function, expected in (
         (storage.size, len(BYTES)),
         (storage.exists, True),
-        (lambda p: storage.input_files(p, SHARDS), [served.url("/x.bin")]),
+        (lambda p: input_paths(p), [served.url("/x.bin")]),
     ):
         timer = outage(served, 0.5)
         assert function(served.url("/x.bin")) == expected
@@ -405,15 +415,13 @@ def test_s3(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     storage.upload(str(folder), root)
     assert storage.listdir(root) == ["_temporary", "sub", "x.bin"]
     assert storage.listdir(f"{bucket}/none") == []
-    assert storage.input_files(root, SHARDS) == [f"{root}/sub/a.parquet"]
-    assert storage.input_files(f"{bucket}/corpus", SHARDS) == [
+    assert input_paths(root) == [f"{root}/sub/a.parquet"]
+    assert input_paths(f"{bucket}/corpus") == [
         f"{bucket}/corpus/v/b.parquet",
         f"{root}/sub/a.parquet",
     ]
-    assert storage.input_files(f"{bucket}/corpus/v/*.parquet", SHARDS) == [
-        f"{bucket}/corpus/v/b.parquet"
-    ]
-    assert storage.input_files(f"{root}/x.bin", SHARDS) == [f"{root}/x.bin"]
+    assert input_paths(f"{bucket}/corpus/v/*.parquet") == [f"{bucket}/corpus/v/b.parquet"]
+    assert input_paths(f"{root}/x.bin") == [f"{root}/x.bin"]
     check_reader(f"{root}/x.bin")
     assert pq.ParquetFile(storage.open_read(f"{root}/sub/a.parquet")).read().equals(table)
     copy = Path(storage.local_copy(root))  # of the files of a model only
@@ -444,13 +452,13 @@ def test_s3_missing_or_forbidden(
         storage.open_read,
         storage.size,
         storage.read_text,
-        lambda p: storage.input_files(p, SHARDS),
+        lambda p: input_paths(p),
     ):
         for path in (f"{bucket}/none", "s3://no-such-bucket/x"):
             with pytest.raises(InputError, match=r"expected a file.*found none"):
                 function(path)
     for function in (
-        lambda p: storage.input_files(p + "*", SHARDS),
+        lambda p: input_paths(p + "*"),
         lambda p: storage.write(p, b"1"),
     ):
         with pytest.raises(InputError, match="expected a bucket of this name, found none"):

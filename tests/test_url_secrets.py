@@ -19,7 +19,8 @@ from conftest import refused
 from hostile.secret_server import SecretServer, secret_server
 
 from sevenfold import storage
-from sevenfold.data.manifest import Manifest, scan
+from sevenfold.data.manifest import Manifest
+from sevenfold.data.scan import scan
 from sevenfold.errors import InputError
 from sevenfold.prepare.job import claim_folder
 from sevenfold.recipe import Recipe, Source, loads, parse

@@ -14,8 +14,8 @@ import pytest
 from sevenfold.data import draw
 from sevenfold.data.encode import TextEncoder
 from sevenfold.data.examples import PairEncoder
-from sevenfold.data.manifest import scan
 from sevenfold.data.order import DataOrder
+from sevenfold.data.scan import scan
 from sevenfold.data.sources.documents import Selection
 from sevenfold.data.stream import Stream
 from sevenfold.data.tokenizer import train_tokenizer

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from sevenfold.data.encode import TextEncoder
-from sevenfold.data.manifest import scan
 from sevenfold.data.order import DataOrder
 from sevenfold.data.reader import UNIT, ReaderState
+from sevenfold.data.scan import scan
 from sevenfold.data.sources.documents import Selection
 from sevenfold.data.stream import Stream
 from sevenfold.data.tokenizer import train_tokenizer

@@ -13,9 +13,9 @@ from sevenfold.cluster import connect
 from sevenfold.data import rows as r
 from sevenfold.data.backends import FAST, Backend
 from sevenfold.data.encode import TextEncoder
-from sevenfold.data.manifest import scan
 from sevenfold.data.order import DataOrder
 from sevenfold.data.rows import Chunk
+from sevenfold.data.scan import scan
 from sevenfold.data.sources.documents import Selection
 from sevenfold.data.stream import ReaderState, Stream, _Ahead
 from sevenfold.data.tokenizer import train_tokenizer

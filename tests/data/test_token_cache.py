@@ -10,8 +10,8 @@ import pytest
 from sevenfold.data import token_cache
 from sevenfold.data.backends import FAST, Backend
 from sevenfold.data.encode import Encoded, TextEncoder
-from sevenfold.data.manifest import scan
 from sevenfold.data.order import DataOrder
+from sevenfold.data.scan import scan
 from sevenfold.data.sources.documents import Selection
 from sevenfold.data.stream import Stream
 from sevenfold.data.tokenizer import train_tokenizer

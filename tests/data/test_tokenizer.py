@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from sevenfold.data import encode
 from sevenfold.data.backends import FAST, REFERENCE, Backend, choose_backend
 from sevenfold.data.examples import ConversationEncoder
-from sevenfold.data.manifest import scan
+from sevenfold.data.scan import scan
 from sevenfold.data.sources.documents import Documents, Selection, Skipped
 from sevenfold.data.sources.messages import pair
 from sevenfold.data.tokenizer import load_tokenizer, save_tokenizer, token_bytes, train_tokenizer

@@ -11,9 +11,9 @@ from helpers import tiny_models
 from transformers import AutoModelForCausalLM
 
 from sevenfold.data.encode import TextEncoder
-from sevenfold.data.manifest import scan
 from sevenfold.data.order import DataOrder
 from sevenfold.data.rows import IGNORE, labels
+from sevenfold.data.scan import scan
 from sevenfold.data.sources.documents import Selection
 from sevenfold.data.stream import Stream
 from sevenfold.data.tokenizer import load_tokenizer, token_bytes

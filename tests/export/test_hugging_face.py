@@ -21,7 +21,8 @@ from helpers.objectives import BERT, T5
 from safetensors.torch import load_file
 
 from sevenfold import cli
-from sevenfold.data.manifest import Manifest, scan
+from sevenfold.data.manifest import Manifest
+from sevenfold.data.scan import scan
 from sevenfold.data.sources.documents import Selection
 from sevenfold.data.tokenizer import save_tokenizer, train_tokenizer
 from sevenfold.engine.checkpoint import CheckpointManager, latest_checkpoint

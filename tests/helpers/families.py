@@ -21,8 +21,8 @@ from torch.distributed.checkpoint import CheckpointException
 from transformers import AutoConfig
 
 from helpers.tiny_models import tokenizer
-from sevenfold.data.manifest import scan
 from sevenfold.data.rows import Rows
+from sevenfold.data.scan import scan
 from sevenfold.engine import optim
 from sevenfold.engine.batch import IGNORE
 from sevenfold.engine.checkpoint import CheckpointManager, latest_checkpoint, load_checkpoint

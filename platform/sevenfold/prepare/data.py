@@ -11,7 +11,7 @@ from typing import Any
 
 from sevenfold import storage
 from sevenfold.data.examples import ENCODERS
-from sevenfold.data.manifest import Manifest, scan
+from sevenfold.data.manifest import Manifest
 from sevenfold.data.order import (
     CHUNKS_PER_LANE,
     FEISTEL,
@@ -20,6 +20,7 @@ from sevenfold.data.order import (
     MAX_GROUPS_PER_CHUNK,
     DataOrder,
 )
+from sevenfold.data.scan import scan
 from sevenfold.data.sources import formats, python_corpus
 from sevenfold.data.sources.documents import BadDocumentsError, Documents, Selection, held_out
 from sevenfold.data.sources.reading import column_names

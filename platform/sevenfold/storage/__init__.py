@@ -12,6 +12,7 @@ from sevenfold.storage.checksums import (
 from sevenfold.storage.copies import SMALL_FILES, local_copy, user_temporary_folder
 from sevenfold.storage.files import (
     DAMAGED_HINT,
+    InputFile,
     copy,
     exists,
     find_files,
@@ -55,6 +56,7 @@ __all__ = [
     "SMALL_FILES",
     "URLS_VARIABLE",
     "CarriesSecrets",
+    "InputFile",
     "Reader",
     "all_full_urls",
     "copy",

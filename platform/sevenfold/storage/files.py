@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import fsspec
 
@@ -25,8 +25,25 @@ from sevenfold.storage.retry import T, with_retries
 DAMAGED_HINT = "restore the file from a copy"
 
 
-def input_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
+class InputFile(NamedTuple):
+    """A file that was found, with what its listing says about it.
+
+    Attributes:
+        path: The path or URL.
+        size: The size in bytes; None if the storage does not say it.
+        version: What changes when the file is written again: the time of that, or a store's tag; ""
+            if the storage reports nothing of the kind.
+    """
+
+    path: str
+    size: int | None
+    version: str
+
+
+def input_files(path: str, suffixes: tuple[str, ...]) -> list[InputFile]:
     """Returns the files that a path or URL of a file, folder or glob stands for, sorted.
+
+    Files in object stores are listed, and not looked up one by one.
 
     Args:
         path: The path or URL.
@@ -45,26 +62,36 @@ def input_files(path: str, suffixes: tuple[str, ...]) -> list[str]:
             f"{path}: expected the URL of one file, found a folder or glob, which cannot be listed "
             "over HTTP"
         )
+    infos: dict[str, dict[str, Any]] = {}
+    expected = "a file or folder"
     if info.get("type") in ("file", "other"):  # a FIFO or device is refused when it is opened
-        paths, expected = [root], "a file"
+        infos, expected = {root: info}, "a file"
     elif info.get("type") == "directory":
-        names = [n for n in _find(path) if n.lower().endswith(suffixes)]
         hidden = re.compile(r"(^|/)[._]")
-        paths = [f"{root.rstrip('/')}/{name}" for name in names if not hidden.search(name)]
+        infos = {
+            f"{root.rstrip('/')}/{name}": about
+            for name, about in _find(path).items()
+            if name.lower().endswith(suffixes) and not hidden.search(name)
+        }
         expected = f"files ({', '.join('*' + s for s in suffixes)}) in this folder"
     elif not is_http(path) and any(c in root for c in "*?["):
-        paths, expected = _glob(fs, path, root), "a file that matches"
-    else:
-        paths, expected = [], "a file or folder"
-    if not paths:
+        infos, expected = _glob(fs, path, root), "a file that matches"
+    if not infos:
         raise InputError(f"{path}: expected {expected}, found none")
     if is_http(path):
-        return [path]
-    return [fs.unstrip_protocol(p) if is_url(path) else p for p in sorted(paths)]
+        return [InputFile(path, info["size"], _version(info))]
+    if not is_url(path):
+        # a link to nothing is refused when it is opened
+        sizes = {name: os.path.getsize(name) if os.path.exists(name) else None for name in infos}
+        return [InputFile(name, sizes[name], version(name)) for name in sorted(infos)]
+    return [
+        InputFile(fs.unstrip_protocol(name), about["size"], _version(about))
+        for name, about in sorted(infos.items())
+    ]
 
 
-def _glob(fs: fsspec.AbstractFileSystem, path: str, root: str) -> list[str]:
-    """Returns the files that match a glob.
+def _glob(fs: fsspec.AbstractFileSystem, path: str, root: str) -> dict[str, dict[str, Any]]:
+    """Returns the files that match a glob, with fsspec's info about each.
 
     Args:
         fs: The filesystem.
@@ -75,11 +102,11 @@ def _glob(fs: fsspec.AbstractFileSystem, path: str, root: str) -> list[str]:
     if is_url(path):
         for name in matches:
             plain_name(name.lstrip("/"), path)
-    return [
-        name
+    return {
+        name: info
         for name, info in matches.items()
         if info["type"] == "file" or (info["type"] == "other" and not fs.isdir(name))
-    ]
+    }
 
 
 def exists(path: str) -> bool:
@@ -103,7 +130,11 @@ def version(path: str) -> str:
     """
     if not is_url(path):
         return str(os.stat(path).st_mtime_ns) if os.path.exists(path) else ""
-    info = stat(path)
+    return _version(stat(path))
+
+
+def _version(info: dict[str, Any]) -> str:
+    """Returns what fsspec's info about a file says of its version; see `version`."""
     return next((str(info[key]) for key in VERSION_KEYS if info.get(key)), "")
 
 
@@ -119,16 +150,20 @@ def listdir(path: str) -> list[str]:
 
 def find_files(path: str) -> list[str]:
     """Returns the files in a folder at any depth, relative to it; [] if there is no folder."""
-    return _find(path) if exists(path) else []
+    return list(_find(path)) if exists(path) else []
 
 
-def _find(path: str) -> list[str]:
-    """Returns the relative names of the files in a folder at any depth, sorted."""
+def _find(path: str) -> dict[str, dict[str, Any]]:
+    """Returns the files in a folder at any depth.
+
+    Returns:
+        fsspec's info about each by its relative name, sorted; of local files it is empty.
+    """
     if is_url(path):
-        return list(remote_files(path))
+        return remote_files(path)
     fs, root = filesystem(path)
     paths = with_retries(path, "listed", lambda: fs.find(root, on_error="raise"))
-    return sorted(p[len(root) :].lstrip("/") for p in paths)
+    return {name: {} for name in sorted(p[len(root) :].lstrip("/") for p in paths)}
 
 
 def open_read(path: str) -> Reader:

@@ -56,7 +56,10 @@ def _name_fault(name: object) -> str:
         return "an absolute path"
     if not all(part.strip() for part in parts) or {".", ".."} & set(parts):
         return "with a part that is empty, . or .."
-    if "\\" in name or any(unicodedata.category(c) in ("Cc", "Cs") for c in name):
+    is_plain = name.isascii() and name.isprintable()  # nearly all are, in listings of any length
+    if "\\" in name or not (
+        is_plain or all(unicodedata.category(c) not in ("Cc", "Cs") for c in name)
+    ):
         return "with a backslash or control character"
     if max(len(part.encode()) for part in parts) > _MAX_PART_BYTES:
         return f"with a part of more than {_MAX_PART_BYTES} bytes"

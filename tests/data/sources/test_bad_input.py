@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from sevenfold.data.manifest import Manifest, scan
+from sevenfold.data.manifest import Manifest
+from sevenfold.data.scan import scan
 from sevenfold.data.sources import shards
 from sevenfold.data.sources.documents import Selection
 from sevenfold.errors import InputError
@@ -44,7 +45,7 @@ def write_compressed(path: Path, data: bytes, codec: str) -> Path:
 def test_every_document_is_read_once_for_any_row_group_size(
     tmp_path: Path, name: str, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sevenfold.data.manifest._MIN_BYTES", 10)
+    monkeypatch.setattr("sevenfold.data.scan._MIN_BYTES", 10)
     lines = "".join(
         json.dumps({"n": i, "text": t}, ensure_ascii=i % 2 == 0) + "\n" for i, t in enumerate(TEXTS)
     ).encode()

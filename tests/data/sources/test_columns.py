@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from sevenfold.data.examples import ENCODERS
-from sevenfold.data.manifest import scan
+from sevenfold.data.scan import scan
 from sevenfold.data.sources.documents import BadDocumentsError, Selection
 from sevenfold.errors import InputError
 from sevenfold.prepare.data import with_classes

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from sevenfold.data import examples
 from sevenfold.data.chat_renderer import PLAIN_TEMPLATE
-from sevenfold.data.manifest import scan
 from sevenfold.data.order import CHUNKS_PER_LANE, MAX_GROUPS_PER_CHUNK, DataOrder
+from sevenfold.data.scan import scan
 from sevenfold.data.sources.documents import Documents, Selection
 from sevenfold.data.sources.messages import Conversation
 from sevenfold.data.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer

@@ -9,6 +9,7 @@ import random
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT
 
-from sevenfold.data.manifest import Manifest, scan
+from sevenfold import storage
+from sevenfold.data.manifest import Manifest
+from sevenfold.data.scan import scan
 from sevenfold.data.sources import reading, row_groups, shards
 from sevenfold.data.sources.documents import Selection
 from sevenfold.errors import InputError
@@ -45,11 +48,16 @@ def write_compressed(path: Path, data: bytes, codec: str) -> Path:
 
 
 def read_shard(
-    path: Path, settings: Source, target: int
+    path: Path, settings: Source, target: int, estimate: bool = False
 ) -> tuple[list[str], list[shards.RowGroup]]:
     """Reads all row groups of a shard, cut at this target size; returns texts and row groups."""
-    shard = shards.describe(str(path), 0, settings)
-    groups = row_groups.split_shard(0, shard, settings, ["text"], [], target)
+    shard = replace(
+        shards.named_shard(str(path), 0, settings), fingerprint=shards.fingerprint(str(path))
+    )
+    with storage.open_read(str(path)) as file:
+        groups = row_groups.split_shard(
+            0, shard, settings, ["text"], [], target, file, estimate=estimate
+        )
     texts: list[str] = []
     for group in groups:
         rows = reading.read_row_group(shard, settings, group, ["text"], 2**20)
@@ -97,6 +105,51 @@ def test_text_is_read_once_for_any_row_group_size(
         data
     )
     assert len(groups) > 5 or target > 64 or not separator
+
+
+@pytest.mark.parametrize("name", ["a.txt.gz", "a.txt.zst", "a.jsonl.gz", "two.txt.gz"])
+@pytest.mark.parametrize("start", ["same", "denser", "thinner"])
+def test_files_whose_size_is_estimated_are_read_once(
+    tmp_path: Path, name: str, start: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The beginning of a file may compress better or worse than the rest of it."""
+    monkeypatch.setattr(row_groups, "_SAMPLE_BYTES", 1)
+    rng = random.Random(name)
+    repeated = ["word " * 40 + str(i) for i in range(20_000)]
+    random_texts = [f"{i} {rng.randbytes(60).hex()}" for i in range(20_000)]
+    documents = {
+        "same": [text for pair in zip(repeated, random_texts, strict=True) for text in pair],
+        "denser": repeated + random_texts,
+        "thinner": random_texts + repeated,
+    }[start]
+    lines = [json.dumps({"text": d}) if "jsonl" in name else d for d in documents]
+    data = ("\n".join(lines) + "\n").encode()
+    codec = "zstd" if name.endswith("zst") else "gzip"
+    path = write_compressed(tmp_path / name, data, codec)
+    if name.startswith("two"):  # a file put together from two, which ends with the size of one
+        write_compressed(tmp_path / "b.txt.gz", data[: data.index(b"\n", 4_000_000) + 1], codec)
+        write_compressed(path, data[data.index(b"\n", 4_000_000) + 1 :], codec)
+        path.write_bytes((tmp_path / "b.txt.gz").read_bytes() + path.read_bytes())
+    texts, groups = read_shard(path, source(path), 100_000, estimate=True)
+    assert texts == documents and groups[-1].end == shards.MAX_SHARD_BYTES
+    assert len(groups) == row_groups.MAX_PARTS
+    if codec == "gzip" and not name.startswith("two") and start != "denser":  # it says its size
+        assert sum(group.bytes for group in groups) == len(data)
+
+
+def test_a_bomb_whose_size_is_estimated_is_refused(tmp_path: Path) -> None:
+    """At the start if its beginning shows it, or else when it is read."""
+    bomb = write_compressed(tmp_path / "a.txt.gz", b"0" * (200 << 20), "gzip")
+    assert_refused(lambda: read_shard(bomb, source(bomb), 2**20, estimate=True), "bomb", "a.txt.gz")
+    rng = random.Random(0)
+    innocent = "".join(f"{rng.randbytes(60).hex()}\n" for _ in range(60_000)).encode()
+    write_compressed(tmp_path / "b.txt.zst", innocent, "zstd")
+    rest = write_compressed(tmp_path / "c.txt.zst", b"0\n" * (300 << 20), "zstd")
+    late = tmp_path / "b.txt.zst"
+    late.write_bytes(late.read_bytes() + rest.read_bytes())
+    assert_refused(
+        lambda: read_shard(late, source(late), 2**20, estimate=True), "bomb", "from byte"
+    )
 
 
 @pytest.mark.parametrize("length", range(2 * 8192 - 6, 2 * 8192 + 3))
@@ -263,7 +316,7 @@ def test_a_document_longer_than_the_limit_is_refused_or_skipped(tmp_path: Path) 
 LONG_LINE = """
 import resource, sys
 from sevenfold.data.sources.documents import Selection
-from sevenfold.data.manifest import scan
+from sevenfold.data.scan import scan
 from sevenfold.recipe import Source
 found = scan([Source(path=sys.argv[1])], "causal")
 made = [Selection(on_bad="skip").read(found, i) for i in range(len(found))]

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from sevenfold.data.manifest import Manifest, scan
+from sevenfold import storage
+from sevenfold.data.manifest import Manifest
+from sevenfold.data.scan import scan
 from sevenfold.data.sources.documents import BadDocumentsError, Selection
 from sevenfold.data.sources.records import records
 from sevenfold.data.sources.row_groups import split_shard
@@ -57,7 +59,8 @@ def cut(path: Path, target: int, **settings: object) -> Manifest:
     source = Source.model_validate({"path": str(path), **settings})
     manifest = scan([source], "causal")
     (shard,) = manifest.shards
-    groups = split_shard(0, shard, source, ["text"], [], target)
+    with storage.open_read(str(path)) as file:
+        groups = split_shard(0, shard, source, ["text"], [], target, file)
     tree = manifest.to_json()
     tree["row_groups"] = {name: [vars(g)[name] for g in groups] for name in tree["row_groups"]}
     return Manifest.from_json(json.loads(json.dumps(tree)))

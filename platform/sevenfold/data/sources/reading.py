@@ -14,6 +14,7 @@ from sevenfold.data.sources.filters import pass_all
 from sevenfold.data.sources.json_lines import parse_json_lines, parse_object
 from sevenfold.data.sources.shards import (
     MAX_GROUP_BYTES,
+    MAX_SHARD_BYTES,
     BadDocument,
     RawDocuments,
     RowGroup,
@@ -164,7 +165,12 @@ def _read_text(
         )
     with storage.open_read(shard.path) as file:
         check_unchanged(shard, file)
-        documents = read_documents(file, shard, separator, group.start, group.end, max_bytes)
+        end, is_open = group.end, group.end == MAX_SHARD_BYTES  # the size was only estimated
+        if is_open:
+            end = group.start + 2 * MAX_GROUP_BYTES + 64 * group.bytes
+        documents = read_documents(file, shard, separator, group.start, end, max_bytes)
+    if is_open and documents.start + len(documents.data) >= end:
+        raise decompression_bomb(shard, describe_location(shard, group), len(documents.data))
     if documents.start == 0:
         documents = documents._replace(data=without_bom(documents.data))
     bad = []

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 
 from sevenfold import storage
 from sevenfold.data.sources.json_lines import parse_object
-from sevenfold.data.sources.shards import Format, Shard, describe, file_suffixes
+from sevenfold.data.sources.shards import Format, Shard, file_suffixes, named_shard
 from sevenfold.data.sources.text_blocks import lines
 from sevenfold.data.sources.text_encoding import with_text_format
 from sevenfold.errors import InputError, first_line
@@ -82,10 +82,11 @@ def records(path: str) -> Iterator[Record]:
         RunError: The storage keeps failing.
     """
     source = Source(path=path)
-    for file in storage.input_files(storage.resolve_input(path), file_suffixes(source)):
-        shard = describe(file, 0, source)
+    for file, *_ in storage.input_files(storage.resolve_input(path), file_suffixes(source)):
+        shard = named_shard(file, 0, source)
         try:
-            shard = with_text_format(shard, source)
+            with storage.open_read(file) as opened:
+                shard = with_text_format(shard, source, opened)
             yield from _parquet_rows(file) if shard.format == "parquet" else _lines(shard)
         except (pa.ArrowException, OSError, EOFError) as e:
             raise InputError(

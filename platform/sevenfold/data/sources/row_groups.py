@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +31,7 @@ MAX_PARTS = 8
 # split into up to SMALL_PARTS parts, so that rows from many places of the file can be mixed.
 SMALL_BYTES = 8 * 2**20
 SMALL_PARTS = 512
+_SAMPLE_BYTES = 4 * 2**20  # of decoded text, from which the size of a file is estimated
 
 
 def split_shard(
@@ -39,11 +41,13 @@ def split_shard(
     text_columns: Sequence[str],
     filter_columns: Sequence[str],
     target_bytes: int,
+    file: storage.Reader,
+    tail: bytes = b"",
+    estimate: bool = False,
 ) -> list[RowGroup]:
     """Splits a shard into row groups of about `target_bytes` of text each.
 
-    Of a parquet file only the footer is read. A compressed file is decompressed once, to learn its
-    size. Of other text files nothing is read.
+    Of a parquet file only the footer is read, of other files that are not decoded nothing.
 
     Args:
         shard_index: The index of the shard in the manifest.
@@ -52,6 +56,10 @@ def split_shard(
         text_columns: The columns that documents are made from.
         filter_columns: Other columns, which only the source's filters need.
         target_bytes: The size to aim for, uncompressed.
+        file: The opened file.
+        tail: The last bytes of the file, as many as are known already.
+        estimate: Estimates the size of a file that is decoded from its beginning, instead of
+            decoding all of it.
 
     Raises:
         InputError: The file is not what its name says, or it is truncated, empty or a decompression
@@ -65,12 +73,16 @@ def split_shard(
         )
     try:
         if shard.format == "parquet":
+            metadata = _footer(file, tail)
+            _check_columns(
+                shard, source, metadata.schema.to_arrow_schema(), text_columns, filter_columns
+            )
             groups = _split_parquet(
-                shard_index, shard, source, text_columns, filter_columns, target_bytes
+                shard_index, shard, source, text_columns, metadata, target_bytes
             )
         else:
-            _check_keys(shard, filter_columns)
-            groups = _split_text(shard_index, shard, source, target_bytes)
+            _check_keys(shard, filter_columns, file)
+            groups = _split_text(shard_index, shard, source, target_bytes, file, estimate)
     except (pa.ArrowException, OSError, EOFError) as e:
         raise wrong_content(shard, e) from None
     if not groups:
@@ -78,17 +90,23 @@ def split_shard(
     return groups
 
 
+def _footer(file: storage.Reader, tail: bytes) -> pq.FileMetaData:
+    """Returns the metadata in the footer of a parquet file, from its end if that holds all of it.
+
+    The last 8 bytes are the length of the footer, and a mark.
+    """
+    holds_footer = tail[-4:] == b"PAR1" and int.from_bytes(tail[-8:-4], "little") + 8 <= len(tail)
+    return pq.ParquetFile(pa.BufferReader(tail) if holds_footer else file).metadata
+
+
 def _split_parquet(
     shard_index: int,
     shard: Shard,
     source: Source,
     text_columns: Sequence[str],
-    filter_columns: Sequence[str],
+    metadata: pq.FileMetaData,
     target_bytes: int,
 ) -> list[RowGroup]:
-    with storage.open_read(shard.path) as file:
-        metadata = pq.ParquetFile(file).metadata
-    _check_columns(shard, source, metadata.schema.to_arrow_schema(), text_columns, filter_columns)
     # Parquet stores each leaf of a nested column by itself, under a dotted path.
     leaves = [
         leaf
@@ -146,15 +164,15 @@ def _check_columns(
             )
 
 
-def _check_keys(shard: Shard, filter_columns: Sequence[str]) -> None:
+def _check_keys(shard: Shard, filter_columns: Sequence[str], file: storage.Reader) -> None:
     """Raises InputError if a filter is on a key that no line of the first block has."""
     if shard.format != "jsonl" or not filter_columns:
         return
     keys: dict[str, None] = {}
-    with storage.open_read(shard.path) as file:
-        for line in first_block(file, shard):
-            with contextlib.suppress(ValueError, RecursionError):  # reported when they are read
-                keys |= dict.fromkeys(parse_object(line)) if line.strip() else {}
+    file.seek(0)
+    for line in first_block(file, shard):
+        with contextlib.suppress(ValueError, RecursionError):  # reported when they are read
+            keys |= dict.fromkeys(parse_object(line)) if line.strip() else {}
     for column in filter_columns:
         if keys and column not in keys:
             raise InputError(
@@ -173,11 +191,20 @@ def _part_count(size: int, target_bytes: int, max_parts: int = MAX_PARTS) -> int
 
 
 def _split_text(
-    shard_index: int, shard: Shard, source: Source, target_bytes: int
+    shard_index: int,
+    shard: Shard,
+    source: Source,
+    target_bytes: int,
+    file: storage.Reader,
+    estimate: bool,
 ) -> list[RowGroup]:
     documents = 0  # unknown
+    is_estimated = False
     if shard.is_decoded:
-        size, documents = _decompressed_size(shard)
+        if estimate:
+            size, is_estimated = estimated_size(shard, file)
+        else:
+            size, documents = _decoded_size(shard, file)
         parts = _part_count(size, target_bytes)
     else:
         size = shard.file_bytes
@@ -193,22 +220,64 @@ def _split_text(
         # 0 would mean that their number is not known
         count = max(1, documents // parts) if documents else 0
         groups.append(RowGroup(shard_index, index, start, end, count, end - start))
+    if groups and is_estimated:  # the last part reaches to the end, wherever that is
+        groups[-1] = replace(groups[-1], end=MAX_SHARD_BYTES)
     return groups
 
 
-def _decompressed_size(shard: Shard) -> tuple[int, int]:
-    """Decompresses a file without keeping its content, and returns its (bytes, lines)."""
+def _decoded_size(shard: Shard, file: storage.Reader) -> tuple[int, int]:
+    """Decodes a file without keeping its content, and returns its (bytes, lines)."""
     size = lines = 0
-    with storage.open_read(shard.path) as file:
-        for block in blocks(file, shard):
-            size += len(block)
-            lines += block.count(b"\n")
-            if size > MAX_SHARD_BYTES:
-                raise InputError(
-                    f"{shard.path}: expected at most {MAX_SHARD_BYTES >> 30} GiB of text in a file "
-                    "that is read from its beginning, found more: split the file, or write it "
-                    "without compression and in UTF-8"
-                )
-            if size > MAX_GROUP_BYTES and size > MAX_COMPRESSION_RATIO * shard.file_bytes:
-                raise decompression_bomb(shard, f"byte {size}", size)
+    file.seek(0)
+    for block in blocks(file, shard):
+        size += len(block)
+        lines += block.count(b"\n")
+        if size > MAX_SHARD_BYTES:
+            raise _too_much_text(shard)
+        if size > MAX_GROUP_BYTES and size > MAX_COMPRESSION_RATIO * shard.file_bytes:
+            raise decompression_bomb(shard, f"byte {size}", size)
     return size, lines
+
+
+def estimated_size(shard: Shard, file: storage.Reader) -> tuple[int, bool]:
+    """Estimates the decoded size of a file from its first megabytes.
+
+    gzip files end with their size modulo 2^32 (RFC 1952), which makes the estimate exact, unless
+    they were put together from several.
+
+    Returns:
+        The bytes of its text, and whether that is an estimate: it is exact if the file is short.
+
+    Raises:
+        InputError: The file seems to be a decompression bomb, or too large.
+    """
+    size = 0
+    file.seek(0)
+    for block in blocks(file, shard):
+        size += len(block)
+        if size >= _SAMPLE_BYTES:
+            break
+    else:
+        return size, False
+    read = file.tell()  # with what the decompressor has read ahead
+    estimate = max(size, size * shard.file_bytes // max(1, read))
+    if shard.compression == "gzip":
+        file.seek(-4, 2)
+        last = int.from_bytes(file.read(4), "little")
+        exact = last + round((estimate - last) / 2**32) * 2**32
+        # far below the estimate it is the size of the last of several; too high does no harm
+        if 0.6 * estimate < exact < 8 * estimate:
+            estimate = exact
+    if estimate > MAX_SHARD_BYTES:
+        raise _too_much_text(shard)
+    if estimate > MAX_GROUP_BYTES and estimate > MAX_COMPRESSION_RATIO * shard.file_bytes:
+        raise decompression_bomb(shard, f"about byte {estimate}", estimate)
+    return estimate, True
+
+
+def _too_much_text(shard: Shard) -> InputError:
+    return InputError(
+        f"{shard.path}: expected at most {MAX_SHARD_BYTES >> 30} GiB of text in a file that is "
+        "read from its beginning, found more: split the file, or write it without compression and "
+        "in UTF-8"
+    )

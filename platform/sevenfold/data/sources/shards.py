@@ -37,7 +37,7 @@ MAX_COMPRESSION_RATIO = 200
 MAX_SHARD_BYTES = 64 * 2**30  # uncompressed
 CHANGED_HINT = "restore it, or start a run with another name"  # ends errors about changed files
 
-_FINGERPRINT_BYTES = 64 * 2**10  # hashed at the end of a file
+_TAIL_BYTES = 64 * 2**10  # hashed at the end of a file; the footer of most parquet files fits
 
 
 class UnreadableError(InputError):
@@ -111,6 +111,18 @@ class RowGroup:
     bytes: int
 
 
+class Tail(NamedTuple):
+    """The end of a file.
+
+    Attributes:
+        data: Its last bytes.
+        fingerprint: The file's size and the hash of these bytes, as "SIZE-HASH".
+    """
+
+    data: bytes
+    fingerprint: str
+
+
 class BadDocument(NamedTuple):
     """A document that cannot be used, for error messages."""
 
@@ -147,11 +159,11 @@ def file_suffixes(source: Source) -> tuple[str, ...]:
     return plain + tuple(s + compression for s in text for compression in COMPRESSIONS)
 
 
-def describe(path: str, source_index: int, source: Source) -> Shard:
-    """Returns the shard at a path, with its format, compression and fingerprint.
+def named_shard(path: str, source_index: int, source: Source) -> Shard:
+    """Returns the shard at a path, with what its name says: the format and the compression.
 
     Raises:
-        InputError: The file's name does not give the format, or there is no such file.
+        InputError: The file's name does not give the format.
     """
     name = (path.partition("?")[0] if storage.is_url(path) else path).lower()
     compression = next((c for suffix, c in COMPRESSIONS.items() if name.endswith(suffix)), None)
@@ -170,13 +182,13 @@ def describe(path: str, source_index: int, source: Source) -> Shard:
             f"{path}: encoding: expected text or JSON lines, found parquet, whose text is always "
             "UTF-8: remove the source's `encoding`"
         )
-    return Shard(path, source_index, file_format, compression, fingerprint(path))
+    return Shard(path, source_index, file_format, compression, fingerprint="")
 
 
 def fingerprint(path: str) -> str:
     """Returns a file's size in bytes and a hash of its end, as "SIZE-HASH"."""
     with storage.open_read(path) as file:
-        return _fingerprint(file)
+        return read_tail(file).fingerprint
 
 
 def content_hash(path: str) -> str:
@@ -191,21 +203,25 @@ def check_unchanged(shard: Shard, file: Any) -> None:
     Raises:
         InputError: The file has changed since the shard was described.
     """
-    if _fingerprint(file) != shard.fingerprint:
+    if read_tail(file).fingerprint != shard.fingerprint:
         raise InputError(f"{shard.path}: has changed since this run began: {CHANGED_HINT}")
     file.seek(0)
 
 
-def _fingerprint(file: Any) -> str:
+def read_tail(file: Any) -> Tail:
+    """Reads the end of an opened file."""
     size = file.seek(0, 2)
-    file.seek(max(0, size - _FINGERPRINT_BYTES))
-    return f"{size}-{hashlib.sha256(file.read(_FINGERPRINT_BYTES)).hexdigest()[:16]}"
+    file.seek(max(0, size - _TAIL_BYTES))
+    data = file.read(_TAIL_BYTES)
+    return Tail(data, f"{size}-{hashlib.sha256(data).hexdigest()[:16]}")
 
 
 def describe_location(shard: Shard, group: RowGroup) -> str:
     """Returns where a row group is within its shard, for messages and the ledger."""
     if shard.format == "parquet":
         return f"row group {group.index}, rows {group.start}-{group.end - 1}"
+    if group.end == MAX_SHARD_BYTES:  # the file's size was only estimated
+        return f"from byte {group.start} on"
     return f"bytes {group.start}-{group.end - 1}"
 
 

@@ -88,20 +88,25 @@ class Separator:
         yield start, data[start:]
 
 
-def blocks(file: Any, shard: Shard) -> Iterator[bytes]:
-    """Yields the text of an opened file from its beginning, in UTF-8, block by block.
+def blocks(file: Any, shard: Shard, size: int = BLOCK_BYTES) -> Iterator[bytes]:
+    """Yields the text of an opened file from where it is, in UTF-8, block by block.
+
+    Args:
+        file: The file.
+        shard: Its shard.
+        size: The bytes of a block, before other encodings are converted.
 
     Raises:
         OSError: The file is damaged, or is not in the shard's encoding.
         EOFError: It is truncated.
     """
-    raw = _decompressed(file, shard.compression)
+    raw = _decompressed(file, shard.compression, size)
     decoded = _in_utf8(raw, shard.encoding) if shard.encoding else raw
     for block in decoded:
         yield block.replace(b"\r", b"\n") if shard.newline == "CR" else block
 
 
-def _decompressed(file: Any, compression: str | None) -> Iterator[bytes]:
+def _decompressed(file: Any, compression: str | None, size: int) -> Iterator[bytes]:
     stream = file
     if compression == "gzip":
         stream = gzip.GzipFile(fileobj=file)  # reads several members, and zeros after the last one
@@ -109,7 +114,7 @@ def _decompressed(file: Any, compression: str | None) -> Iterator[bytes]:
         limit = {zstd.DecompressionParameter.window_log_max: _WINDOW_LOG}
         stream = zstd.ZstdFile(file, options=limit)
     try:
-        while block := stream.read(BLOCK_BYTES):
+        while block := stream.read(size):
             yield block
     except (zlib.error, zstd.ZstdError) as e:
         raise OSError(str(e)) from None

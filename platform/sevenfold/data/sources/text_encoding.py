@@ -8,17 +8,18 @@ from dataclasses import replace
 
 from sevenfold import storage
 from sevenfold.data.sources.shards import Shard
-from sevenfold.data.sources.text_blocks import blocks
+from sevenfold.data.sources.text_blocks import BLOCK_BYTES, blocks
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
 from sevenfold.report.console import say
 
 # Python's names of what is read as UTF-8
 _UTF8 = ("utf-8", "utf-8-sig", "ascii")
+HEAD_BYTES = 64 * 2**10  # read at the beginning of each file
 
 
-def with_text_format(shard: Shard, source: Source) -> Shard:
-    """Returns a shard with its encoding and its newline, from its first megabyte.
+def with_text_format(shard: Shard, source: Source, file: storage.Reader) -> Shard:
+    """Returns a shard with its encoding and its newline, from the beginning of its opened file.
 
     Raises:
         InputError: The source's encoding is `auto`, and no encoding fits.
@@ -28,11 +29,16 @@ def with_text_format(shard: Shard, source: Source) -> Shard:
     if shard.format == "parquet":
         return shard
     if source.encoding == "auto":
-        encoding = _guess(shard)
+        encoding = _guess(shard, file)
     else:
         encoding = codecs.lookup(source.encoding or "utf-8").name
     shard = replace(shard, encoding="" if encoding in _UTF8 else encoding)
-    head = _first_block(shard)
+    file.seek(0)
+    head = b""
+    for block in blocks(file, shard, HEAD_BYTES):
+        head += block
+        if b"\n" in head or len(head) >= BLOCK_BYTES:
+            break
     has_only_returns = b"\r" in head[:-1] and b"\n" not in head
     if has_only_returns and (source.separator or shard.format == "jsonl"):
         return replace(shard, newline="CR")
@@ -53,16 +59,12 @@ def report_encodings(shards: Sequence[Shard], sources: Sequence[Source]) -> None
             say(f"source {source.name}: guessed the encoding {encoding} for {files[0]}{more}")
 
 
-def _first_block(shard: Shard) -> bytes:
-    with storage.open_read(shard.path) as file:
-        return next(blocks(file, shard), b"")
-
-
-def _guess(shard: Shard) -> str:
+def _guess(shard: Shard, file: storage.Reader) -> str:
     """Returns UTF-8 if it fits, else the encoding that charset-normalizer ranks first."""
     from charset_normalizer import from_bytes
 
-    head = _first_block(shard)
+    file.seek(0)
+    head = next(blocks(file, shard), b"")
     try:
         # the last character may be cut
         codecs.getincrementaldecoder("utf-8")().decode(head)
