@@ -68,6 +68,9 @@ TABLE = {
     "engine/checkpoint/retention.py:_remove_unfinished": (
         "Shards and metadata of a save without a manifest, in such a directory."
     ),
+    "data/ledger.py:Ledger._compact": (
+        "Ledger parts whose steps are all in a part that was just written."
+    ),
     "data/ledger.py:Ledger.cut": (
         "Ledger parts (steps-N-M.parquet) after the step that the run resumes from."
     ),

@@ -32,7 +32,9 @@ _QUIET = {
 # with fewer workers where their number is a range.
 WORKER_START_SECONDS = 30
 
-_TIMING = {
+_WORKERS = {
+    # Each pair of ranks would be connected at the start: half a million connections of 1,024 ranks.
+    "TORCH_GLOO_LAZY_INIT": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # report() waits for the next check
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(WORKER_START_SECONDS),
 }
@@ -66,7 +68,7 @@ def connect(verbose: bool = False, dashboard: bool = False) -> None:
     """
     import ray.data  # noqa: F401 (creates the loggers that `quieten` then sets the level of)
 
-    settings = _TIMING if verbose else _TIMING | _QUIET
+    settings = _WORKERS if verbose else _WORKERS | _QUIET
     os.environ.update({key: os.environ.get(key, value) for key, value in settings.items()})
     if not verbose:
         quieten()

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import functools
 import io
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -31,50 +32,104 @@ _COLUMNS = {name: "window" if name == "chunk" else name for name in ReadRange._f
 _SCHEMA = pa.schema([(column, pa.int64()) for column in _COLUMNS.values()])
 
 
+# As soon as there are this many files below FULL_BYTES, they become one. A run of a million steps
+# on 1,024 ranks has some hundred files instead of ten thousand.
+MAX_SMALL_PARTS, FULL_BYTES = 50, 16 * 2**20
+_GROUP_ROWS = 64 * 2**10  # what is read to find one step
+
+
+class _Part(NamedTuple):
+    """A file of the ledger: its first and its last step, its path, and its size in bytes."""
+
+    first: int
+    last: int
+    path: str
+    size: int
+
+
 @dataclass(frozen=True)
 class Ledger:
-    """The ledger in a folder. Each of its files has the steps between two checkpoints.
+    """The ledger in a folder. A file has the steps between two or more checkpoints.
 
-    A file is written before the checkpoint at its end is committed.
+    The steps before a checkpoint are written before it is committed.
     """
 
     folder: str
 
     def parts(self) -> list[tuple[int, int, str]]:
         """Returns (first step, last step, path) of each file, sorted."""
-        matches = ((_PART.match(name), name) for name in storage.listdir(self.folder))
-        return sorted(
-            (int(m[1]), int(m[2]), storage.join(self.folder, name)) for m, name in matches if m
-        )
+        return [part[:3] for part in self._parts()]
+
+    def _files(self) -> list[_Part]:
+        """Returns all files, sorted by their first step; of equal ones the longest first."""
+        if not storage.listdir(self.folder):
+            return []
+        files = storage.input_files(self.folder, (".parquet",))
+        parts = []
+        for file in files:
+            match = _PART.match(file.path.rsplit("/", 1)[-1])
+            if match:
+                parts.append(_Part(int(match[1]), int(match[2]), file.path, file.size or 0))
+        return sorted(parts, key=lambda part: (part.first, -part.last))
+
+    def _parts(self) -> list[_Part]:
+        """Returns the files without those that another one contains.
+
+        A process that was killed may have left some that it had put together.
+        """
+        parts: list[_Part] = []
+        for part in self._files():
+            if not parts or part.last > parts[-1].last:
+                parts.append(part)
+        return parts
 
     def write(self, draws: Sequence[ReadRange]) -> None:
-        """Writes a file.
+        """Writes a file, and puts many small ones together.
 
-        It replaces files with the same or later steps, which belong to saves that failed.
+        It replaces what the ledger has of the same or later steps, which belongs to saves that
+        failed.
 
         Args:
             draws: What all lanes read since the last checkpoint, in any order.
         """
         if not draws:
             return
-        ordered = sorted(draws)
-        self.cut(ordered[0].step - 1)
-        columns = {
-            column: [getattr(read, field) for read in ordered] for field, column in _COLUMNS.items()
-        }
+        self.cut(min(read.step for read in draws) - 1)
+        self._write(_table(sorted(draws)))
+        self._compact()
+
+    def _write(self, table: pa.Table) -> None:
+        """Writes a table, sorted by step, as a file."""
+        first, last = table["step"][0].as_py(), table["step"][-1].as_py()
         buffer = io.BytesIO()
-        pq.write_table(pa.table(columns, schema=_SCHEMA), buffer, compression="zstd")
-        name = f"steps-{ordered[0].step:09d}-{ordered[-1].step:09d}.parquet"
+        pq.write_table(table, buffer, compression="zstd", row_group_size=_GROUP_ROWS)
+        name = f"steps-{first:09d}-{last:09d}.parquet"
         storage.write(storage.join(self.folder, name), buffer.getvalue())
 
+    def _compact(self) -> None:
+        """Puts the last small files together if there are many."""
+        parts = self._parts()
+        small = list(itertools.takewhile(lambda part: part.size < FULL_BYTES, reversed(parts)))
+        if len(small) < MAX_SMALL_PARTS:
+            return
+        whole = pa.concat_tables(_read_part(part.path) for part in reversed(small))
+        self._write(whole)
+        first, last = small[-1].first, small[0].last
+        for part in self._files():
+            if first <= part.first and part.last <= last and part[:2] != (first, last):
+                storage.remove(part.path)
+
     def cut(self, after: int) -> None:
-        """Removes the files with steps after this one.
+        """Removes what the ledger has of steps after this one.
 
         A run that resumes from this step runs the later ones again.
         """
-        for _, last, path in self.parts():
-            if last > after:
-                storage.remove(path)
+        kept = [part for part in self._parts() if part.first <= after < part.last]
+        for part in kept:  # put together from several
+            self._write(_read_part(part.path, part.first, after))
+        for part in self._files():
+            if part.last > after:
+                storage.remove(part.path)
 
     def read(self, first: int, last: int) -> list[ReadRange]:
         """Returns what the steps `first` to `last` (inclusive) read, sorted by step and lane.
@@ -82,11 +137,12 @@ class Ledger:
         Steps that the ledger does not have are missing.
         """
         reads: list[ReadRange] = []
-        for begin, end, path in self.parts():
-            if begin > last or end < first:
+        for part in self._parts():
+            if part.first > last or part.last < first:
                 continue
-            found = _read_part(path)
-            reads += [read for read in found if first <= read.step <= last]
+            table = _read_part(part.path, first, last)
+            columns = (table[column].to_pylist() for column in _COLUMNS.values())
+            reads += map(ReadRange._make, zip(*columns, strict=True))
         return sorted(reads)
 
     def step(self, step: int) -> list[ReadRange]:
@@ -107,17 +163,22 @@ class Ledger:
         return reads
 
 
-def _read_part(path: str) -> list[ReadRange]:
-    """Returns what is in a file of the ledger.
+def _table(draws: Sequence[ReadRange]) -> pa.Table:
+    columns = {column: [getattr(read, name) for read in draws] for name, column in _COLUMNS.items()}
+    return pa.table(columns, schema=_SCHEMA)
+
+
+def _read_part(path: str, first: int = 0, last: int = 2**62) -> pa.Table:
+    """Returns the rows of some steps in a file of the ledger.
 
     Raises:
         InputError: The file is damaged.
     """
     try:
         with storage.open_read(path) as f:
-            table = pq.read_table(f)
-        rows = zip(*(table[column].to_pylist() for column in _COLUMNS.values()), strict=True)
-        return list(map(ReadRange._make, rows))
+            # reads only the row groups that have some of these steps
+            table = pq.read_table(f, filters=[("step", ">=", first), ("step", "<=", last)])
+        return table.select(list(_COLUMNS.values())).cast(_SCHEMA)
     except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as e:
         raise InputError(
             f"{path}: damaged: not a Parquet file of a ledger ({first_line(e)}); "
