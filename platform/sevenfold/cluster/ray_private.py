@@ -50,6 +50,10 @@ PRIVATE = {
     ":AUTOSCALING_REQUESTS_EXPIRE_TIME_S": (
         "how long a run that was killed keeps other runs from its resources"
     ),
+    "ray.train.v2._internal.execution.failure_handling:DefaultFailurePolicy.make_decision": (
+        "a run whose input is wrong is not tried again"
+    ),
+    "ray.train.v2._internal.execution.failure_handling:FailureDecision.RAISE": "the same",
     "ray.train.v2._internal.execution.context:get_train_context": (
         "preemption notices without a barrier"
     ),
@@ -185,6 +189,28 @@ def shorten_reservations() -> None:
     from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client
 
     autoscaling_coordinator_client.AUTOSCALING_REQUESTS_EXPIRE_TIME_S = 60
+
+
+def end_at_once(kind: type[Exception]) -> None:
+    """Lets a kind of error of a worker end a run, in this process, a controller of Ray Train.
+
+    Ray 2.60 restarts the workers after all errors alike, up to max_failures times.
+    """
+    from ray.train.v2._internal.execution.failure_handling import (
+        DefaultFailurePolicy,
+        FailureDecision,
+    )
+
+    decide = DefaultFailurePolicy.make_decision
+
+    def make_decision(policy: Any, training_failed_error: Any) -> Any:
+        decision = decide(policy, training_failed_error)
+        failures = getattr(training_failed_error, "worker_failures", {})
+        if any(isinstance(error, kind) for error in failures.values()):
+            return FailureDecision.RAISE
+        return decision
+
+    DefaultFailurePolicy.make_decision = make_decision
 
 
 def preemption_info() -> Any:

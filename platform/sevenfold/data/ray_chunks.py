@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from sevenfold.data.rows import Chunk, Rows
 from sevenfold.data.sources.documents import Skipped
+from sevenfold.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from sevenfold.data.stream import Stream
@@ -109,7 +110,11 @@ def _build(
 
     def build(batch: dict[str, np.ndarray]) -> pa.Table:
         (index,) = batch["chunk"].tolist()
-        return _to_arrow(_stream_of(shared[0]).chunk(index))
+        try:
+            return _to_arrow(_stream_of(shared[0]).chunk(index))
+        except (InputError, RunError) as e:
+            # as data: Ray Data would wrap the error in others, and lose what it is
+            return pa.table({"wrong_input": [isinstance(e, InputError)], "error": [str(e)]})
 
     while inputs := [{"chunk": index} for index in itertools.islice(indices, per_execution)]:
         with ray.data.DataContext.current(_context(dict(stream.labels))):
@@ -120,6 +125,9 @@ def _build(
             # breaks Ray's shutdown.
             for bundle in chunks.iter_internal_ref_bundles():
                 for block in ray.get(list(bundle.block_refs)):
+                    if "error" in block.column_names:
+                        error = InputError if block["wrong_input"][0].as_py() else RunError
+                        raise error(block["error"][0].as_py())
                     yield _from_arrow(block.combine_chunks(), stream.sequence_length)
 
 

@@ -116,6 +116,7 @@ def launch(
 
     Raises:
         StoppedError: The run was asked to stop.
+        InputError: A worker found that the input is wrong.
         RunError: The workers failed more often than cluster.max_failures allows, or the function
             reported that the run `ended` early.
     """
@@ -123,6 +124,9 @@ def launch(
     try:
         report = dict(trainer.fit().return_value)
     except ray.train.TrainingFailedError as e:
+        for error in getattr(e, "worker_failures", {}).values():
+            if isinstance(error, InputError):
+                raise error from None
         if "sevenfold.errors." not in str(e):
             # a bug in sevenfold or a fault of the machine: the worker's traceback explains it
             print_text(storage.hide_secrets(str(e)))
@@ -159,6 +163,8 @@ def _build_trainer(
             # resources: the only code of ours that runs in the controller's process.
             self.__dict__.update(state)
             ray_private.shorten_reservations()
+            # restarted workers would find the same input
+            ray_private.end_at_once(InputError)
 
         def __getstate__(self) -> dict[str, Any]:
             return {"queue": queue}  # __setstate__ is not called with an empty state
