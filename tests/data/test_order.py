@@ -182,3 +182,25 @@ def test_chunks_are_ordered_by_the_slowest_lane() -> None:
         3 * 4 + 1,
     ]
     assert list(chunks_of(positions, 4, end=10)) == [5, 8, 9]
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_the_slots_of_a_chunk_are_those_between_its_ends(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    sizes = rng.integers(1, 60, rng.integers(1, 9)).tolist()
+
+    def weights() -> tuple[float, ...]:
+        drawn = rng.random(len(sizes)) * (rng.random(len(sizes)) < 0.7)
+        return tuple((drawn + (drawn.sum() == 0)).tolist())
+
+    order = DataOrder(
+        manifest(*sizes),
+        seed,
+        2,
+        ((0, weights()), (300 * SIZE, weights()), (700 * SIZE, weights())),
+    )
+    for begin, length in zip(range(0, 1500, 7), itertools.cycle((1, 3, 16)), strict=False):
+        ends = zip(order.slots_before(begin), order.slots_before(begin + length), strict=True)
+        expected = [(pool, *pair) for pool, pair in enumerate(ends) if pair[0] < pair[1]]
+        filled = [item for item in order._filled(begin, begin + length) if item[1] < item[2]]
+        assert filled == expected

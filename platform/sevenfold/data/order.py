@@ -175,8 +175,7 @@ class DataOrder:
 
         It is also the number of row groups that were read from the pool, through all epochs.
         """
-        firsts = [segment.first for segment in self.segments]
-        return self.segments[bisect_right(firsts, slot) - 1].slots_before(slot)
+        return self._segment(slot).slots_before(slot)
 
     @functools.cached_property
     def slots(self) -> int | None:
@@ -214,12 +213,45 @@ class DataOrder:
         if self.slots is not None:
             begin, end = min(begin, self.slots), min(end, self.slots)
         groups = []
-        ranges = zip(self.pools, self.slots_before(begin), self.slots_before(end), strict=True)
-        for pool_index, (pool, first, stop) in enumerate(ranges):
+        for pool_index, first, stop in self._filled(begin, end):
+            pool = self.pools[pool_index]
             for count in range(first, stop):
                 epoch, position = divmod(count, len(pool))
                 groups.append(pool[self._permuted(position, pool_index, epoch)])
         return groups
+
+    def _filled(self, begin: int, end: int) -> list[tuple[int, int, int]]:
+        """Returns which slots of a range each pool fills.
+
+        It is what `slots_before` says of both ends, in one pass, since each chunk needs it.
+
+        Returns:
+            (pool, first slot, one past the last one), counted among the slots of that pool. Pools
+            without a slot in the range may be missing.
+        """
+        segment = self._segment(begin)
+        if len(segment.shares) == 1 or segment is not self._segment(end):
+            ends = zip(self.slots_before(begin), self.slots_before(end), strict=True)
+            return [(pool, first, stop) for pool, (first, stop) in enumerate(ends) if first < stop]
+        filled = []
+        first, stop, rest = begin - segment.first, end - segment.first, _UNIT
+        for pool, (share, before) in enumerate(zip(segment.shares, segment.before, strict=True)):
+            if share == rest:  # the last pool with a share
+                filled.append((pool, before + first, before + stop))
+                break
+            if share:
+                a = min(first, (share * first + rest // 2) // rest)
+                b = min(stop, (share * stop + rest // 2) // rest)
+                if a != b:
+                    filled.append((pool, before + a, before + b))
+                first, stop, rest = first - a, stop - b, rest - share
+        return filled
+
+    def _segment(self, slot: int) -> _Segment:
+        if len(self.segments) == 1:
+            return self.segments[0]
+        firsts = [segment.first for segment in self.segments]
+        return self.segments[bisect_right(firsts, slot) - 1]
 
     def _permuted(self, position: int, pool: int, epoch: int) -> int:
         """Returns which row group of a pool is at a position of an epoch."""
