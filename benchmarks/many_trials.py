@@ -2,7 +2,7 @@
 
     python benchmarks/many_trials.py TRIALS
 
-The last line that it prints is a JSON list: after a quarter of the trials and after all of them, the
+The last line that it prints is a JSON list: after a quarter and after all of the trials, the
 memory of the driver and of all its processes, their threads, open files and number.
 """
 

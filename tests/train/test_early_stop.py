@@ -125,3 +125,26 @@ def test_a_run_that_is_stopped_at_a_validation_makes_it_when_it_resumes(
     logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     validated = [m["step"] for m in logged if "validation/loss" in m]
     assert validated == list(range(1, 41))
+
+
+@pytest.mark.slow
+def test_a_stop_does_not_wait_for_the_end_of_a_validation(home: Path) -> None:
+    """The validation is left, the step is saved, and the resumed run makes the validation."""
+    changes = ["name=long", "train.steps=4", "validation.every=2", "validation.patience=null"]
+    changes += ["validation.rows=1500", f"data.validation=[{{path: {home / 'many.jsonl'}}}]"]
+    text = (home / "held.jsonl").read_text()
+    (home / "many.jsonl").write_text(
+        "".join(text.replace('"text": "', f'"text": "{i} ') for i in range(30))
+    )
+    command = [sys.executable, str(ROOT / "jobs/pretrain.py"), "r.yaml", *changes]
+    run = Run(command, {"SEVENFOLD_HOME": str(home)}, str(home))
+    run.wait_for_step(2)
+    time.sleep(1)
+    run.process.send_signal(signal.SIGINT)
+    assert run.wait() == 130, run.lines
+    assert any("Stopped. Checkpoint saved at step 2" in line for line in run.lines), run.lines
+    log = [json.loads(s) for s in (home / "runs/long/metrics.jsonl").read_text().splitlines()]
+    assert not any("validation/loss" in line for line in log)
+    assert "resuming from step 2" in run_job("pretrain", "r.yaml", *changes, home=home)
+    losses, _ = results(home / "runs/long")
+    assert list(losses) == [2, 4]

@@ -8,8 +8,13 @@ import yaml
 from conftest import RECIPE, start_job, stdlib_texts
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("executor", ["ray", "inline"])
+@pytest.mark.parametrize(
+    "executor",
+    [
+        pytest.param("ray", marks=pytest.mark.slow),
+        pytest.param("inline", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_bad_line_that_one_rank_reads_ends_the_run(tmp_path: Path, executor: str) -> None:
     """Ray restarts the workers after other errors: they would find the same line again."""
     texts = [t[i : i + 3000] for t in stdlib_texts() for i in range(0, len(t) - 300, 3000)]

@@ -21,7 +21,7 @@ from sevenfold.engine.guard import Guard
 from sevenfold.engine.meter import Meter
 from sevenfold.engine.objectives import Objective
 from sevenfold.engine.optim import learning_rate, sparsity
-from sevenfold.engine.signals import Signal
+from sevenfold.engine.signals import Signal, agreed
 from sevenfold.engine.step import NoTargetsError, StepResult, train_step
 from sevenfold.engine.step_plan import StepPlan
 from sevenfold.errors import StoppedError
@@ -44,7 +44,8 @@ class Hooks:
         say: Shows a message to the user.
         save: Starts saving a checkpoint of a step.
         wait_for_save: Waits until no checkpoint is being written.
-        validate: Validates after a step, logs the metrics and returns them.
+        validate: Validates after a step, logs the metrics and returns them. It calls the function
+            that it gets between its parts, on every rank: that one may save, or end the run.
         report: Reports the metrics of a validation.
     """
 
@@ -54,7 +55,7 @@ class Hooks:
     say: Callable[[str], None]
     save: Callable[[int], None]
     wait_for_save: Callable[[], Any]
-    validate: Callable[[int], dict[str, float]]
+    validate: Callable[[int, Callable[[], None]], dict[str, float]]
     report: Callable[[int, dict[str, float]], None]
 
 
@@ -223,22 +224,29 @@ def _log(trainer: Trainer, hooks: Hooks, step: int, result: StepResult) -> None:
     hooks.log(step, {f"train/{name}": value for name, value in metrics.items()})
 
 
-def _handle_signal(hooks: Hooks, step: int, signal: Signal) -> bool:
+def _handle_signal(hooks: Hooks, step: int, signal: Signal, saved: bool = False) -> bool:
     """Saves or stops, as the signal requests.
 
+    Args:
+        hooks: The callbacks around the steps.
+        step: The number of steps done.
+        signal: What is requested.
+        saved: Whether a save of this step was started before.
+
     Returns:
-        Whether the step was saved.
+        Whether the step is saved.
 
     Raises:
         StoppedError: The signal requests a stop.
     """
     if signal is Signal.NONE:
-        return False
+        return saved
     if signal is Signal.ABANDON:
         raise StoppedError(f"Stopped at step {step}.")
     reason = "Stop requested" if signal is Signal.STOP else "A machine of this run will be lost"
     hooks.say(f"{reason}: saving step {step}.")
-    hooks.save(step)
+    if not saved:
+        hooks.save(step)
     hooks.wait_for_save()
     if signal is Signal.STOP:
         raise StoppedError(
@@ -260,11 +268,20 @@ def _validate(
         loss: The step's training loss, which is reported too.
     """
     best = trainer.best
-    if save and not best.enabled:
+    saved = save and not best.enabled
+    if saved:
         # saved first: the checkpoint is written during the validation, and exists once the step is
         # reported
         hooks.save(step)
-    metrics = hooks.validate(step) | ({} if loss is None else {"train/loss": loss})
+
+    def act_on_signals() -> None:
+        # A validation may take longer than the time that a stop is given. One that was left is made
+        # when the run is resumed.
+        nonlocal saved
+        signal = agreed(hooks.signal(), trainer.device)
+        saved = _handle_signal(hooks, step, signal, saved)
+
+    metrics = hooks.validate(step, act_on_signals) | ({} if loss is None else {"train/loss": loss})
     improved = best.update(step, metrics)
     if improved or (save and best.enabled):
         hooks.save(step)  # saved after the validation: the checkpoint records which one is the best

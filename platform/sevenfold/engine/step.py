@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -159,6 +159,7 @@ def evaluate(
     pairs: list[tuple[int, int]] | None = None,
     *,
     tensor: int = 1,
+    between: Callable[[], None] = lambda: None,
 ) -> tuple[float, int, int]:
     """Computes the loss of the batches of all ranks, in evaluation mode.
 
@@ -171,6 +172,7 @@ def evaluate(
         pairs: If given, the (label, prediction) of each of this rank's targets is appended. Only
             for an objective that makes predictions (`Objective.has_predictions`).
         tensor: The number of tensor-parallel ranks.
+        between: Called after each micro-batch, on every rank.
 
     Returns:
         The sum of -log p in nats, the number of target tokens, and the number of bytes of text that
@@ -187,6 +189,7 @@ def evaluate(
             pairs += zip(labels.tolist(), predictions[is_target].tolist(), strict=True)
         text_bytes = int(token_bytes[labels.cpu()].sum())
         sums += torch.tensor([nats, len(labels), text_bytes], dtype=torch.float64)
+        between()
     sums = sums.to(batches[0].labels.device)
     dist.all_reduce(sums)
     model.train()

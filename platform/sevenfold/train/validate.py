@@ -13,7 +13,7 @@ from sevenfold.data.examples import ConversationEncoder, PairEncoder
 from sevenfold.data.rows import Rows
 from sevenfold.data.tokenizer import token_bytes
 from sevenfold.engine.batch import Batch
-from sevenfold.engine.decode import Sampling, generate, generation_config
+from sevenfold.engine.decode import Completion, Sampling, generate, generation_config
 from sevenfold.engine.objectives import Objective
 from sevenfold.engine.step import evaluate
 from sevenfold.evaluate.metrics import bits_per_byte, bleu, classification, rouge
@@ -23,6 +23,7 @@ from sevenfold.recipe import Train
 
 T = TypeVar("T")
 SAMPLES = 5  # number of generated answers shown in TensorBoard
+GENERATED_TOGETHER = 32  # answers; between two such batches a run can be stopped
 
 
 class Validator:
@@ -54,11 +55,14 @@ class Validator:
         self._steps = self._held_out_steps(place, device)
         self._pairs = self._held_out_pairs()
 
-    def __call__(self, show: Callable[[str, str], None]) -> dict[str, float]:
+    def __call__(
+        self, show: Callable[[str, str], None], between: Callable[[], None]
+    ) -> dict[str, float]:
         """Validates the model.
 
         Args:
             show: Receives samples of generated text: a name, and a text in Markdown.
+            between: Called between the parts of the validation, on every rank.
 
         Returns:
             The metrics of all ranks together, the same on each; empty if nothing is held out.
@@ -74,6 +78,7 @@ class Validator:
                     self._token_bytes,
                     pairs,
                     tensor=recipe.parallel.tensor,
+                    between=between,
                 )
                 for batches in self._steps
             ]
@@ -84,7 +89,7 @@ class Validator:
             if pairs is not None:
                 metrics |= self._accuracy(pairs)
         if self._pairs:
-            metrics |= self._generated(show)
+            metrics |= self._generated(show, between)
         return metrics
 
     def _held_out_pairs(self) -> list[tuple[str, str, str]]:
@@ -124,10 +129,12 @@ class Validator:
             metrics["validation/f1_macro"] = classification(predictions, labels, names)["f1_macro"]
         return metrics
 
-    def _generated(self, show: Callable[[str, str], None]) -> dict[str, float]:
+    def _generated(
+        self, show: Callable[[str, str], None], between: Callable[[], None]
+    ) -> dict[str, float]:
         """Returns ROUGE, BLEU and chrF of greedy answers to the first held-out prompts.
 
-        Each rank generates its share of the answers.
+        Each rank generates its share of the answers. The arguments are those of `__call__`.
         """
         assert self._stream is not None
         settings, encoder = self._recipe.validation, self._stream.encoder
@@ -145,7 +152,17 @@ class Validator:
             self._model, self._tokenizer, Sampling(settings.max_new_tokens, 0.0), plain=True
         )
         prompts = [encoder.prompt(prompt, max_prompt_tokens) for prompt, _, _ in own_pairs]
-        completions = generate(self._model, self._tokenizer, prompts, config, synced_gpus=world > 1)
+        completions: list[Completion] = []
+        for i in range(0, len(prompts), GENERATED_TOGETHER):
+            between()
+            completions += generate(
+                self._model,
+                self._tokenizer,
+                prompts[i : i + GENERATED_TOGETHER],
+                config,
+                batch_size=GENERATED_TOGETHER,
+                synced_gpus=world > 1,
+            )
         gathered: list[list[str]] = [[]] * world
         dist.all_gather_object(gathered, [completion.text for completion in completions])
         predictions = [gathered[i % world][i // world] for i in range(len(pairs))]

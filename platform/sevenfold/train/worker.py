@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -347,14 +348,14 @@ class Worker:
         self.manager.wait()
         self.signals.restart_clock()
 
-    def _validate(self, step: int) -> dict[str, float]:
-        """Validates after a step, logs the metrics and returns them."""
+    def _validate(self, step: int, between: Callable[[], None]) -> dict[str, float]:
+        """Validates after a step, logs the metrics and returns them; see loop.Hooks."""
 
         def show(name: str, text: str) -> None:
             if self.run_log is not None:
                 self.run_log.text(name, text, step)
 
-        metrics = self.validator(show)
+        metrics = self.validator(show, between)
         if metrics:
             self._log(step, metrics)
             if self.run_log is not None:

@@ -3,7 +3,7 @@
 import itertools
 import os
 import signal
-from collections.abc import Container
+from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def fit_run(
     steps = itertools.count(start + 1)
     held_out = micro_batches(rank_rows(99), 4, -(-ROWS // world // 4), to_batch, CPU)
 
-    def validate(step: int) -> dict[str, float]:
+    def validate(step: int, between: Callable[[], None]) -> dict[str, float]:
         record(step, "validate")
         nats, targets, _ = evaluate(model, held_out, torch.arange(VOCAB))
         return {"validation/loss": nats / targets}
