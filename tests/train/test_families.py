@@ -52,7 +52,7 @@ def test_pretrain_and_load_with_transformers(texts: Path, tmp_path: Path, object
     losses = {m["step"]: m["train/loss"] for m in logged if "train/loss" in m}
     validated = [m["validation/loss"] for m in logged if "validation/loss" in m]
     assert sorted(losses) == list(range(1, 31)) and losses[30] < losses[1] - 0.3
-    assert validated[-1] < validated[0]
+    assert len(validated) == 3 and validated[-1] < losses[1] - 0.3
     assert 0 < logged[-2]["train/goodput"] <= 1
 
     sys.path.insert(0, str(Path(__file__).parents[2] / "platform"))
