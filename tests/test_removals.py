@@ -68,7 +68,7 @@ TABLE = {
     "engine/checkpoint/retention.py:_remove_unfinished": (
         "Shards and metadata of a save without a manifest, in such a directory."
     ),
-    "data/ledger.py:Ledger._compact": (
+    "data/ledger.py:Ledger._join": (
         "Ledger parts whose steps are all in a part that was just written."
     ),
     "data/ledger.py:Ledger.cut": (

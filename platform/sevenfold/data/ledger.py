@@ -32,8 +32,8 @@ _COLUMNS = {name: "window" if name == "chunk" else name for name in ReadRange._f
 _SCHEMA = pa.schema([(column, pa.int64()) for column in _COLUMNS.values()])
 
 
-# As soon as there are this many files below FULL_BYTES, they become one. A run of a million steps
-# on 1,024 ranks has some hundred files instead of ten thousand.
+# As soon as there are this many files below FULL_BYTES, they are put together. A run of a million
+# steps on 1,024 ranks has some hundred files instead of ten thousand.
 MAX_SMALL_PARTS, FULL_BYTES = 50, 16 * 2**20
 _GROUP_ROWS = 64 * 2**10  # what is read to find one step
 
@@ -107,14 +107,23 @@ class Ledger:
         storage.write(storage.join(self.folder, name), buffer.getvalue())
 
     def _compact(self) -> None:
-        """Puts the last small files together if there are many."""
+        """Puts the last small files together, up to FULL_BYTES each, if there are many."""
         parts = self._parts()
         small = list(itertools.takewhile(lambda part: part.size < FULL_BYTES, reversed(parts)))
         if len(small) < MAX_SMALL_PARTS:
             return
-        whole = pa.concat_tables(_read_part(part.path) for part in reversed(small))
-        self._write(whole)
-        first, last = small[-1].first, small[0].last
+        group: list[_Part] = []
+        for part in reversed(small):
+            group.append(part)
+            if part is small[0] or sum(p.size for p in group) >= FULL_BYTES:
+                self._join(group)
+                group = []
+
+    def _join(self, parts: Sequence[_Part]) -> None:
+        """Replaces files that follow each other by one."""
+        first, last = parts[0].first, parts[-1].last
+        if len(parts) > 1:
+            self._write(pa.concat_tables(_read_part(part.path) for part in parts))
         for part in self._files():
             if first <= part.first and part.last <= last and part[:2] != (first, last):
                 storage.remove(part.path)
