@@ -33,7 +33,7 @@ def reads(first: int, last: int, seed: int) -> list[ReadRange]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ledger, "MAX_SMALL_PARTS", 5)
-    monkeypatch.setattr(ledger, "FULL_BYTES", 9000)
+    monkeypatch.setattr(ledger, "FULL_BYTES", 60_000)
     monkeypatch.setattr(ledger, "_GROUP_ROWS", 16)
 
 
