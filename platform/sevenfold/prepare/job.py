@@ -132,8 +132,8 @@ def prepare_job(
         token_cache.require_cache(storage.resolve_input(recipe.data.cache), inputs.train, selection)
     inputs = _write_folder(folder, recipe, resolved, inputs)
     train, validation = build_streams(resolved, inputs, folder.tokenizer)
-    batch, has_checkpoints = recipe.train.global_batch, bool(storage.listdir(folder.checkpoints))
-    if idle := lanes.advice(batch, recipe.readers, train.order.lanes, not has_checkpoints):
+    batch, order = recipe.train.global_batch, train.order
+    if idle := lanes.advice(batch, recipe.readers, order.lanes, may_change=not has_started):
         say(idle)
     if not checked.support.packing:
         say(UNPACKED)
