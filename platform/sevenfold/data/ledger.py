@@ -77,11 +77,7 @@ class Ledger:
 
         A process that was killed may have left some that it had put together.
         """
-        parts: list[_Part] = []
-        for part in self._files():
-            if not parts or part.last > parts[-1].last:
-                parts.append(part)
-        return parts
+        return _not_contained(self._files())
 
     def write(self, draws: Sequence[ReadRange]) -> None:
         """Writes a file, and puts many small ones together.
@@ -133,10 +129,11 @@ class Ledger:
 
         A run that resumes from this step runs the later ones again.
         """
-        kept = [part for part in self._parts() if part.first <= after < part.last]
-        for part in kept:  # put together from several
-            self._write(_read_part(part.path, part.first, after))
-        for part in self._files():
+        files = self._files()
+        for part in _not_contained(files):
+            if part.first <= after < part.last:  # put together from several
+                self._write(_read_part(part.path, part.first, after))
+        for part in files:
             if part.last > after:
                 storage.remove(part.path)
 
@@ -170,6 +167,15 @@ class Ledger:
             )
             raise InputError(f"{self.folder}: expected step {step}, found {known}")
         return reads
+
+
+def _not_contained(files: Sequence[_Part]) -> list[_Part]:
+    """Returns the files, which are sorted as by `_files`, without those that another contains."""
+    parts: list[_Part] = []
+    for part in files:
+        if not parts or part.last > parts[-1].last:
+            parts.append(part)
+    return parts
 
 
 def _table(draws: Sequence[ReadRange]) -> pa.Table:
