@@ -105,7 +105,8 @@ class Simulation:
         while len(self.trials) < len(self._curves) and (
             self.limit.room() > 0 or isinstance(self.scheduler, schedulers._Population)
         ):
-            trial = Trial("x", trial_id=f"t{len(self.trials):03}", stub=True)
+            # Tune draws ids at random: nothing may depend on their order.
+            trial = Trial("x", trial_id=f"{self._random.getrandbits(32):08x}", stub=True)
             trial.set_config({"optimizer.learning_rate": 0.01})
             self.trials.append(trial)
             self.steps[trial.trial_id] = 0

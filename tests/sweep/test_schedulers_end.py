@@ -80,3 +80,14 @@ def test_a_trial_of_a_population_takes_over_a_better_one() -> None:
         replaced += simulation.scheduler._num_perturbations > 0
         assert set(simulation.steps.values()) == {STEPS}
     assert replaced > 5
+
+
+@pytest.mark.parametrize("values", [(0, 1), (1, 0)])
+def test_the_worse_of_two_takes_turns_with_the_better_one(values: tuple[int, int]) -> None:
+    """One trial at a time: the worse one is never always the first to report."""
+    curves: list[Curve] = [lambda step, a=a: a + 1 / step for a in values]
+    for seed in range(20):
+        settings = sweep("pbt", trials=2, quantile=0.5, grace=0.1)
+        simulation = Simulation(settings, curves, 20, 4, 1, seed)
+        simulation.run(10)
+        assert simulation.scheduler._num_perturbations > 0, seed

@@ -10,7 +10,6 @@ import io
 import math
 import pickle
 import random
-import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -167,18 +166,23 @@ class _Population(_Limited, PopulationBasedTraining):
     def choose_trial_to_run(self, tune_controller: Any, *args: Any, **kwargs: Any) -> Trial | None:
         """Chooses the trial that has trained least, so that each has its turn.
 
-        Among equal ones the order changes from turn to turn: a trial that is always the first to
-        reach a step never finds another one that it could continue from.
+        Among equal ones the first place goes round with each report: a trial that is always the
+        first to reach a step never finds another one that it could continue from. The order
+        depends on the numbers of the trials, not on their ids, which Tune draws at random: trials
+        that run one at a time are then replaced in the same way each time a sweep is run.
         """
         if self.limit.room() <= 0:
             return None
+        population = tune_controller.get_trials()
+        numbers = {trial: number for number, trial in enumerate(population)}
 
         def order(trial: Trial) -> tuple[int, int]:
-            step = self._trial_state[trial].last_train_time
-            return step, zlib.crc32(f"{trial.trial_id} {step}".encode())
+            reports = (trial.last_result or {}).get("report", 0)
+            place = (numbers[trial] + reports) % len(population)
+            return self._trial_state[trial].last_train_time, place
 
         waiting = (Trial.PENDING, Trial.PAUSED)
-        trials = (t for t in tune_controller.get_trials() if t.status in waiting)
+        trials = (t for t in population if t.status in waiting)
         return min(trials, key=order, default=None)
 
     def _checkpoint_or_exploit(
