@@ -118,7 +118,8 @@ def test_a_long_text_takes_no_long_time(piece: str) -> None:
     begin = time.process_time()
     storage.hide_secrets(text)
     storage.without_secrets(text)
-    assert time.process_time() - begin < 2
+    # A second on a busy machine; a search that is quadratic in the length takes minutes.
+    assert time.process_time() - begin < 30
 
 
 @pytest.mark.parametrize("slash", ["", "/"])

@@ -34,13 +34,20 @@ class DivergedError(RunError):
 def first_line(error: BaseException) -> str:
     """Returns the first line of an exception's message that is not empty.
 
+    A line that ends with a colon is followed by the next one: it only announces it, as
+    huggingface_hub's "Class validation error for validator 'validate_architecture':" does.
     At most 300 characters; the name of the exception's type if there is no message.
     """
     # torch.distributed.checkpoint wraps the error of one rank in an error with all ranks' failures.
     failure = next(iter(getattr(error, "failures", {}).values()), error)
     error = failure[0] if isinstance(failure, tuple) else failure
     lines = (line.strip() for line in str(error).splitlines())
-    return next((line for line in lines if line), type(error).__name__)[:300]
+    found: list[str] = []
+    for line in filter(None, lines):
+        found.append(line)
+        if not line.endswith(":"):
+            break
+    return (" ".join(found) or type(error).__name__)[:300]
 
 
 def cause_of(error: object) -> str:

@@ -30,8 +30,8 @@ def with_config(tree: dict[str, Any], **config: Any) -> Recipe:
     [
         ({"model_type": "lama"}, "lama"),
         ({"hiden_size": 3}, "no field 'hiden_size'"),
-        ({"hidden_size": "abc"}, "model.config: "),
-        ({"hidden_size": 33}, "model.config: "),
+        ({"hidden_size": "abc"}, "hidden_size"),
+        ({"hidden_size": 33}, "The hidden size (33) is not a multiple"),
         ({"hidden_act": "gulu"}, "cannot build the decoder"),
         ({"model_type": "t5", "num_hidden_layers": 2}, "model.config: "),
         ({"vocab_size": 100}, "vocab_size 100 is below the tokenizer's 512"),
