@@ -89,7 +89,7 @@ def main(count: int) -> None:
         nonlocal ended
         complete(callback, *args, **kwargs)
         ended += 1
-        if ended in (count // 4, count):
+        if ended in (count // 8, count // 4, count // 2, count):
             samples.append(sample(ended))
 
     SweepCallback.on_trial_complete = on_trial_complete  # type: ignore[method-assign]

@@ -30,8 +30,8 @@ SAVE_CALL, SAVE_TOTAL = 0.096 / 707e6, 2.471 / 707e6
 # 2,048 nodes (arXiv 2407.21783).
 STORAGE = 1e9
 # The share of a step by which a save in the background slows it down: measured by
-# benchmarks/goodput.py on a machine without a free core; a node with GPUs has free cores, so this is
-# an upper limit.
+# benchmarks/goodput.py on a machine without a free core. It is an upper limit: a node with GPUs has
+# free cores.
 SLOWDOWN = 0.47
 # The next two are assumed, as in benchmarks/goodput.py.
 RECOVERY = 150.0  # seconds from a failure to the first step after it
