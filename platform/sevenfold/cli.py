@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from sevenfold import __version__
-from sevenfold.commands import models, planning, runs
+from sevenfold.commands import models, planning, runs, starting
 from sevenfold.errors import InputError, RunError, StoppedError
 from sevenfold.report.console import escape_logs_and_tracebacks, say
 
@@ -22,6 +22,8 @@ app = typer.Typer(
 )
 # In the order in which --help lists them.
 _COMMANDS: tuple[Callable[..., None], ...] = (
+    starting.recipes,
+    starting.cluster_files,
     runs.corpus,
     runs.pretrain,
     runs.finetune,

@@ -6,7 +6,12 @@ from typing import Annotated
 
 import typer
 
-Recipe = Annotated[str, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe: a YAML file, or a name from `sevenfold recipes`."
+    ),
+]
 OptionalRecipe = Annotated[
     str | None,
     typer.Argument(metavar="[RECIPE]", help="A recipe, a YAML file.", show_default=False),

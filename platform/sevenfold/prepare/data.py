@@ -282,10 +282,7 @@ def check_documents(recipe: Recipe, split: str, manifest: Manifest) -> None:
     skipped = f" ({bad:,} bad ones are skipped)" if bad else ""
     if columns:
         problem = f"no document passes the filters on {columns}{skipped}"
-        hint = (
-            "; if the data has a single split, remove the filters: "
-            "data.sources=[{}] data.validation=[] data.test=[] data.held_out=0.02"
-        )
+        hint = ": change or remove the filters of this source"
     else:
         problem, hint = f"no document can be used{skipped}", ""
     raise InputError(f"{split} data: {manifest.sources[0].path}: {problem}{hint}")

@@ -8,6 +8,7 @@ from sevenfold.data.order import DataOrder
 from sevenfold.prepare.data import Inputs, find_inputs, missing_corpus, with_classes
 from sevenfold.prepare.job import UNPACKED, required_resources
 from sevenfold.prepare.model import check_model
+from sevenfold.prepare.splits import with_splits
 from sevenfold.recipe import Recipe
 from sevenfold.report.console import escape
 
@@ -18,6 +19,7 @@ def describe(recipe: Recipe) -> str:
     Raises:
         InputError: As for a run.
     """
+    recipe = with_splits(recipe)
     root = missing_corpus(recipe)
     inputs = None if root else find_inputs(recipe)
     checked = check_model(recipe if inputs is None else with_classes(recipe, inputs.train))

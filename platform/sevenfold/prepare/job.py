@@ -28,6 +28,7 @@ from sevenfold.prepare.data import (
 )
 from sevenfold.prepare.encoder import encoder_file
 from sevenfold.prepare.model import CheckedModel, check_model, pin_model
+from sevenfold.prepare.splits import with_splits
 from sevenfold.prepare.steps import with_steps
 from sevenfold.prepare.streams import build_streams
 from sevenfold.prepare.tokenizer import prepare_tokenizer
@@ -100,7 +101,7 @@ def prepare_job(
         InputError: The recipe, its data or its model cannot be used. Nothing was written.
         RunError: Other jobs hold the cluster's resources.
     """
-    recipe = pin_model(recipe, folder)
+    recipe = with_splits(pin_model(recipe, folder))
     identity = recipe.hash()
     if storage.exists(folder.recipe):
         identity = claim_folder(folder, recipe)

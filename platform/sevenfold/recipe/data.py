@@ -213,6 +213,13 @@ class Data(Section):
         description="classify: the labels, in the order of the classes. Default: all labels in "
         "the sources, sorted",
     )
+    split_column: str | None = Field(
+        None,
+        min_length=1,
+        description="Column that says which part a row belongs to: train (or training), validation "
+        "(or valid, val, dev), test. The rows of each part then take the place of validation and "
+        "test. Data without this column is divided by held_out",
+    )
     held_out: float = Field(
         0,
         ge=0,
@@ -315,6 +322,10 @@ class Data(Section):
         if self.validation and self.held_out:
             raise ValueError(
                 "give either validation (separate sources) or held_out (a fraction of the sources)"
+            )
+        if self.split_column and (self.validation or self.test):
+            raise ValueError(
+                "give either split_column (its rows are divided by it) or validation and test"
             )
         self._check_weights()
         self._check_curriculum()

@@ -16,6 +16,7 @@ from sevenfold.errors import InputError
 from sevenfold.recipe.data import Data, Section, Tokenizer, without_unset
 from sevenfold.recipe.locations import STORED, WITH_SECRETS, OutputLocation
 from sevenfold.recipe.plain_yaml import load_yaml, read_yaml
+from sevenfold.recipe.shipped import recipe_file
 from sevenfold.recipe.sweep import BUDGETS, Sweep
 from sevenfold.recipe.training import (
     Adapter,
@@ -230,7 +231,7 @@ class Recipe(files.CarriesSecrets, Section):
         for key in ("executor", "cache", "skip", "on_bad_document"):
             del tree["data"][key]
         # settings that recipes of earlier versions do not have change no hash while they are unset
-        tree["data"] = without_unset(tree["data"], ("ignore_columns", "languages"))
+        tree["data"] = without_unset(tree["data"], ("ignore_columns", "languages", "split_column"))
         for key in ("sources", "validation", "test"):
             tree["data"][key] = [without_unset(s, ("encoding",)) for s in tree["data"][key]]
         for key in ("log_every", "activation_checkpointing", "compile", "loss_chunk"):
@@ -287,7 +288,7 @@ def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
     """Reads a recipe from a file.
 
     Args:
-        path: The file.
+        path: The file, or the name of a recipe that comes with sevenfold.
         overrides: Changes to it, each as key.path=value.
 
     Raises:
@@ -301,6 +302,7 @@ def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
             raise InputError(f"{item!r}: expected key.path=value, for example train.steps=100")
         changes[key] = load_yaml(value, item)
         _refuse_old_name(key.partition(".")[0], item)
+    path = recipe_file(path)
     tree = _check_tree(read_yaml(path, "a recipe (a YAML file)"), path)
     for key in tree:
         _refuse_old_name(key, path)

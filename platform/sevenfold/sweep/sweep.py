@@ -23,6 +23,7 @@ from sevenfold.cluster.lease import Lease
 from sevenfold.engine.checkpoint import remove_checkpoints
 from sevenfold.errors import InputError, RunError, cause_of
 from sevenfold.prepare.job import Job, prepare_job, required_resources
+from sevenfold.prepare.splits import with_splits
 from sevenfold.recipe import Recipe, Sweep
 from sevenfold.report import html, ranking
 from sevenfold.report.console import say
@@ -69,6 +70,7 @@ def run(recipe: Recipe, verbose: bool = False, trust_state: bool = False) -> Run
             that `launch.run` refuses.
         RunError: The sweep was stopped early, or no trial reported a finite value of the metric.
     """
+    recipe = with_splits(recipe)
     sweep = checked(recipe)
     folder = sweep_folder(recipe)
     snapshot.load(folder.root, trusted=trust_state)  # raises InputError before anything starts

@@ -17,6 +17,7 @@ from sevenfold.errors import InputError
 from sevenfold.prepare.data import build_missing_corpus, find_inputs, missing_corpus, with_classes
 from sevenfold.prepare.encoder import load_encoder
 from sevenfold.prepare.model import check_model
+from sevenfold.prepare.splits import with_splits
 from sevenfold.prepare.tokenizer import prepare_tokenizer
 from sevenfold.recipe import Recipe
 from sevenfold.report.console import say
@@ -45,7 +46,8 @@ def run(recipe: Recipe, verbose: bool = False) -> str:
             f"{recipe.name}: data.cache is not set: "
             "add data.cache=FOLDER, the folder for the token cache"
         )
-    folder = storage.resolve_output(recipe.data.cache)
+    recipe = with_splits(recipe)
+    folder = storage.resolve_output(str(recipe.data.cache))
     token_cache.require_usable_folder(folder)
     inputs = None if missing_corpus(recipe) else find_inputs(recipe)
     checked = check_model(recipe if inputs is None else with_classes(recipe, inputs.train))

@@ -1,0 +1,51 @@
+"""Commands to start with: the recipes and cluster files that come with sevenfold."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+
+def recipes(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="A recipe to print.", show_default=False),
+    ] = None,
+) -> None:
+    """List the recipes that come with sevenfold, or print one.
+
+    Commands take their names: `sevenfold finetune chat data.path=FILE`.
+    """
+    from pathlib import Path
+
+    from sevenfold.recipe import shipped
+    from sevenfold.report.console import print_text, say
+
+    if name is not None:
+        print_text(Path(shipped.recipe_file(name)).read_text(encoding="utf-8"))
+        return
+    for name, file in shipped.recipes().items():
+        say(f"{name:<16} {shipped.summary(file)}")
+
+
+def cluster_files(
+    out: Annotated[str, typer.Argument(metavar="FOLDER", help="A new or empty folder.")],
+) -> None:
+    """Write the files to start a cluster with: cluster.yaml for `ray up`, and deploy/."""
+    import shutil
+    from pathlib import Path
+
+    from sevenfold.errors import InputError
+    from sevenfold.recipe import shipped
+    from sevenfold.report.console import say
+
+    folder = Path(out)
+    files = shipped.cluster_files()
+    taken = [str(folder / name) for name in files if (folder / name).exists()]
+    if taken:
+        raise InputError(f"{taken[0]}: exists already: choose another folder, or move it away")
+    for name, file in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, folder / name)
+    say(f"{folder}: {', '.join(files)}")
