@@ -20,6 +20,7 @@ commands
 sweep
 train
 evaluate
+init
 doctor inspect export faults
 prepare
 plan

@@ -22,6 +22,7 @@ app = typer.Typer(
 )
 # In the order in which --help lists them.
 _COMMANDS: tuple[Callable[..., None], ...] = (
+    starting.init,
     starting.recipes,
     starting.cluster_files,
     runs.corpus,

@@ -12,6 +12,14 @@ Recipe = Annotated[
         metavar="RECIPE", help="A recipe: a YAML file, or a name from `sevenfold recipes`."
     ),
 ]
+RecipeOrData = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE|DATA",
+        help="A recipe: a YAML file, or a name from `sevenfold recipes`. Or data to train "
+        "on: a file or folder.",
+    ),
+]
 OptionalRecipe = Annotated[
     str | None,
     typer.Argument(metavar="[RECIPE]", help="A recipe, a YAML file.", show_default=False),
@@ -21,6 +29,24 @@ Overrides = Annotated[
     typer.Argument(
         metavar="[KEY.PATH=VALUE]...",
         help="Changes to the recipe, such as train.steps=100.",
+        show_default=False,
+    ),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(
+        metavar="TASK",
+        help="chat, classify, summarize, translate, retrieve, prefer or pretrain.  "
+        "[default: by the columns]",
+        show_default=False,
+    ),
+]
+StartFrom = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="The model to start from: a run, a Hugging Face directory, a GGUF file or "
+        "hf://ORGANIZATION/NAME.  [default: a new small one]",
         show_default=False,
     ),
 ]

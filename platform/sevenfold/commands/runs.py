@@ -11,7 +11,10 @@ from sevenfold.commands.options import (
     DryRun,
     Overrides,
     Recipe,
+    RecipeOrData,
     Run,
+    StartFrom,
+    Task,
     TrustRemoteCode,
     Verbose,
 )
@@ -42,29 +45,43 @@ def corpus(
 
 
 def pretrain(
-    recipe: Recipe,
+    recipe: RecipeOrData,
     overrides: Overrides = None,
+    model: StartFrom = None,
+    task: Task = None,
     dry_run: DryRun = False,
     verbose: Verbose = False,
     trust_remote_code: TrustRemoteCode = None,
 ) -> None:
-    """Pretrain a model on text."""
+    """Pretrain a model on text.
+
+    With data instead of a recipe, the recipe that `sevenfold init DATA` writes is run.
+    """
     from sevenfold.train import launch
 
-    _run_recipe(launch.pretrain, recipe, overrides, dry_run, verbose, trust_remote_code)
+    _run_recipe(
+        launch.pretrain, recipe, overrides, dry_run, verbose, trust_remote_code, model, task
+    )
 
 
 def finetune(
-    recipe: Recipe,
+    recipe: RecipeOrData,
     overrides: Overrides = None,
+    model: StartFrom = None,
+    task: Task = None,
     dry_run: DryRun = False,
     verbose: Verbose = False,
     trust_remote_code: TrustRemoteCode = None,
 ) -> None:
-    """Fine-tune a model."""
+    """Fine-tune a model.
+
+    With data instead of a recipe, the recipe that `sevenfold init DATA` writes is run.
+    """
     from sevenfold.train import launch
 
-    _run_recipe(launch.finetune, recipe, overrides, dry_run, verbose, trust_remote_code)
+    _run_recipe(
+        launch.finetune, recipe, overrides, dry_run, verbose, trust_remote_code, model, task
+    )
 
 
 def sweep(
@@ -115,6 +132,8 @@ def _run_recipe(
     dry_run: bool,
     verbose: bool,
     trust_remote_code: list[str] | None,
+    model: str | None = None,
+    task: str | None = None,
 ) -> None:
     """Reads a recipe and runs it, or describes it if this is a dry run.
 
@@ -125,10 +144,26 @@ def _run_recipe(
         dry_run: Whether to describe the recipe instead.
         verbose: Whether to show Ray's logs.
         trust_remote_code: The hashes of the models' code that may run.
+        model: For data instead of a recipe: the model to start from.
+        task: For data instead of a recipe: the task.
+
+    Raises:
+        InputError: Also: model or task is given beside a recipe.
     """
+    from sevenfold.errors import InputError
+    from sevenfold.init.command import is_data, recipe_of
     from sevenfold.recipe import parse
 
-    parsed = parse(recipe, overrides or []).trusting(trust_remote_code)
+    if is_data(recipe):
+        parsed = recipe_of(recipe, task, model, overrides or [])
+    elif model is not None or task is not None:
+        option = f"--model {model}" if model is not None else f"--task {task}"
+        raise InputError(
+            f"{option}: {recipe} is a recipe, which has both: change it, or give data instead"
+        )
+    else:
+        parsed = parse(recipe, overrides or [])
+    parsed = parsed.trusting(trust_remote_code)
     if dry_run:
         from sevenfold.prepare.dry_run import describe
         from sevenfold.report.console import print_text

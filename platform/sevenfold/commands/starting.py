@@ -1,10 +1,30 @@
-"""Commands to start with: the recipes and cluster files that come with sevenfold."""
+"""Commands to start with: a recipe for data of one's own, and the recipes that are shipped."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import typer
+
+from sevenfold.commands.options import StartFrom, Task
+
+
+def init(
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="A file, folder or glob, local or a URL.")
+    ],
+    task: Task = None,
+    model: StartFrom = None,
+    out: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="The recipe's file.  [default: DATA's name, .yaml]"),
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Ask nothing.")] = False,
+) -> None:
+    """Look at data and write a recipe that trains on it."""
+    from sevenfold.init import command
+
+    command.run(data, task, model, out, ask=not yes and command.is_terminal())
 
 
 def recipes(

@@ -1,0 +1,279 @@
+"""Chooses the settings of a recipe by the rows, the model and the machine."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sevenfold import storage
+from sevenfold.data.tokenizer import load_tokenizer
+from sevenfold.errors import InputError
+from sevenfold.init.rows import Rows
+from sevenfold.init.tasks import TASKS, Match, texts_of
+from sevenfold.model.config import Family
+from sevenfold.prepare.splits import PARTS
+from sevenfold.recipe import shipped
+from sevenfold.recipe.plain_yaml import read_yaml
+
+MIN_ROWS, MIN_CHARACTERS = 10, 2_000  # of less, nothing can be learnt and held out
+BYTES_PER_TOKEN = 3.0  # of a tokenizer that is trained on little text
+PADDING = 0.9  # the share of a packed row that holds text
+FRAME_TOKENS = 16  # of a chat template, or of special tokens, per row
+# LoRA takes a fraction of the memory, and forgets less of what a large model knows.
+LORA_PARAMETERS = 50_000_000
+LORA_RATE, FULL_RATE = 2e-4, 2e-5  # usual peaks: LoRA's paper (2106.09685), and full fine-tuning
+MINUTES_ON_CPUS = 8.0  # how long a recipe trains on a machine without a GPU
+STEP_SECONDS, START_SECONDS = 0.05, 40.0  # beside the matrix products, on CPUs
+# Floating point operations per second and core that training reaches in float32, about. It is not
+# measured, so that the same data on the same machine gives the same recipe.
+CORE_FLOPS = 2.5e10
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model to start from.
+
+    Attributes:
+        path: As it was given.
+        family: Its architecture.
+        parameters: The number of its parameters, by the size of its weights.
+        max_tokens: The longest text that it takes.
+        vocabulary: The number of its tokens.
+        tokens_per_byte: Of the rows, by its tokenizer.
+    """
+
+    path: str
+    family: Family
+    parameters: int
+    max_tokens: int
+    vocabulary: int
+    tokens_per_byte: float
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What this machine has.
+
+    Attributes:
+        gpus: The number of GPUs.
+        bfloat16: Whether they compute in bfloat16.
+        cores: The number of CPU cores.
+    """
+
+    gpus: int
+    bfloat16: bool
+    cores: int
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The numbers of a recipe; the names are those of the recipe."""
+
+    objective: str
+    name: str
+    held_out: float
+    split_column: str | None
+    sequence_length: int
+    cut: float  # the share of the rows that are longer
+    global_batch: int
+    micro_batch: int
+    steps: int
+    epochs: int
+    minutes: float | None  # None: not estimated
+    is_shortened: bool  # whether the steps are fewer than the epochs
+    workers: int
+    lora: bool
+    learning_rate: float
+    scratch: dict[str, Any]  # the sections of the shipped recipe, if a new model is trained
+
+
+def look_at_base(path: str, rows: Rows, match: Match) -> Base:
+    """Reads a model's config and tokenizer.
+
+    Raises:
+        InputError: There is no such model, or it cannot be used.
+    """
+    from transformers import AutoConfig
+
+    from sevenfold.errors import first_line
+    from sevenfold.model.config import family, local_model
+
+    folder = local_model(path, weights=False)
+    try:
+        config: Any = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except Exception as e:  # a config's own code raises anything
+        raise InputError(f"{folder}/config.json: {first_line(e)}") from None
+    tokenizer = load_tokenizer(folder)
+    texts = texts_of(rows, match)
+    tokens = sum(len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"])
+    longest = getattr(config, "max_position_embeddings", None) or 2**20
+    weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+    width = 2 if "16" in str(getattr(config, "dtype", "")) else 4
+    return Base(
+        path,
+        family(config),
+        weights // width,
+        min(int(longest), 2**20),
+        len(tokenizer),
+        tokens / max(1, sum(len(text.encode()) for text in texts)),
+    )
+
+
+def this_machine() -> Machine:
+    """Returns what this machine has."""
+    gpus = torch.cuda.device_count()
+    return Machine(gpus, bool(gpus) and torch.cuda.is_bf16_supported(), os.cpu_count() or 1)
+
+
+def choose(rows: Rows, match: Match, base: Base | None, machine: Machine) -> Settings:
+    """Chooses the settings.
+
+    Raises:
+        InputError: There are too few rows, or the task needs another kind of model.
+    """
+    characters = rows.survey["characters"]
+    if rows.rows < MIN_ROWS and characters < MIN_CHARACTERS * MIN_ROWS:
+        raise InputError(
+            f"{rows.path}: expected at least {MIN_ROWS} rows to learn from, found {rows.rows}"
+        )
+    if characters < MIN_CHARACTERS:
+        raise InputError(
+            f"{rows.path}: expected at least {MIN_CHARACTERS:,} characters of text to learn from, "
+            f"found {characters:,}"
+        )
+    if base is None and not match.task.recipe:
+        raise InputError(
+            f"{rows.path}: {match.task.name} starts from a pretrained model: give it by --model"
+        )
+    objective = _objective(match, base)
+    scratch = {} if base else read_yaml(str(shipped.recipes()[match.task.recipe]), "a recipe")
+    tokens = _tokens_of_rows(rows, match, base)
+    length, cut = _sequence_length(tokens, objective, base, machine)
+    packed = sum(min(n, length) for n in tokens) / len(tokens) * rows.rows
+    if objective in ("causal", "masked", "denoise"):
+        packed = sum(tokens) / len(tokens) * rows.rows
+    sequences = max(1.0, packed / (length * PADDING))
+    workers = max(1, machine.gpus)
+    batch = _global_batch(sequences, workers)
+    steps_per_epoch = max(1, math.ceil(sequences / batch))
+    epochs = max(1, min(3 if base else 10, math.ceil(300 / steps_per_epoch)))
+    micro = max(1, min(batch // workers, (16_384 if machine.gpus else 4_096) // length))
+    lora = base is not None and base.parameters >= LORA_PARAMETERS
+    parameters = base.parameters if base else _parameters(scratch)
+    steps = steps_per_epoch * epochs
+    minutes = None
+    shortened = False
+    if not machine.gpus:
+        flops = (4 if lora else 6) * parameters * batch * length
+        seconds = flops / (machine.cores * CORE_FLOPS) + STEP_SECONDS * batch / micro
+        most = max(10, int((MINUTES_ON_CPUS * 60 - START_SECONDS) / seconds))
+        shortened = steps > most
+        steps = min(steps, most)
+        minutes = (START_SECONDS + steps * seconds) / 60
+    return Settings(
+        objective,
+        run_name(rows.path),
+        _held_out(rows, base, machine),
+        _split_column(rows),
+        length,
+        cut,
+        batch,
+        micro,
+        steps,
+        epochs,
+        minutes,
+        shortened,
+        workers,
+        lora,
+        (LORA_RATE if lora else FULL_RATE) if base else scratch["optimizer"]["learning_rate"],
+        scratch,
+    )
+
+
+def run_name(path: str) -> str:
+    """Returns a run's name for data: the last part of its path, without its suffixes."""
+    last = storage.without_secrets(path).rstrip("/").split("/")[-1] or "run"
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last.split("*")[0]).strip("-._")
+    return os.path.splitext(name.removesuffix(".gz").removesuffix(".zst"))[0] or "run"
+
+
+def _objective(match: Match, base: Base | None) -> str:
+    """Returns the objective of a task with a model of this architecture."""
+    task, objective = match.task, match.task.objective
+    if base is None:
+        return objective
+    if task.name == "pretrain":
+        return {"decoder": "causal", "encoder": "masked", "encoder-decoder": "denoise"}[base.family]
+    needed: dict[str, tuple[Family, ...]] = {
+        "sft": ("decoder",),
+        "dpo": ("decoder",),
+        "seq2seq": ("encoder-decoder", "decoder"),
+        "embed": ("encoder",),
+        "classify": ("decoder", "encoder", "encoder-decoder"),
+    }
+    if base.family not in needed[objective]:
+        raise InputError(
+            f"{base.path}: {task.name} needs {' or '.join(needed[objective])}, found "
+            f"{'an' if base.family[0] == 'e' else 'a'} {base.family}: give another --model, or "
+            f"another --task ({', '.join(TASKS)})"
+        )
+    # a decoder writes summaries and translations as replies
+    return "sft" if objective == "seq2seq" and base.family == "decoder" else objective
+
+
+def _tokens_of_rows(rows: Rows, match: Match, base: Base | None) -> list[int]:
+    """Returns the number of tokens of the rows of the sample, about."""
+    per_byte = base.tokens_per_byte if base else 1 / BYTES_PER_TOKEN
+    sizes = [len(text.encode()) for text in texts_of(rows, match)]
+    return [math.ceil(size * per_byte) + FRAME_TOKENS for size in sizes]
+
+
+def _sequence_length(
+    tokens: list[int], objective: str, base: Base | None, machine: Machine
+) -> tuple[int, float]:
+    """Returns a length that 99% of the rows fit into, and the share of the rows that do not."""
+    most = min(base.max_tokens if base else 2**20, 2048 if machine.gpus else 512)
+    if objective == "causal":
+        most = min(most, 1024 if machine.gpus else 256)
+        return most, 0.0  # a longer document is divided over several sequences
+    ordered = sorted(tokens)
+    fits = ordered[min(len(ordered) - 1, math.ceil(0.99 * len(ordered)) - 1)]
+    length = min(most, 64 * math.ceil(fits / 64))
+    return length, sum(n > length for n in tokens) / len(tokens)
+
+
+def _global_batch(sequences: float, workers: int) -> int:
+    """Returns a power of two, at most 32, of which an epoch has about 20 steps."""
+    batch = 2 ** max(2, min(5, round(math.log2(max(1.0, sequences / 20)))))
+    return max(batch, 2 ** math.ceil(math.log2(workers)))
+
+
+def _held_out(rows: Rows, base: Base | None, machine: Machine) -> float:
+    """Returns the share of the rows to hold out: a tenth, and no more than are soon answered."""
+    enough = 64 if base and not machine.gpus else 1_000
+    share = min(0.1, max(enough / rows.rows, 0.001))
+    return round(max(share, 5 / rows.rows if rows.rows < 200 else 0.0), 3)
+
+
+def _split_column(rows: Rows) -> str | None:
+    """Returns the column that says which part a row belongs to, if there is one."""
+    known = {name for names in PARTS.values() for name in names}
+    column = rows.columns.get("split")
+    is_known = column is not None and {v.lower() for v in column.values} <= known
+    return "split" if is_known and column is not None and column.filled == rows.rows else None
+
+
+def _parameters(scratch: dict[str, Any]) -> int:
+    """Returns about how many parameters of matrices the model of a shipped recipe has."""
+    config = scratch["model"]["config"]
+    width = config.get("hidden_size") or config.get("d_model") or 256
+    layers = config.get("num_hidden_layers") or 2 * (config.get("num_layers") or 3)
+    has_head = scratch.get("objective") not in ("classify", "embed")
+    head = width * scratch["tokenizer"]["vocab_size"] if has_head else 0
+    return int(12 * width * width * layers + head)
