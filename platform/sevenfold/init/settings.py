@@ -27,7 +27,9 @@ PADDING = 0.9  # the share of a packed row that holds text
 FRAME_TOKENS = 16  # of a chat template, or of special tokens, per row
 # LoRA takes a fraction of the memory, and forgets less of what a large model knows.
 LORA_PARAMETERS = 50_000_000
-LORA_RATE, FULL_RATE = 2e-4, 2e-5  # usual peaks: LoRA's paper (2106.09685), and full fine-tuning
+# Usual peaks: ten times as much for LoRA as for all weights (thinkingmachines.ai/blog/lora); small
+# encoders learn classes and retrieval at more (benchmarks/uses.py).
+LORA_RATE, FULL_RATE, SMALL_ENCODER_RATE = 5e-4, 5e-5, 1e-4
 MINUTES_ON_CPUS = 8.0  # how long a recipe trains on a machine without a GPU
 STEP_SECONDS, START_SECONDS = 0.05, 40.0  # beside the matrix products, on CPUs
 # Floating point operations per second and core that training reaches in float32, about. It is not
@@ -43,6 +45,7 @@ class Base:
         path: As it was given.
         family: Its architecture.
         parameters: The number of its parameters, by the size of its weights.
+        embeddings: How many of these are an encoder's embeddings, which are only looked up.
         max_tokens: The longest text that it takes.
         vocabulary: The number of its tokens.
         tokens_per_byte: Of the rows, by its tokenizer.
@@ -51,6 +54,7 @@ class Base:
     path: str
     family: Family
     parameters: int
+    embeddings: int
     max_tokens: int
     vocabulary: int
     tokens_per_byte: float
@@ -87,6 +91,7 @@ class Settings:
     epochs: int
     minutes: float | None  # None: not estimated
     is_shortened: bool  # whether the steps are fewer than the epochs
+    validation_rows: int
     workers: int
     lora: bool
     learning_rate: float
@@ -115,10 +120,13 @@ def look_at_base(path: str, rows: Rows, match: Match) -> Base:
     longest = getattr(config, "max_position_embeddings", None) or 2**20
     weights = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
     width = 2 if "16" in str(getattr(config, "dtype", "")) else 4
+    kind = family(config)
+    embeddings = len(tokenizer) * int(getattr(config, "hidden_size", 0) or 0)
     return Base(
         path,
-        family(config),
+        kind,
         weights // width,
+        embeddings if kind == "encoder" else 0,
         min(int(longest), 2**20),
         len(tokenizer),
         tokens / max(1, sum(len(text.encode()) for text in texts)),
@@ -155,52 +163,69 @@ def choose(rows: Rows, match: Match, base: Base | None, machine: Machine) -> Set
     scratch = {} if base else read_yaml(str(shipped.recipes()[match.task.recipe]), "a recipe")
     tokens = _tokens_of_rows(rows, match, base)
     length, cut = _sequence_length(tokens, objective, base, machine)
-    packed = sum(min(n, length) for n in tokens) / len(tokens) * rows.rows
-    if objective in ("causal", "masked", "denoise"):
-        packed = sum(tokens) / len(tokens) * rows.rows
-    sequences = max(1.0, packed / (length * PADDING))
+    lora = base is not None and base.parameters >= LORA_PARAMETERS
+    is_text = objective in ("causal", "masked", "denoise")
+    used = tokens if is_text else [min(n, length) for n in tokens]
+    sequences = max(1.0, sum(used) / len(used) * rows.rows / (length * PADDING))
     workers = max(1, machine.gpus)
-    batch = _global_batch(sequences, workers)
+    validation_rows = 16 if base and not machine.gpus else 64
+    budget = None if machine.gpus else _sequences_in_time(base, scratch, lora, length, machine)
+    if budget is not None:
+        budget = max(40, budget - validation_rows)  # validating takes a third of training
+    batch = _global_batch(sequences, budget, workers)
     steps_per_epoch = max(1, math.ceil(sequences / batch))
     epochs = max(1, min(3 if base else 10, math.ceil(300 / steps_per_epoch)))
-    micro = max(1, min(batch // workers, (16_384 if machine.gpus else 4_096) // length))
-    lora = base is not None and base.parameters >= LORA_PARAMETERS
-    parameters = base.parameters if base else _parameters(scratch)
     steps = steps_per_epoch * epochs
+    most = steps if budget is None else max(10, budget // batch)
     minutes = None
-    shortened = False
-    if not machine.gpus:
-        flops = (4 if lora else 6) * parameters * batch * length
-        seconds = flops / (machine.cores * CORE_FLOPS) + STEP_SECONDS * batch / micro
-        most = max(10, int((MINUTES_ON_CPUS * 60 - START_SECONDS) / seconds))
-        shortened = steps > most
-        steps = min(steps, most)
-        minutes = (START_SECONDS + steps * seconds) / 60
+    if budget is not None:
+        minutes = MINUTES_ON_CPUS * min(steps, most) * batch / budget
     return Settings(
         objective,
         run_name(rows.path),
-        _held_out(rows, base, machine),
+        _held_out(rows, objective, base, machine),
         _split_column(rows),
         length,
         cut,
         batch,
-        micro,
-        steps,
+        max(1, min(batch // workers, (16_384 if machine.gpus else 4_096) // length)),
+        min(steps, most),
         epochs,
         minutes,
-        shortened,
+        steps > most,
+        validation_rows,
         workers,
         lora,
-        (LORA_RATE if lora else FULL_RATE) if base else scratch["optimizer"]["learning_rate"],
+        _learning_rate(base, lora, scratch),
         scratch,
     )
 
 
+def _sequences_in_time(
+    base: Base | None, scratch: dict[str, Any], lora: bool, length: int, machine: Machine
+) -> int:
+    """Returns about how many sequences CPUs train on in MINUTES_ON_CPUS."""
+    parameters = base.parameters - base.embeddings if base else _parameters(scratch)
+    # forward, backward to the activations, and to the weights, which LoRA leaves out
+    flops = (4 if lora else 6) * parameters * length
+    seconds = flops / (machine.cores * CORE_FLOPS) + STEP_SECONDS / 8
+    return int((MINUTES_ON_CPUS * 60 - START_SECONDS) / seconds)
+
+
+def _learning_rate(base: Base | None, lora: bool, scratch: dict[str, Any]) -> float:
+    if base is None:
+        return float(scratch["optimizer"]["learning_rate"])
+    if lora:
+        return LORA_RATE
+    return SMALL_ENCODER_RATE if base.family == "encoder" else FULL_RATE
+
+
 def run_name(path: str) -> str:
     """Returns a run's name for data: the last part of its path, without its suffixes."""
-    last = storage.without_secrets(path).rstrip("/").split("/")[-1] or "run"
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", last.split("*")[0]).strip("-._")
-    return os.path.splitext(name.removesuffix(".gz").removesuffix(".zst"))[0] or "run"
+    parts = storage.without_secrets(path).split("*")[0].rstrip("/").split("/")
+    name = parts[-1].removesuffix(".gz").removesuffix(".zst")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.splitext(name)[0]).strip("-._")
+    return name or "run"
 
 
 def _objective(match: Match, base: Base | None) -> str:
@@ -248,17 +273,20 @@ def _sequence_length(
     return length, sum(n > length for n in tokens) / len(tokens)
 
 
-def _global_batch(sequences: float, workers: int) -> int:
-    """Returns a power of two, at most 32, of which an epoch has about 20 steps."""
-    batch = 2 ** max(2, min(5, round(math.log2(max(1.0, sequences / 20)))))
+def _global_batch(sequences: float, budget: int | None, workers: int) -> int:
+    """Returns a power of two, 4 to 32, of which an epoch or the time has about 20 steps or more."""
+    most = min(sequences, budget or sequences)
+    batch = 2 ** max(2, min(5, math.floor(math.log2(max(1.0, most / 20)))))
     return max(batch, 2 ** math.ceil(math.log2(workers)))
 
 
-def _held_out(rows: Rows, base: Base | None, machine: Machine) -> float:
-    """Returns the share of the rows to hold out: a tenth, and no more than are soon answered."""
-    enough = 64 if base and not machine.gpus else 1_000
-    share = min(0.1, max(enough / rows.rows, 0.001))
-    return round(max(share, 5 / rows.rows if rows.rows < 200 else 0.0), 3)
+def _held_out(rows: Rows, objective: str, base: Base | None, machine: Machine) -> float:
+    """Returns the share of the rows to hold out: a tenth, and no more than are soon measured."""
+    is_slow = base is not None and not machine.gpus and objective in ("sft", "seq2seq", "dpo")
+    share = min(0.1, (64 if is_slow else 1_000) / rows.rows)
+    if rows.rows < 200:
+        share = max(share, 5 / rows.rows)
+    return round(max(share, 0.001), 3)
 
 
 def _split_column(rows: Rows) -> str | None:

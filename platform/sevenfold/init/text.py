@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from typing import Any
 
 from sevenfold.init.rows import Rows
@@ -119,8 +120,11 @@ def _training(s: Settings, rows: Rows, machine: Machine) -> list[str]:
         train["dtype"] = "bfloat16"
     optimizer = dict(s.scratch.get("optimizer", {})) or {"learning_rate": s.learning_rate}
     schedule = {"name": "cosine", "warmup_steps": max(1, s.steps // 20)}
-    every = max(1, s.steps // 5)
-    validation: dict[str, Any] = {"every": every, "rows": 64, "keep_best": True}
+    validation: dict[str, Any] = {
+        "every": max(1, s.steps // 3),
+        "rows": s.validation_rows,
+        "keep_best": True,
+    }
     if s.objective == "classify":
         validation["metric"] = "validation/f1_macro"
     if s.objective in ("sft", "seq2seq"):
@@ -152,11 +156,29 @@ def _flow(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(map(_flow, value)) + "]"
     if isinstance(value, str):
-        plain = value.replace("_", "").replace("/", "").replace(".", "").replace("-", "")
-        is_plain = plain.isalnum() and plain.isascii() and plain[0].isalpha()
-        reserved = value.lower() in ("true", "false", "null", "yes", "no", "on", "off", "nan")
-        return value if is_plain and not reserved else json.dumps(value, ensure_ascii=False)
+        plain = re.fullmatch(r"[A-Za-z/][\w./-]*", value, re.ASCII)
+        reserved = value.lower() in (
+            "true",
+            "false",
+            "null",
+            "yes",
+            "no",
+            "on",
+            "off",
+            "nan",
+            "y",
+            "n",
+        )
+        return value if plain and not reserved else _quoted(value)
     return json.dumps(value)
+
+
+def _quoted(text: str) -> str:
+    """Returns a string in YAML's double quotes, with line separators and the like escaped."""
+    characters = (
+        f"\\{c}" if c in '"\\' else c if c.isprintable() else f"\\U{ord(c):08x}" for c in text
+    )
+    return f'"{"".join(characters)}"'
 
 
 # for data of less than SMALL_BYTES
