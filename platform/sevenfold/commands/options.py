@@ -61,6 +61,16 @@ DryRun = Annotated[
         "--dry-run", help="Print the full recipe and what follows from it, then exit without a run."
     ),
 ]
+Preview = Annotated[
+    int,
+    typer.Option(
+        metavar="N",
+        min=0,
+        max=1000,
+        help="With --dry-run, which it implies: show N rows as the model will see them.",
+        show_default=False,
+    ),
+]
 TrustRemoteCode = Annotated[
     list[str] | None,
     typer.Option(

@@ -10,6 +10,7 @@ import typer
 from sevenfold.commands.options import (
     DryRun,
     Overrides,
+    Preview,
     Recipe,
     RecipeOrData,
     Run,
@@ -49,6 +50,7 @@ def pretrain(
     overrides: Overrides = None,
     model: StartFrom = None,
     task: Task = None,
+    preview: Preview = 0,
     dry_run: DryRun = False,
     verbose: Verbose = False,
     trust_remote_code: TrustRemoteCode = None,
@@ -60,7 +62,15 @@ def pretrain(
     from sevenfold.train import launch
 
     _run_recipe(
-        launch.pretrain, recipe, overrides, dry_run, verbose, trust_remote_code, model, task
+        launch.pretrain,
+        recipe,
+        overrides,
+        dry_run,
+        verbose,
+        trust_remote_code,
+        model,
+        task,
+        preview,
     )
 
 
@@ -69,6 +79,7 @@ def finetune(
     overrides: Overrides = None,
     model: StartFrom = None,
     task: Task = None,
+    preview: Preview = 0,
     dry_run: DryRun = False,
     verbose: Verbose = False,
     trust_remote_code: TrustRemoteCode = None,
@@ -80,7 +91,15 @@ def finetune(
     from sevenfold.train import launch
 
     _run_recipe(
-        launch.finetune, recipe, overrides, dry_run, verbose, trust_remote_code, model, task
+        launch.finetune,
+        recipe,
+        overrides,
+        dry_run,
+        verbose,
+        trust_remote_code,
+        model,
+        task,
+        preview,
     )
 
 
@@ -134,6 +153,7 @@ def _run_recipe(
     trust_remote_code: list[str] | None,
     model: str | None = None,
     task: str | None = None,
+    preview: int = 0,
 ) -> None:
     """Reads a recipe and runs it, or describes it if this is a dry run.
 
@@ -146,6 +166,7 @@ def _run_recipe(
         trust_remote_code: The hashes of the models' code that may run.
         model: For data instead of a recipe: the model to start from.
         task: For data instead of a recipe: the task.
+        preview: The number of rows to show; if there are any, this is a dry run.
 
     Raises:
         InputError: Also: model or task is given beside a recipe.
@@ -164,11 +185,11 @@ def _run_recipe(
     else:
         parsed = parse(recipe, overrides or [])
     parsed = parsed.trusting(trust_remote_code)
-    if dry_run:
+    if dry_run or preview:
         from sevenfold.prepare.dry_run import describe
         from sevenfold.report.console import print_text
 
-        print_text(describe(parsed))
+        print_text(describe(parsed, preview))
     else:
         run(parsed, verbose)
 

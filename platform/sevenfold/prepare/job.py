@@ -27,6 +27,7 @@ from sevenfold.prepare.data import (
     write_inputs,
 )
 from sevenfold.prepare.encoder import encoder_file
+from sevenfold.prepare.memory import check_memory
 from sevenfold.prepare.model import CheckedModel, check_model, pin_model
 from sevenfold.prepare.splits import with_splits
 from sevenfold.prepare.steps import with_steps
@@ -125,6 +126,8 @@ def prepare_job(
     known = with_stored_classes(recipe, folder) if has_started else recipe
     checked = _connect_and_check_model(known, inputs, verbose)
     resolved = checked.recipe
+    if connect.is_local():
+        check_memory(resolved, checked.parameters)
     _check_cluster(recipe, need, what)
     build_missing_corpus(recipe)
     inputs = inputs or find_inputs(recipe)

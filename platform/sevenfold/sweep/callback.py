@@ -193,6 +193,18 @@ class SweepCallback(tune.Callback):
         values = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         say(f"trial {trial.trial_id}: step {result.get('step')}  {values}")
 
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """Drops Tune's statistics of each metric of a finished trial.
+
+        Nobody reads them, and they are most of what a trial leaves in memory and in the state that
+        is saved at the start of each trial.
+        """
+        trial.metric_n_steps.clear()
+        trial.metric_analysis.clear()
+        trial.run_metadata.invalidate_cache()
+
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
