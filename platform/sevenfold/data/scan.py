@@ -13,6 +13,7 @@ import pyarrow as pa
 from sevenfold import storage
 from sevenfold.data.manifest import COLUMNS, Manifest, list_files, reading_threads
 from sevenfold.data.sources import formats
+from sevenfold.data.sources.csv_rows import header_hint
 from sevenfold.data.sources.reading import column_names
 from sevenfold.data.sources.row_groups import split_shard
 from sevenfold.data.sources.shards import (
@@ -130,7 +131,10 @@ def _recognise_columns(
                 raise
             continue  # it is left out when it is examined
         more = shard.format == "jsonl"  # the keys of its first line; other lines may have more
-        return formats.recognise(source, objective, names, shard.path, more, ignored_columns)
+        try:
+            return formats.recognise(source, objective, names, shard.path, more, ignored_columns)
+        except InputError as e:
+            raise InputError(f"{e}{header_hint(shard, names)}") from None
     return source
 
 

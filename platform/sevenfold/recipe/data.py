@@ -77,9 +77,11 @@ class Source(Section):
         "",
         description="Name in data.curriculum and in the ledger. Default: the last part of path",
     )
-    format: Literal["parquet", "jsonl", "txt"] | None = Field(
+    format: Literal["parquet", "jsonl", "txt", "csv", "tsv", "arrow"] | None = Field(
         None,
-        description="File format. Default: by the file name's suffix, also before .gz and .zst",
+        description="File format. Default: by the file name's suffix, also before .gz and .zst. "
+        "csv, tsv: with a header; cells are text as it is written, and an empty cell is a missing "
+        "value. arrow: Arrow IPC files and streams, and Feather",
     )
     text: str = Field("text", description="Pretraining: the column or key that holds the document")
     shape: str | None = Field(
@@ -98,8 +100,8 @@ class Source(Section):
     )
     encoding: str | None = Field(
         None,
-        description="txt, jsonl: the encoding of the files, such as gb18030, shift_jis, utf-16 or "
-        "latin-1; or auto: it is guessed for each file. Default: utf-8",
+        description="txt, jsonl, csv, tsv: the encoding of the files, such as gb18030, shift_jis, "
+        "utf-16 or latin-1; or auto: it is guessed for each file. Default: utf-8",
     )
     weight: float | None = Field(
         None,
@@ -111,6 +113,11 @@ class Source(Section):
     filters: list[Filter] = Field(
         [], description="A document is read if it passes all of these filters"
     )
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _rename_format(cls, name: Any) -> Any:
+        return "arrow" if name == "feather" else name
 
     @field_validator("encoding")
     @classmethod

@@ -1,9 +1,9 @@
 """Shards (input files) and row groups: the data classes, and what all file formats share.
 
 A shard is one input file. It is split into row groups, the units in which documents are read. A row
-group is a range of rows of one parquet row group, or the documents that begin within a byte range
-of a text file (offsets always count uncompressed bytes). So any row group can be read on its own;
-in a compressed file, everything before it has to be decompressed as well.
+group is a range of rows of one parquet row group or Arrow record batch, or the documents that begin
+within a byte range of a text file (offsets always count uncompressed bytes). So any row group can
+be read on its own; in a compressed file, everything before it has to be decompressed as well.
 
 `row_groups` splits shards into row groups; `reading` reads the documents of a row group.
 """
@@ -22,12 +22,16 @@ from sevenfold import storage
 from sevenfold.errors import InputError, first_line
 from sevenfold.recipe import Source
 
-Format = Literal["parquet", "jsonl", "txt"]
+Format = Literal["parquet", "jsonl", "txt", "csv", "tsv", "arrow"]
 SUFFIXES: dict[Format, tuple[str, ...]] = {
     "parquet": (".parquet", ".pq"),
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "txt": (".txt",),
+    "csv": (".csv",),
+    "tsv": (".tsv",),
+    "arrow": (".arrow", ".feather", ".ipc"),
 }
+BINARY: tuple[Format, ...] = ("parquet", "arrow")  # not text, and with a compression of their own
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 MAX_GROUP_BYTES = 64 * 2**20  # of uncompressed text in a row group
@@ -77,6 +81,16 @@ class Shard:
         return int(self.fingerprint.partition("-")[0])
 
     @property
+    def is_binary(self) -> bool:
+        """Whether the file is not text."""
+        return self.format in BINARY
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether the rows have cells of text, in which numbers are written too."""
+        return self.format in ("csv", "tsv")
+
+    @property
     def is_decoded(self) -> bool:
         """Whether the bytes of the text are not those of the file."""
         return bool(self.compression or self.encoding or self.newline)
@@ -93,10 +107,10 @@ class RowGroup:
 
     Attributes:
         shard: The index of its shard in the manifest.
-        index: For parquet, the index of the file's own row group; for text files, the number of
-            this row group.
-        start: The first row within the file's row group (parquet), or the first byte of the range
-            in which its documents begin (text).
+        index: For parquet, the index of the file's own row group, for Arrow that of the record
+            batch; for text files, the number of this row group.
+        start: The first row within the file's row group or record batch, or the first byte of the
+            range in which its documents begin (text).
         end: One past the last row or byte.
         documents: The number of documents; 0 if unknown, because text files are not read to count
             them.
@@ -155,7 +169,7 @@ def file_suffixes(source: Source) -> tuple[str, ...]:
         plain = SUFFIXES[source.format]
     else:
         plain = tuple(s for suffixes in SUFFIXES.values() for s in suffixes)
-    text = [s for s in plain if s not in SUFFIXES["parquet"]]
+    text = [s for s in plain if not any(s in SUFFIXES[name] for name in BINARY)]
     return plain + tuple(s + compression for s in text for compression in COMPRESSIONS)
 
 
@@ -171,16 +185,16 @@ def named_shard(path: str, source_index: int, source: Source) -> Shard:
         name = name.rsplit(".", 1)[0]
     by_name = (f for f, suffixes in SUFFIXES.items() if name.endswith(suffixes))
     file_format = source.format or next(by_name, None)
-    if file_format is None or (file_format == "parquet" and compression):
+    if file_format is None or (file_format in BINARY and compression):
         supported = ", ".join(s for suffixes in SUFFIXES.values() for s in suffixes)
         raise InputError(
             f"{path}: unsupported file type; supported: {supported}, text also with .gz or .zst: "
             "rename the file, or set the source's `format`"
         )
-    if source.encoding is not None and file_format == "parquet":
+    if source.encoding is not None and file_format in BINARY:
         raise InputError(
-            f"{path}: encoding: expected text or JSON lines, found parquet, whose text is always "
-            "UTF-8: remove the source's `encoding`"
+            f"{path}: encoding: expected text, JSON lines or CSV, found {file_format}, whose text "
+            "is always UTF-8: remove the source's `encoding`"
         )
     return Shard(path, source_index, file_format, compression, fingerprint="")
 
@@ -218,8 +232,9 @@ def read_tail(file: Any) -> Tail:
 
 def describe_location(shard: Shard, group: RowGroup) -> str:
     """Returns where a row group is within its shard, for messages and the ledger."""
-    if shard.format == "parquet":
-        return f"row group {group.index}, rows {group.start}-{group.end - 1}"
+    if shard.is_binary:
+        part = "row group" if shard.format == "parquet" else "record batch"
+        return f"{part} {group.index}, rows {group.start}-{group.end - 1}"
     if group.end == MAX_SHARD_BYTES:  # the file's size was only estimated
         return f"from byte {group.start} on"
     return f"bytes {group.start}-{group.end - 1}"
@@ -227,8 +242,8 @@ def describe_location(shard: Shard, group: RowGroup) -> str:
 
 def wrong_content(shard: Shard, error: Exception) -> InputError:
     """Returns the error to raise for a file whose content is not what its name promises."""
-    plain = "a parquet file" if shard.format == "parquet" else "text"
-    expected = shard.compression or plain
+    plain = {"parquet": "a parquet file", "arrow": "an Arrow IPC file or stream"}
+    expected = shard.compression or plain.get(shard.format, "text")
     return InputError(
         f"{shard.path}: expected {expected} (by its name), found other or damaged content: "
         f"{first_line(error)}"

@@ -26,7 +26,7 @@ def with_text_format(shard: Shard, source: Source, file: storage.Reader) -> Shar
         OSError: The file is damaged, or not in the source's encoding.
         EOFError: It is truncated.
     """
-    if shard.format == "parquet":
+    if shard.is_binary:
         return shard
     if source.encoding == "auto":
         encoding = _guess(shard, file)
@@ -40,7 +40,7 @@ def with_text_format(shard: Shard, source: Source, file: storage.Reader) -> Shar
         if b"\n" in head or len(head) >= BLOCK_BYTES:
             break
     has_only_returns = b"\r" in head[:-1] and b"\n" not in head
-    if has_only_returns and (source.separator or shard.format == "jsonl"):
+    if has_only_returns and (source.separator or shard.format != "txt"):
         return replace(shard, newline="CR")
     return shard
 
