@@ -94,9 +94,11 @@ class Source(Section):
         description="Fine-tuning: role -> column, for columns with other names than the usual: "
         "{source: en, target: de}",
     )
-    separator: str = Field(
-        "\n",
-        description="txt: the string between two documents. Empty: each file is one document",
+    separator: str | None = Field(
+        None,
+        description='txt: the string between two documents. "\\n": each line is one; "": each file '
+        "is one. Default: a single file has one document per line; of several files (a folder or "
+        "glob), each is one document, but one larger than data.max_document_mb has one per line",
     )
     encoding: str | None = Field(
         None,
@@ -142,6 +144,11 @@ class Source(Section):
                     f"{role}"
                 )
         return columns
+
+    @property
+    def lines(self) -> str:
+        """The separator; without one, that of the lines, as it was the default of versions."""
+        return "\n" if self.separator is None else self.separator
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields; one that earlier versions do not have only if it is set."""

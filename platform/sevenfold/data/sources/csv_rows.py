@@ -217,6 +217,7 @@ def column_names(file: Any, shard: Shard) -> list[str]:
             f"{shard.path}: first line: not UTF-8 at its byte {e.start} (see the source's "
             "`encoding`)"
         ) from None
+    row = row.rstrip(b"\r\n") + NEWLINE
     names = pyarrow.csv.read_csv(
         pa.BufferReader(row),
         pyarrow.csv.ReadOptions(use_threads=False, block_size=len(row) + 1),

@@ -26,6 +26,7 @@ from sevenfold.data.sources.shards import (
     describe_location,
     wrong_content,
 )
+from sevenfold.data.sources.shards import separator as between
 from sevenfold.data.sources.text_blocks import (
     BLOCK_BYTES,
     DocumentRange,
@@ -201,7 +202,7 @@ def _read_text(
     text_columns: Sequence[str],
     max_bytes: int,
 ) -> RawDocuments:
-    separator = Separator("\n" if shard.format == "jsonl" else source.separator)
+    separator = Separator(between(shard, source))
     if not separator.width and group.bytes > max_bytes:
         empty = pa.chunked_array([], pa.large_string())
         return RawDocuments(

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from sevenfold import storage
 from sevenfold.data.sources import arrow_batches, csv_rows
 from sevenfold.data.sources.json_lines import parse_object
-from sevenfold.data.sources.shards import Format, Shard, file_suffixes, named_shard
+from sevenfold.data.sources.shards import Format, Shard, named_shard
+from sevenfold.data.sources.source_files import find_files
 from sevenfold.data.sources.text_blocks import blocks, lines
 from sevenfold.data.sources.text_encoding import with_text_format
 from sevenfold.errors import InputError, first_line
@@ -84,7 +85,7 @@ def records(path: str) -> Iterator[Record]:
         RunError: The storage keeps failing.
     """
     source = Source(path=path)
-    for file, *_ in storage.input_files(storage.resolve_input(path), file_suffixes(source)):
+    for file, *_ in find_files(source).files:
         shard = named_shard(file, 0, source)
         try:
             with storage.open_read(file) as opened:

@@ -19,6 +19,7 @@ from sevenfold.data.sources.shards import (
     RowGroup,
     Shard,
     decompression_bomb,
+    separator,
     wrong_content,
 )
 from sevenfold.data.sources.text_blocks import blocks, first_block
@@ -299,9 +300,10 @@ def _split_text(
     else:
         size = shard.file_bytes
         parts = -(-size // target_bytes)
-    if shard.format == "txt" and source.separator != "\n":
+    between = separator(shard, source)
+    if between != "\n":
         documents = 0  # lines were counted
-    if shard.format == "txt" and not source.separator:  # the whole file is one document
+    if not between:  # the whole file is one document
         parts, documents = min(1, size), 1
     part_bytes = -(-size // max(1, parts))
     groups = []

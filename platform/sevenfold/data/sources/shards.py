@@ -63,6 +63,7 @@ class Shard:
         version: What the storage reported of the file when the run was started, see
             `storage.version`; "" if it was not recorded.
         content: The hash of the whole content at that time; "" if it was not computed.
+        whole: Whether a text file is one document, although its source has a separator.
     """
 
     path: str
@@ -74,6 +75,7 @@ class Shard:
     newline: str = ""
     version: str = ""
     content: str = ""
+    whole: bool = False
 
     @property
     def file_bytes(self) -> int:
@@ -97,7 +99,7 @@ class Shard:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields; those that earlier versions do not have only if they are set."""
-        later = ("encoding", "newline", "version", "content")
+        later = ("encoding", "newline", "version", "content", "whole")
         return {key: value for key, value in vars(self).items() if value or key not in later}
 
 
@@ -163,16 +165,6 @@ class RawDocuments:
     passes: np.ndarray | None = None
 
 
-def file_suffixes(source: Source) -> tuple[str, ...]:
-    """Returns the suffixes of the files that are read when a source is a folder."""
-    if source.format:
-        plain = SUFFIXES[source.format]
-    else:
-        plain = tuple(s for suffixes in SUFFIXES.values() for s in suffixes)
-    text = [s for s in plain if not any(s in SUFFIXES[name] for name in BINARY)]
-    return plain + tuple(s + compression for s in text for compression in COMPRESSIONS)
-
-
 def named_shard(path: str, source_index: int, source: Source) -> Shard:
     """Returns the shard at a path, with what its name says: the format and the compression.
 
@@ -197,6 +189,13 @@ def named_shard(path: str, source_index: int, source: Source) -> Shard:
             "is always UTF-8: remove the source's `encoding`"
         )
     return Shard(path, source_index, file_format, compression, fingerprint="")
+
+
+def separator(shard: Shard, source: Source) -> str:
+    """Returns what is between two documents of a text file; "" if it is one document."""
+    if shard.format == "txt":
+        return "" if shard.whole else source.lines
+    return "\n"
 
 
 def fingerprint(path: str) -> str:
