@@ -66,12 +66,14 @@ class Filter(Section):
 class Source(Section):
     """Documents in one file, in the files (shards) of a folder, or in those that match a glob.
 
-    Local, or behind a URL that fsspec can open (s3, gs, http, ...).
+    Local, or behind a URL that fsspec can open (s3, gs, http, ...), also a dataset of the Hugging
+    Face Hub.
     """
 
     path: Location = Field(
-        description="File, folder or glob. A relative path starts at the current folder; in a "
-        "submitted Ray job, see storage.resolve_input"
+        description="File, folder or glob; a folder that `datasets` wrote with save_to_disk; or a "
+        "dataset of the hub, hf://datasets/ORGANIZATION/NAME:train. A relative path starts at the "
+        "current folder; in a submitted Ray job, see storage.resolve_input"
     )
     name: str = Field(
         "",

@@ -159,7 +159,9 @@ def _glob(fs: fsspec.AbstractFileSystem, path: str, root: str) -> dict[str, dict
         path: The glob, as the user gave it.
         root: The glob within the filesystem.
     """
-    matches = with_retries(path, "listed", lambda: fs.glob(root, detail=True, on_error="raise"))
+    # huggingface_hub's filesystem raises errors anyway, and does not know the setting
+    strict = {} if path.startswith("hf://") else {"on_error": "raise"}
+    matches = with_retries(path, "listed", lambda: fs.glob(root, detail=True, **strict))
     if is_url(path):
         for name in matches:
             plain_name(name.lstrip("/"), path)

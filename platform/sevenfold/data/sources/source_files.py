@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from sevenfold import storage
+from sevenfold.data.sources import hub_datasets
 from sevenfold.data.sources.shards import BINARY, COMPRESSIONS, SUFFIXES, Format
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
@@ -55,6 +56,11 @@ def find_files(source: Source, version: int = CURRENT) -> SourceFiles:
         InputError: There are none, or the folder is one of `datasets` that cannot be read.
     """
     path = storage.resolve_input(source.path)
+    dataset = None
+    if hub_datasets.is_hub(path):
+        dataset = hub_datasets.parse(path)
+        hub_datasets.require(dataset, path)
+        path = dataset.url
     if version == EARLIER:
         return SourceFiles(storage.input_files(path, file_suffixes(source, _EARLIER_FORMATS)))
     suffixes = file_suffixes(source)
@@ -62,6 +68,8 @@ def find_files(source: Source, version: int = CURRENT) -> SourceFiles:
         listing = storage.list_input(path, suffixes, _is_text if source.format == "txt" else None)
     except storage.NoFilesError as e:
         raise InputError(f"{e}{_describe(e.unread, source)}") from None
+    if dataset is not None:
+        listing = hub_datasets.of_split(listing, dataset, source.path)
     if source.format not in (None, "arrow"):
         return SourceFiles(listing.files, listing.unread)
     return _of_saved_datasets(path, listing, source)
@@ -141,7 +149,8 @@ def report_unread(source: Source, unread: Sequence[str], reported: set[str]) -> 
     """
     if unread and source.path not in reported:
         reported.add(source.path)
-        say(f"{source.path.rstrip('/')}/{_describe(unread, source)}")
+        slash = "" if hub_datasets.is_hub(source.path) else "/"
+        say(f"{source.path.rstrip('/')}{slash}{_describe(unread, source)}")
 
 
 def _describe(unread: Sequence[str], source: Source) -> str:
