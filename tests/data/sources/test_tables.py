@@ -311,7 +311,7 @@ def test_damaged_arrow_files_are_refused(name: str, tmp_path: Path) -> None:
     WRITERS[name](table(), path)
     content = path.read_bytes()
     refused = 0
-    for position in range(0, len(content), max(1, len(content) // 150)):
+    for position in range(0, len(content), max(1, len(content) // 60)):
         damaged = bytearray(content)
         damaged[position] ^= 0xFF
         path.write_bytes(damaged)

@@ -97,8 +97,9 @@ def read_layout(file: Any, shard: Shard) -> Layout:
         raise OSError("expected a schema in the first message")
     for number, message in enumerate(m for m in messages if m.kind in (_BATCH, _DICTIONARY)):
         stored = message.end - message.start
-        if message.bytes > max(MAX_GROUP_BYTES, MAX_COMPRESSION_RATIO * stored):
-            raise decompression_bomb(shard, f"record batch {number}", message.bytes)
+        least = max(message.bytes, message.rows)  # the text of a row has at least one byte
+        if least > max(MAX_GROUP_BYTES, MAX_COMPRESSION_RATIO * stored) or message.rows < 0:
+            raise decompression_bomb(shard, f"record batch {number}", least)
         if max(message.bytes, stored) > MAX_BATCH_BYTES:
             raise InputError(
                 f"{shard.path}: record batch {number}: expected at most "
@@ -191,7 +192,7 @@ def _messages(file: Any, position: int, size: int) -> Iterator[Message]:
         length = int.from_bytes(head[4:], "little", signed=True)
         if length == 0:
             return
-        if not 0 < length <= size - position - 8:
+        if not 0 < length <= min(size - position - 8, MAX_BATCH_BYTES):
             raise EOFError(f"the message at byte {position:,} is truncated")
         body = position + 8 + length
         metadata = file.read(length)

@@ -165,15 +165,22 @@ def _read_arrow(
             f"{shard.path}: record batch {group.index}: expected {group.end:,} rows or more, found "
             f"{len(batch):,}: the file is damaged"
         )
-    part = batch.slice(group.start, group.end - group.start)
-    plain = {name: _plain(part[name]) for name in columns}
-    table = pa.table({name: plain[name] for name in text_columns})
-    if table.nbytes > 2 * MAX_GROUP_BYTES + 64 * group.bytes:
-        raise decompression_bomb(shard, describe_location(shard, group), table.nbytes)
+    parts: list[pa.Table] = []
+    passes: list[np.ndarray] = []
+    size = 0
+    for start in range(group.start, group.end, _BATCH_ROWS):
+        part = batch.slice(start, min(_BATCH_ROWS, group.end - start))
+        plain = {name: _plain(part[name]) for name in columns}
+        passes.append(pass_all(plain, rules, len(part), shard.path))
+        parts.append(pa.table({name: plain[name] for name in text_columns}))
+        size += parts[-1].nbytes
+        if size > 2 * MAX_GROUP_BYTES + 64 * group.bytes:
+            raise decompression_bomb(shard, describe_location(shard, group), size)
+    table = pa.concat_tables(parts)
     return RawDocuments(
         {column: table[column] for column in text_columns},
         lambda i: f"record batch {group.index}, row {group.start + i}",
-        passes=pass_all(plain, rules, len(part), shard.path) if rules else None,
+        passes=np.concatenate(passes) if rules else None,
     )
 
 

@@ -183,8 +183,6 @@ def _split_arrow(
     groups: list[RowGroup] = []
     share: float | None = None
     for index, batch in enumerate(layout.batches):
-        if batch.rows < 0:
-            raise OSError(f"record batch {index} has {batch.rows} rows")
         if share is None and batch.rows:
             first = arrow_batches.read_batch(file, shard, layout, index, text_columns)
             if len(first) != batch.rows:
