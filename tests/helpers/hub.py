@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 import threading
+import urllib.parse
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 
 class Hub:
-    """Repositories of models, whose branch `main` can be moved.
+    """Repositories of models or datasets, whose branch `main` can be moved.
 
     Attributes:
         url: The server's address.
@@ -63,10 +65,35 @@ def serve() -> Iterator[Hub]:
         def do_GET(self) -> None:
             self._answer(body=True)
 
+        def do_POST(self) -> None:
+            """Answers what is at some paths of a repository."""
+            parts = self.path.partition("?")[0].strip("/").split("/")
+            asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+            wanted = (
+                json.loads(asked)["paths"]
+                if asked.startswith("{")
+                else urllib.parse.parse_qs(asked).get("paths", [])
+            )
+            repository = "/".join(parts[2:4])
+            entries = self._entries(repository, hub.commit(repository, parts[5]) or "")
+            self._send(json.dumps([e for e in entries if e["path"] in wanted]).encode(), True)
+
+        def _entries(self, repository: str, commit: str) -> list[dict[str, object]]:
+            """Returns the files and folders of a commit."""
+            files = hub.files(repository, commit)
+            folders = {str(f) for n in files for f in Path(n).parents if str(f) != "."}
+            return [
+                *({"type": "directory", "path": f, "size": 0, "oid": f} for f in sorted(folders)),
+                *(
+                    {"type": "file", "path": n, "size": p.stat().st_size, "oid": self._etag(p)}
+                    for n, p in files.items()
+                ),
+            ]
+
         def _answer(self, body: bool) -> None:
             parts = self.path.partition("?")[0].strip("/").split("/")
-            is_api = parts[:2] == ["api", "models"]
-            parts = parts[2:] if is_api else parts
+            is_api = parts[:2] in (["api", "models"], ["api", "datasets"])
+            parts = parts[2:] if is_api else parts[parts[0] == "datasets" :]
             repository, revision = "/".join(parts[:2]), parts[3] if len(parts) > 3 else "main"
             if not hub.known(repository):
                 return self._fail(404, "RepoNotFound")
@@ -78,10 +105,10 @@ def serve() -> Iterator[Hub]:
             files = hub.files(repository, commit)
             if not is_api:
                 return self._send_file(repository, commit, "/".join(parts[4:]), body)
-            entries = [
-                {"type": "file", "path": n, "size": p.stat().st_size, "oid": self._etag(p)}
-                for n, p in files.items()
-            ]
+            entries = self._entries(repository, commit)
+            if "recursive=true" not in self.path.lower():
+                inside = "/".join(parts[4:])
+                entries = [e for e in entries if str(e["path"]).rpartition("/")[0] == inside]
             siblings = [{"rfilename": n} for n in files]
             info = {"id": repository, "modelId": repository, "sha": commit, "siblings": siblings}
             is_tree = parts[2:3] == ["tree"]
@@ -94,10 +121,19 @@ def serve() -> Iterator[Hub]:
             if body:
                 hub.downloads.append(f"{repository}/{name}")
             headers = {"ETag": f'"{self._etag(path)}"', "X-Repo-Commit": commit}
-            return self._send(path.read_bytes(), body, headers)
+            content = path.read_bytes()
+            if wanted := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", "")):
+                content = content[int(wanted[1]) : int(wanted[2]) + 1]
+            return self._send(content, body, headers, 206 if wanted else 200)
 
-        def _send(self, data: bytes, body: bool, headers: dict[str, str] | None = None) -> None:
-            self.send_response(200)
+        def _send(
+            self,
+            data: bytes,
+            body: bool,
+            headers: dict[str, str] | None = None,
+            status: int = 200,
+        ) -> None:
+            self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             for key, value in (headers or {}).items():
                 self.send_header(key, value)

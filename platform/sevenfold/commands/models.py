@@ -80,7 +80,7 @@ def retrieve(
         str,
         typer.Option(
             metavar="FILE",
-            help="The texts: Parquet, JSON Lines or text (one per line); or a folder of files.",
+            help="The texts: Parquet, Arrow, JSON Lines, CSV or text (one per line); or a folder.",
         ),
     ],
     query: Annotated[

@@ -22,9 +22,9 @@ from sevenfold.data.sources.shards import (
     RowGroup,
     Shard,
     content_hash,
-    file_suffixes,
     fingerprint,
 )
+from sevenfold.data.sources.source_files import CURRENT, EARLIER, find_files
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
 from sevenfold.recipe.locations import STORED
@@ -51,6 +51,7 @@ class Manifest(storage.CarriesSecrets):
         skipped: An error message for each shard that was left out (on_bad_document: skip).
         tokens_per_byte: Tokens per byte of text of each source, measured on a sample; () as long
             as there is no tokenizer.
+        version: The version of which files of a folder are read, see `sources.source_files`.
     """
 
     sources: tuple[Source, ...]
@@ -58,6 +59,7 @@ class Manifest(storage.CarriesSecrets):
     table: np.ndarray
     skipped: tuple[str, ...] = ()
     tokens_per_byte: tuple[float, ...] = ()
+    version: int = CURRENT
 
     def __len__(self) -> int:
         return len(self.table)
@@ -94,7 +96,9 @@ class Manifest(storage.CarriesSecrets):
 
     def to_json(self) -> dict[str, Any]:
         """Returns the manifest as a tree that can be stored as JSON."""
-        return {
+        # earlier versions wrote none
+        version = {} if self.version == EARLIER else {"version": self.version}
+        return version | {
             "sources": [s.to_json() for s in self.sources],
             "shards": [s.to_json() for s in self.shards],
             "row_groups": {c: self.table[:, i].tolist() for i, c in enumerate(COLUMNS)},
@@ -115,12 +119,14 @@ class Manifest(storage.CarriesSecrets):
             np.ascontiguousarray(table),
             tuple(map(storage.hide_secrets, tree["left_out"])),
             tuple(tree["tokens_per_byte"]),
+            int(tree.get("version", EARLIER)),
         )
 
     def hash(self) -> str:
         """Returns a hash of what is read: the sources, shards and row groups."""
         tree = self.to_json()
         del tree["left_out"], tree["tokens_per_byte"]
+        tree.pop("version", None)
         for shard in tree["shards"]:  # a copy of the data is the same data
             shard.pop("version", None)
             shard.pop("content", None)
@@ -154,7 +160,11 @@ class Manifest(storage.CarriesSecrets):
             InputError: A file is new, missing or has changed. Names the file.
         """
         recorded = {shard.path: shard for shard in self.shards}
-        current = {file.path: file for _, file in list_files(self.sources)}
+        current = {
+            file.path: file
+            for source in self.sources
+            for file in find_files(source, self.version).files
+        }
         skipped = {message.partition(": ")[0] for message in self.skipped}
         for path in sorted(recorded.keys() | (current.keys() - skipped)):
             if path not in current:
@@ -180,15 +190,6 @@ def _has_changed(shard: Shard) -> bool:
     if fingerprint(shard.path) != shard.fingerprint:
         return True
     return bool(shard.content) and content_hash(shard.path) != shard.content
-
-
-def list_files(sources: Sequence[Source]) -> list[tuple[int, storage.InputFile]]:
-    """Returns (index of the source, file) of all files of the sources."""
-    return [
-        (i, file)
-        for i, source in enumerate(sources)
-        for file in storage.input_files(storage.resolve_input(source.path), file_suffixes(source))
-    ]
 
 
 def reading_threads(paths: Iterable[str]) -> ThreadPoolExecutor:

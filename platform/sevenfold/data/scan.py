@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 
 from sevenfold import storage
-from sevenfold.data.manifest import COLUMNS, Manifest, list_files, reading_threads
+from sevenfold.data.manifest import COLUMNS, Manifest, reading_threads
 from sevenfold.data.sources import formats
+from sevenfold.data.sources.csv_rows import header_hint
+from sevenfold.data.sources.documents import Selection
 from sevenfold.data.sources.reading import column_names
-from sevenfold.data.sources.row_groups import split_shard
+from sevenfold.data.sources.row_groups import estimated_size, split_shard
 from sevenfold.data.sources.shards import (
     COMPRESSIONS,
     RowGroup,
@@ -23,9 +25,11 @@ from sevenfold.data.sources.shards import (
     read_tail,
     wrong_content,
 )
+from sevenfold.data.sources.source_files import find_files, report_unread
 from sevenfold.data.sources.text_encoding import report_encodings, with_text_format
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
+from sevenfold.report.console import say
 
 TARGET_BYTES = 2 * 2**20  # of text in a row group
 # The smallest target, for text and for the rows of fine-tuning data.
@@ -51,6 +55,8 @@ def scan(
     on_bad: Literal["error", "skip"] = "error",
     most: int = TARGET_BYTES,
     ignored_columns: Sequence[str] = (),
+    max_bytes: int = Selection.max_bytes,
+    reported: set[str] | None = None,
 ) -> Manifest:
     """Examines the files of all sources and splits them into row groups.
 
@@ -67,13 +73,22 @@ def scan(
         on_bad: What to do about a bad shard: raise an error, or leave it out.
         most: The maximum size of a row group to aim for, bytes of text.
         ignored_columns: Columns that are not read although a format knows their names.
+        max_bytes: The maximum size of a document.
+        reported: The folders of which it was said already which of their files are not read; those
+            of the sources are added.
 
     Raises:
         InputError: A source contains no files or no documents. If `on_bad` is "error", also: a
             shard is not what its name says, lacks a column, is truncated, empty, a decompression
             bomb, or a copy of another.
     """
-    files = list_files(sources)
+    found = [find_files(source) for source in sources]
+    for source, (_, unread) in zip(sources, found, strict=True):
+        report_unread(source, unread, set() if reported is None else reported)
+    files = [(i, file) for i, source_files in enumerate(found) for file in source_files.files]
+    whole = [_is_divided_by_files(s, f.files) for s, f in zip(sources, found, strict=True)]
+    # what follows reads each line as a document, unless the shard says otherwise
+    sources = [source.model_copy(update={"separator": source.lines}) for source in sources]
     skipped: list[str] = []
     with reading_threads(file.path for _, file in files) as pool:
         sources = [
@@ -84,8 +99,10 @@ def scan(
         minimum = _MIN_EXAMPLE_BYTES if objective in formats.SHAPES else _MIN_BYTES
         # At most 3/4 of an equal share of each chunk, so that there are more row groups than chunks
         target = max(minimum, min(most, TARGET_BYTES, 3 * sum(sizes) // max(1, 4 * chunks)))
-        examined = _examine_all(pool, files, sizes, sources, target)
+        most_whole = [max_bytes if is_whole else -1 for is_whole in whole]
+        examined = _examine_all(pool, files, sizes, sources, target, most_whole)
         shards, table = _kept(examined, on_bad, skipped)
+    _report_whole_files(shards, sources, whole, max_bytes)
     report_encodings(shards, sources)
     source_of_group = np.array([shard.source for shard in shards], np.int64)[table[:, 0]]
     for i, source in enumerate(sources):
@@ -130,7 +147,10 @@ def _recognise_columns(
                 raise
             continue  # it is left out when it is examined
         more = shard.format == "jsonl"  # the keys of its first line; other lines may have more
-        return formats.recognise(source, objective, names, shard.path, more, ignored_columns)
+        try:
+            return formats.recognise(source, objective, names, shard.path, more, ignored_columns)
+        except InputError as e:
+            raise InputError(f"{e}{header_hint(shard, names)}") from None
     return source
 
 
@@ -140,8 +160,18 @@ def _examine_all(
     sizes: Sequence[int],
     sources: Sequence[Source],
     target_bytes: int,
+    most_whole: Sequence[int],
 ) -> Iterable[_Examined | str]:
-    """Yields each file's shard and row groups, or an error message if it cannot be used."""
+    """Yields each file's shard and row groups, or an error message if it cannot be used.
+
+    Args:
+        pool: The threads that read the files.
+        files: The files.
+        sizes: Their sizes.
+        sources: The sources.
+        target_bytes: The size of row groups to aim for.
+        most_whole: Of each source, up to which size a text file is one document.
+    """
     decoded = sum(
         size
         for (i, file), size in zip(files, sizes, strict=True)
@@ -161,6 +191,9 @@ def _examine_all(
             with storage.open_read(file.path) as opened:
                 tail = read_tail(opened)
                 shard = replace(shard, fingerprint=tail.fingerprint, version=file.version)
+                if shard.format == "txt" and most_whole[index] >= 0:
+                    size, _ = _decoded_size(shard, opened)
+                    shard = replace(shard, whole=size <= most_whole[index])
                 shard = _with_text_format(shard, source, opened)
                 groups = split_shard(
                     number,
@@ -178,6 +211,49 @@ def _examine_all(
             return str(e)
 
     return pool.map(examine, enumerate(files))
+
+
+def _is_divided_by_files(source: Source, files: Sequence[storage.InputFile]) -> bool:
+    """Returns whether each text file of a source is one document: of several, without separator."""
+    if source.separator is not None or len(files) < 2:
+        return False
+    return sum(_is_text(file, source) for file in files) > 1
+
+
+def _is_text(file: storage.InputFile, source: Source) -> bool:
+    try:
+        return named_shard(file.path, 0, source).format == "txt"
+    except InputError:
+        return False  # reported when it is examined
+
+
+def _report_whole_files(
+    shards: Sequence[Shard], sources: Sequence[Source], whole: Sequence[bool], max_bytes: int
+) -> None:
+    """Says how the text files of each source are divided, if that follows from their number."""
+    for index, source in enumerate(sources):
+        text = [s.whole for s in shards if s.source == index and s.format == "txt"]
+        if not whole[index] or not text:
+            continue
+        large, s = "", "" if len(text) == 1 else "s"
+        if count := text.count(False):
+            large = (
+                f"; but {count:,}, larger than {max_bytes / 1e6:g} MB (data.max_document_mb), "
+                "one document per line"
+            )
+        say(
+            f"source {source.name}: {len(text):,} text file{s}, each one document{large} "
+            '(separator: "\\n" makes each line a document)'
+        )
+
+
+def _decoded_size(shard: Shard, file: storage.Reader) -> tuple[int, bool]:
+    if not shard.compression:
+        return shard.file_bytes, False
+    try:
+        return estimated_size(shard, file)
+    except (OSError, EOFError) as e:
+        raise wrong_content(shard, e) from None
 
 
 def _with_text_format(shard: Shard, source: Source, file: storage.Reader) -> Shard:

@@ -33,6 +33,7 @@ _SIZES = (
 )
 _MAX_SIZE = 2**24  # larger ones would fill any memory
 _MAX_OFFSET = 8  # no model reserves as many positions
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+")  # how a model of the hub is called
 Family = Literal["decoder", "encoder", "encoder-decoder"]
 
 
@@ -55,9 +56,15 @@ def model_path(path: str) -> str:
         return run_model
     if storage.exists(storage.join(folder, "config.json")):
         return folder
+    hint = ""
+    if _REPOSITORY.fullmatch(path) and not storage.exists(folder):
+        hint = (
+            f"; for the model {path} of the hub, give {hub.PREFIX}{path}, or get it with: hf "
+            f"download {path} --local-dir FOLDER, then give FOLDER"
+        )
     raise InputError(
         f"{folder}: expected a run, a Hugging Face directory (config.json), a GGUF file (.gguf) or "
-        "the name of a model of the hub (hf://ORGANIZATION/NAME), found none of them"
+        f"the name of a model of the hub (hf://ORGANIZATION/NAME), found none of them{hint}"
     )
 
 

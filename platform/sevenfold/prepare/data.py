@@ -146,12 +146,15 @@ def find_inputs(recipe: Recipe) -> Inputs:
             data.
     """
     data, objective = recipe.data, recipe.objective
+    max_bytes, reported = int(data.max_document_mb * 1e6), set[str]()
     validation, test = (
         scan(
             sources,
             objective,
             on_bad=data.on_bad_document,
             ignored_columns=data.ignore_columns,
+            max_bytes=max_bytes,
+            reported=reported,
         )
         if sources
         else None
@@ -174,6 +177,8 @@ def find_inputs(recipe: Recipe) -> Inputs:
         data.on_bad_document,
         max_group_bytes,
         data.ignore_columns,
+        max_bytes,
+        reported,
     )
     inputs = Inputs(train, validation, test)
     DataOrder.from_manifest(train, data, recipe.seed, recipe.lanes).segments  # noqa: B018 (checks the stages)

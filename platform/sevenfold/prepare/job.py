@@ -102,7 +102,7 @@ def prepare_job(
         InputError: The recipe, its data or its model cannot be used. Nothing was written.
         RunError: Other jobs hold the cluster's resources.
     """
-    recipe = with_splits(pin_model(recipe, folder))
+    recipe = with_stored_separators(with_splits(pin_model(recipe, folder)), folder)
     identity = recipe.hash()
     if storage.exists(folder.recipe):
         identity = claim_folder(folder, recipe)
@@ -225,6 +225,37 @@ def _write_folder(folder: RunFolder, recipe: Recipe, resolved: Recipe, inputs: I
     return inputs
 
 
+def with_stored_separators(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """Returns a run's recipe with the separators of its sources that it was started with.
+
+    A run of an earlier version has stored that each line is a document, which was the default.
+
+    Args:
+        recipe: The recipe. What it sets itself stays.
+        folder: The run's folder.
+    """
+    if not storage.exists(folder.recipe):
+        return recipe
+    stored = loads(storage.read_text(folder.recipe), folder.recipe)
+    changes = {
+        f"data.{where}.separator": before
+        for where, before, now in _separators(stored, recipe)
+        if now is None and before is not None
+    }
+    return recipe.override(changes) if changes else recipe
+
+
+def _separators(stored: Recipe, recipe: Recipe) -> list[tuple[str, str | None, str | None]]:
+    """Returns (place, separator in the stored recipe, separator in the recipe) of each source."""
+    return [
+        (f"{key}.{i}", before.separator, now.separator)
+        for key in ("sources", "validation", "test")
+        for i, (before, now) in enumerate(
+            zip(getattr(stored.data, key), getattr(recipe.data, key), strict=False)
+        )
+    ]
+
+
 def read_recipe(folder: RunFolder) -> Recipe:
     """Returns the recipe of a run that has started, with the classes that its data has."""
     return with_stored_classes(loads(storage.read_text(folder.recipe), folder.recipe), folder)
@@ -290,6 +321,13 @@ def claim_folder(folder: RunFolder, recipe: Recipe) -> str:
                 "use its recipe to resume it, or choose another name (name=...)"
             )
         storage.write(folder.identity, identity)
+    for where, before, now in _separators(stored, recipe):
+        if before is None and now is not None:  # the hash is the same
+            raise InputError(
+                f"{folder.root}: a run of this name exists with another recipe (data.{where}."
+                f"separator: unset in that run, {now!r} in this recipe): use its recipe to resume "
+                "it, or choose another name (name=...)"
+            )
     had_secrets = first_hash != stored.hash()  # an earlier version has stored it
     if had_secrets and not has_identity:
         storage.write(folder.identity, identity)

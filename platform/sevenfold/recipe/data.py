@@ -66,20 +66,24 @@ class Filter(Section):
 class Source(Section):
     """Documents in one file, in the files (shards) of a folder, or in those that match a glob.
 
-    Local, or behind a URL that fsspec can open (s3, gs, http, ...).
+    Local, or behind a URL that fsspec can open (s3, gs, http, ...), also a dataset of the Hugging
+    Face Hub.
     """
 
     path: Location = Field(
-        description="File, folder or glob. A relative path starts at the current folder; in a "
-        "submitted Ray job, see storage.resolve_input"
+        description="File, folder or glob; a folder that `datasets` wrote with save_to_disk; or a "
+        "dataset of the hub, hf://datasets/ORGANIZATION/NAME:train. A relative path starts at the "
+        "current folder; in a submitted Ray job, see storage.resolve_input"
     )
     name: str = Field(
         "",
         description="Name in data.curriculum and in the ledger. Default: the last part of path",
     )
-    format: Literal["parquet", "jsonl", "txt"] | None = Field(
+    format: Literal["parquet", "jsonl", "txt", "csv", "tsv", "arrow"] | None = Field(
         None,
-        description="File format. Default: by the file name's suffix, also before .gz and .zst",
+        description="File format. Default: by the file name's suffix, also before .gz and .zst. "
+        "csv, tsv: with a header; cells are text as it is written, and an empty cell is a missing "
+        "value. arrow: Arrow IPC files and streams, and Feather",
     )
     text: str = Field("text", description="Pretraining: the column or key that holds the document")
     shape: str | None = Field(
@@ -92,14 +96,16 @@ class Source(Section):
         description="Fine-tuning: role -> column, for columns with other names than the usual: "
         "{source: en, target: de}",
     )
-    separator: str = Field(
-        "\n",
-        description="txt: the string between two documents. Empty: each file is one document",
+    separator: str | None = Field(
+        None,
+        description='txt: the string between two documents. "\\n": each line is one; "": each file '
+        "is one. Default: a single file has one document per line; of several files (a folder or "
+        "glob), each is one document, but one larger than data.max_document_mb has one per line",
     )
     encoding: str | None = Field(
         None,
-        description="txt, jsonl: the encoding of the files, such as gb18030, shift_jis, utf-16 or "
-        "latin-1; or auto: it is guessed for each file. Default: utf-8",
+        description="txt, jsonl, csv, tsv: the encoding of the files, such as gb18030, shift_jis, "
+        "utf-16 or latin-1; or auto: it is guessed for each file. Default: utf-8",
     )
     weight: float | None = Field(
         None,
@@ -111,6 +117,11 @@ class Source(Section):
     filters: list[Filter] = Field(
         [], description="A document is read if it passes all of these filters"
     )
+
+    @field_validator("format", mode="before")
+    @classmethod
+    def _rename_format(cls, name: Any) -> Any:
+        return "arrow" if name == "feather" else name
 
     @field_validator("encoding")
     @classmethod
@@ -135,6 +146,11 @@ class Source(Section):
                     f"{role}"
                 )
         return columns
+
+    @property
+    def lines(self) -> str:
+        """The separator; without one, that of the lines, as it was the default of versions."""
+        return "\n" if self.separator is None else self.separator
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields; one that earlier versions do not have only if it is set."""

@@ -233,7 +233,12 @@ class Recipe(files.CarriesSecrets, Section):
         # settings that recipes of earlier versions do not have change no hash while they are unset
         tree["data"] = without_unset(tree["data"], ("ignore_columns", "languages", "split_column"))
         for key in ("sources", "validation", "test"):
-            tree["data"][key] = [without_unset(s, ("encoding",)) for s in tree["data"][key]]
+            # a separator that is unset had this value in earlier versions, which runs have stored;
+            # that it is not set later is checked where a run's recipes are compared
+            tree["data"][key] = [
+                without_unset(s, ("encoding",)) | {"separator": source.lines}
+                for s, source in zip(tree["data"][key], getattr(self.data, key), strict=True)
+            ]
         for key in ("log_every", "activation_checkpointing", "compile", "loss_chunk"):
             del tree["train"][key]
         del tree["model"]["attention"]

@@ -40,21 +40,62 @@ class InputFile(NamedTuple):
     version: str
 
 
+class InputListing(NamedTuple):
+    """The files that a path stands for.
+
+    Attributes:
+        files: The files to read, sorted by their paths.
+        names: Of a folder, their names relative to it; else ().
+        unread: The relative names of the other files in the folder.
+    """
+
+    files: list[InputFile]
+    names: tuple[str, ...] = ()
+    unread: tuple[str, ...] = ()
+
+
+class NoFilesError(InputError):
+    """There is no file to read.
+
+    Attributes:
+        unread: The relative names of other files in the folder.
+    """
+
+    def __init__(self, message: str, unread: tuple[str, ...] = ()):
+        super().__init__(message)
+        self.unread = unread
+
+
 def input_files(path: str, suffixes: tuple[str, ...]) -> list[InputFile]:
-    """Returns the files that a path or URL of a file, folder or glob stands for, sorted.
+    """Returns the files that a path or URL of a file, folder or glob stands for; see `list_input`.
+
+    Args:
+        path: The path or URL.
+        suffixes: The suffixes of the files to return from a folder.
+    """
+    return list_input(path, suffixes).files
+
+
+def list_input(
+    path: str, suffixes: tuple[str, ...], is_read: Callable[[str], bool] | None = None
+) -> InputListing:
+    """Lists the files that a path or URL of a file, folder or glob stands for.
 
     Files in object stores are listed, and not looked up one by one.
 
     Args:
         path: The path or URL.
-        suffixes: The suffixes of the files to return from a folder. It is searched at any depth;
-            files and folders whose names begin with "." or "_" are left out.
+        suffixes: The suffixes of the files to read in a folder. It is searched at any depth; files
+            and folders whose names begin with "." or "_" are left out.
+        is_read: Instead of the suffixes: whether a file of the folder is read, by its name.
 
     Raises:
         InputError: There is nothing at the path, the folder contains no such file, or the URL is a
             folder or glob over HTTP.
         RunError: The storage keeps failing.
     """
+    names: dict[str, str] = {}  # relative names, by the names in `infos`
+    unread: list[str] = []
     fs, root = filesystem(path)
     info = stat(path)
     if is_http(path) and is_listing(path, info, suffixes):
@@ -68,16 +109,36 @@ def input_files(path: str, suffixes: tuple[str, ...]) -> list[InputFile]:
         infos, expected = {root: info}, "a file"
     elif info.get("type") == "directory":
         hidden = re.compile(r"(^|/)[._]")
-        infos = {
-            f"{root.rstrip('/')}/{name}": about
-            for name, about in _find(path).items()
-            if name.lower().endswith(suffixes) and not hidden.search(name)
-        }
+        for name, about in _find(path).items():
+            fits = is_read(name) if is_read else name.lower().endswith(suffixes)
+            if fits and not hidden.search(name):
+                full = f"{root.rstrip('/')}/{name}"
+                names[full], infos[full] = name, about
+            else:
+                unread.append(name)
         expected = f"files ({', '.join('*' + s for s in suffixes)}) in this folder"
     elif not is_http(path) and any(c in root for c in "*?["):
         infos, expected = _glob(fs, path, root), "a file that matches"
     if not infos:
-        raise InputError(f"{path}: expected {expected}, found none")
+        raise NoFilesError(f"{path}: expected {expected}, found none", tuple(unread))
+    relative = tuple(names[name] for name in sorted(names))
+    return InputListing(_input_files(fs, path, info, infos), relative, tuple(unread))
+
+
+def _input_files(
+    fs: fsspec.AbstractFileSystem,
+    path: str,
+    info: dict[str, Any],
+    infos: dict[str, dict[str, Any]],
+) -> list[InputFile]:
+    """Returns the listed files, sorted.
+
+    Args:
+        fs: The filesystem.
+        path: The path of the file, folder or glob.
+        info: fsspec's info about it.
+        infos: The same about each file, by its name in the filesystem.
+    """
     if is_http(path):
         return [InputFile(path, info["size"], _version(info))]
     if not is_url(path):
@@ -98,7 +159,9 @@ def _glob(fs: fsspec.AbstractFileSystem, path: str, root: str) -> dict[str, dict
         path: The glob, as the user gave it.
         root: The glob within the filesystem.
     """
-    matches = with_retries(path, "listed", lambda: fs.glob(root, detail=True, on_error="raise"))
+    # huggingface_hub's filesystem raises errors anyway, and does not know the setting
+    strict = {} if path.startswith("hf://") else {"on_error": "raise"}
+    matches = with_retries(path, "listed", lambda: fs.glob(root, detail=True, **strict))
     if is_url(path):
         for name in matches:
             plain_name(name.lstrip("/"), path)

@@ -13,7 +13,16 @@ from sevenfold.storage.retry import MissingError, with_retries
 from sevenfold.storage.url_secrets import full_url, hide_secrets
 
 # What stores report about a file that changes when its content does.
-VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "Last-Modified", "created")
+VERSION_KEYS = (
+    "ETag",
+    "etag",
+    "md5Hash",
+    "mtime",
+    "LastModified",
+    "Last-Modified",
+    "created",
+    "blob_id",
+)
 
 
 def stat(path: str) -> dict[str, Any]:

@@ -118,7 +118,7 @@ def _permanent_error(path: str, error: Exception) -> Exception | None:
     invalid_url = isinstance(error, aiohttp.ClientError) and isinstance(error, ValueError)
     if isinstance(error, FileExistsError) or invalid_url:
         return InputError(f"{path}: cannot be used: {reason}")
-    if isinstance(error, (OSError, TimeoutError, aiohttp.ClientError)):
+    if isinstance(error, (OSError, TimeoutError, aiohttp.ClientError)) or _is_of_httpx(error):
         return None
     if reason != " ".join(str(error).split()):  # an error that would show a secret
         return InputError(f"{path}: cannot be used: {type(error).__name__}: {reason}")
@@ -130,11 +130,19 @@ def _reason(error: BaseException) -> str:
     return hide_secrets(" ".join(str(error).split()))
 
 
+def _is_of_httpx(error: Exception) -> bool:
+    """Returns whether a request of huggingface_hub failed, whose library is not a dependency."""
+    return any(kind.__name__ == "TransportError" for kind in type(error).__mro__)
+
+
 def _http_status(error: Exception, reason: str) -> int:
     """Returns the HTTP status that a failure reports, or 0 if it reports none."""
     import aiohttp
 
     if isinstance(error, aiohttp.ClientResponseError):
         return error.status
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(status, int):  # of huggingface_hub
+        return status
     match = re.search(r"HTTP status (\d+)", reason)  # in pyarrow's messages
     return int(match[1]) if match else 0

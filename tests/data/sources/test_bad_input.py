@@ -175,8 +175,10 @@ def test_bad_shards_are_named_or_skipped(tmp_path: Path, make: object, says: str
 
 
 def test_missing_files_and_duplicates_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x")
-    with pytest.raises(InputError, match="expected files"):
+    (tmp_path / "a.md").write_text("x")
+    with pytest.raises(
+        InputError, match=r"expected files .* not read: 1 file \(1 .md\); add format: txt"
+    ):
         scan([source(tmp_path)], "causal")
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(InputError, match="is listed twice"):

@@ -214,10 +214,13 @@ def test_folders_globs_and_files_have_spans_of_row_groups(tmp_path: Path) -> Non
         (tmp_path / folder / "_temporary" / "c.txt").write_text("not to be read\n")
         (tmp_path / folder / "a.txt").write_text(f"{folder} a\n")
         (tmp_path / folder / "b.jsonl").write_text(json.dumps({"text": f"{folder} b"}) + "\n")
-        (tmp_path / folder / "c.csv").write_text("not to be read\n")
+        (tmp_path / folder / "c.md").write_text("not to be read\n")
     (tmp_path / "single.txt").write_text("\n".join(f"single {i}" for i in range(5000)))
     manifest = scan(
-        [source(tmp_path / "one"), source(tmp_path / "*" / "a.txt", name="glob")],
+        [
+            source(tmp_path / "one"),
+            source(tmp_path / "*" / "a.txt", name="glob", separator="\n"),
+        ],
         "causal",
         on_bad="skip",
     )

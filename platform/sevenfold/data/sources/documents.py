@@ -188,7 +188,7 @@ class Selection:
         on_text = [rule for rule in source.filters if rule.column in text_columns]
         tested = np.flatnonzero(is_good) if on_text else np.zeros(0, np.int64)
         good_text = {r.column: raw.columns[r.column].take(pa.array(tested)) for r in on_text}
-        passes[tested] &= pass_all(good_text, on_text, len(tested), shard.path)
+        passes[tested] &= pass_all(good_text, on_text, len(tested), shard.path, shard.has_cells)
         keys = MessageKeys(self.ignored)
         if source.shape is not None:
             candidates = np.flatnonzero(is_good & passes)

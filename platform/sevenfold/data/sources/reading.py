@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sevenfold import storage
+from sevenfold.data.sources import arrow_batches, csv_rows
 from sevenfold.data.sources.filters import pass_all
 from sevenfold.data.sources.json_lines import parse_json_lines, parse_object
 from sevenfold.data.sources.shards import (
@@ -25,6 +26,7 @@ from sevenfold.data.sources.shards import (
     describe_location,
     wrong_content,
 )
+from sevenfold.data.sources.shards import separator as between
 from sevenfold.data.sources.text_blocks import (
     BLOCK_BYTES,
     DocumentRange,
@@ -63,6 +65,12 @@ def read_row_group(
     try:
         if shard.format == "parquet":
             return _read_parquet(shard, source, group, text_columns)
+        if shard.format == "arrow":
+            return _read_arrow(shard, source, group, text_columns)
+        if shard.has_cells:
+            with storage.open_read(shard.path) as file:
+                check_unchanged(shard, file)
+                return csv_rows.read_rows(file, shard, source, group, text_columns)
         return _read_text(shard, source, group, text_columns, max_bytes)
     except (pa.ArrowException, OSError, EOFError) as e:
         raise UnreadableError(
@@ -73,6 +81,8 @@ def read_row_group(
 def column_names(shard: Shard) -> list[str]:
     """Returns the names of a shard's columns: for JSON lines the first line's keys, for text none.
 
+    In CSV the first line names them.
+
     Raises:
         InputError: The file is not what its name says.
     """
@@ -80,10 +90,16 @@ def column_names(shard: Shard) -> list[str]:
         with storage.open_read(shard.path) as file:
             if shard.format == "parquet":
                 return list(pq.ParquetFile(file).schema_arrow.names)
+            if shard.format == "arrow":
+                return list(arrow_batches.read_layout(file, shard).schema.names)
+            if shard.has_cells:
+                return csv_rows.column_names(file, shard)
             if shard.format == "txt":
                 return []
             line = next((line for line in first_block(file, shard) if line.strip()), b"{}")
             return list(parse_object(line))
+    except InputError:
+        raise
     except (pa.ArrowException, OSError, EOFError) as e:
         raise wrong_content(shard, e) from None
     except ValueError as e:
@@ -136,11 +152,47 @@ def _read_parquet(
     )
 
 
+def _read_arrow(
+    shard: Shard, source: Source, group: RowGroup, text_columns: Sequence[str]
+) -> RawDocuments:
+    rules = [rule for rule in source.filters if rule.column not in text_columns]
+    columns = list(dict.fromkeys([*text_columns, *(rule.column for rule in rules)]))
+    with storage.open_read(shard.path) as file:
+        check_unchanged(shard, file)
+        batch = arrow_batches.read_batch(file, shard, None, group.index, columns)
+    if len(batch) < group.end:
+        raise UnreadableError(
+            f"{shard.path}: record batch {group.index}: expected {group.end:,} rows or more, found "
+            f"{len(batch):,}: the file is damaged"
+        )
+    parts: list[pa.Table] = []
+    passes: list[np.ndarray] = []
+    size = 0
+    for start in range(group.start, group.end, _BATCH_ROWS):
+        part = batch.slice(start, min(_BATCH_ROWS, group.end - start))
+        plain = {name: _plain(part[name]) for name in columns}
+        passes.append(pass_all(plain, rules, len(part), shard.path))
+        parts.append(pa.table({name: plain[name] for name in text_columns}))
+        size += parts[-1].nbytes
+        if size > 2 * MAX_GROUP_BYTES + 64 * group.bytes:
+            raise decompression_bomb(shard, describe_location(shard, group), size)
+    table = pa.concat_tables(parts)
+    return RawDocuments(
+        {column: table[column] for column in text_columns},
+        lambda i: f"record batch {group.index}, row {group.start + i}",
+        passes=np.concatenate(passes) if rules else None,
+    )
+
+
 def _plain(column: pa.Array) -> pa.Array:
-    """Returns a column without dictionaries and views, and with null for NaN.
+    """Returns a column without dictionaries, runs and views, and with null for NaN.
 
     pandas and polars write categories as dictionaries, and missing numbers as NaN.
     """
+    if isinstance(column.type, pa.BaseExtensionType):
+        column = column.storage
+    if pa.types.is_run_end_encoded(column.type):
+        column = pc.run_end_decode(column)
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if pa.types.is_string_view(column.type):
@@ -157,7 +209,7 @@ def _read_text(
     text_columns: Sequence[str],
     max_bytes: int,
 ) -> RawDocuments:
-    separator = Separator("\n" if shard.format == "jsonl" else source.separator)
+    separator = Separator(between(shard, source))
     if not separator.width and group.bytes > max_bytes:
         empty = pa.chunked_array([], pa.large_string())
         return RawDocuments(

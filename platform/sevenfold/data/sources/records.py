@@ -10,15 +10,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sevenfold import storage
+from sevenfold.data.sources import arrow_batches, csv_rows
 from sevenfold.data.sources.json_lines import parse_object
-from sevenfold.data.sources.shards import Format, Shard, file_suffixes, named_shard
-from sevenfold.data.sources.text_blocks import lines
+from sevenfold.data.sources.shards import Format, Shard, named_shard
+from sevenfold.data.sources.source_files import find_files
+from sevenfold.data.sources.text_blocks import blocks, lines
 from sevenfold.data.sources.text_encoding import with_text_format
 from sevenfold.errors import InputError, first_line
 from sevenfold.recipe import Source
 
 TEXT_COLUMNS = ("text", "document", "content")  # usual names of the column with a document's text
 _BATCH_ROWS = 256  # read from a parquet file at once
+_PIECE_BYTES = 2**20  # read from a CSV file at once
 
 
 @dataclass(frozen=True)
@@ -74,20 +77,20 @@ class Record:
 def records(path: str) -> Iterator[Record]:
     """Yields the rows of a file, or of all files of a folder or glob, local or at a URL.
 
-    The files may be parquet, JSON lines, or text with one row per line (blank lines are left out);
-    JSON lines and text may be compressed. Only a few rows are in memory at a time.
+    The files may be parquet, Arrow, JSON lines, CSV, or text with one row per line (blank lines are
+    left out); all but the first two may be compressed. Only a few rows are in memory at a time.
 
     Raises:
         InputError: There are no files, or a file is damaged or not what its name says.
         RunError: The storage keeps failing.
     """
     source = Source(path=path)
-    for file, *_ in storage.input_files(storage.resolve_input(path), file_suffixes(source)):
+    for file, *_ in find_files(source).files:
         shard = named_shard(file, 0, source)
         try:
             with storage.open_read(file) as opened:
                 shard = with_text_format(shard, source, opened)
-            yield from _parquet_rows(file) if shard.format == "parquet" else _lines(shard)
+            yield from _rows_of(shard)
         except (pa.ArrowException, OSError, EOFError) as e:
             raise InputError(
                 f"{file}: expected {shard.format} (by its name), found other or damaged content: "
@@ -107,16 +110,53 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(item)
 
 
-def _parquet_rows(path: str) -> Iterator[Record]:
+def _rows_of(shard: Shard) -> Iterator[Record]:
+    if shard.has_cells:
+        yield from _csv_rows(shard)
+    elif not shard.is_binary:
+        yield from _lines(shard)
+    else:
+        with storage.open_read(shard.path) as file:
+            yield from _batch_rows(shard.path, _batches(file, shard))
+
+
+def _batches(file: storage.Reader, shard: Shard) -> Iterator[pa.RecordBatch]:
+    if shard.format == "parquet":
+        yield from pq.ParquetFile(file).iter_batches(_BATCH_ROWS, use_threads=False)
+        return
+    layout = arrow_batches.read_layout(file, shard)
+    for index in range(len(layout.batches)):
+        yield arrow_batches.read_batch(file, shard, layout, index, layout.schema.names)
+
+
+def _batch_rows(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Record]:
     row = 0
-    with storage.open_read(path) as file:
-        for batch in pq.ParquetFile(file).iter_batches(_BATCH_ROWS, use_threads=False):
-            for i in range(len(batch)):
-                row += 1
+    for batch in batches:
+        for i in range(len(batch)):
+            row += 1
+            try:
+                yield Record(path, row, batch.slice(i, 1).to_pylist()[0])
+            except UnicodeDecodeError:
+                yield Record(path, row, {}, "not UTF-8")
+
+
+def _csv_rows(shard: Shard) -> Iterator[Record]:
+    """Yields the rows below a header."""
+    with storage.open_read(shard.path) as file, storage.open_read(shard.path) as again:
+        names = csv_rows.column_names(file, shard)
+        row = 0
+        for piece in csv_rows.split_rows(file, shard, blocks(file, shard), _PIECE_BYTES):
+            text = csv_rows.read_piece(again, shard, piece.start, piece.end)
+            cells = csv_rows.parse(text, shard, names, names)
+            found = [(int(n), i, "") for i, n in enumerate(cells.numbers)]
+            found += [(n, -1, reason) for n, reason in cells.ragged.items()]
+            for number, index, error in sorted(found):
                 try:
-                    yield Record(path, row, batch.slice(i, 1).to_pylist()[0])
+                    columns = {} if error else cells.table.slice(index, 1).to_pylist()[0]
                 except UnicodeDecodeError:
-                    yield Record(path, row, {}, "not UTF-8")
+                    columns, error = {}, "not UTF-8"
+                yield Record(shard.path, row + number + 1, columns, error)
+            row += len(found)
 
 
 def _lines(shard: Shard) -> Iterator[Record]:

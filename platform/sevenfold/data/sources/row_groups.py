@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sevenfold import storage
+from sevenfold.data.sources import arrow_batches, csv_rows
 from sevenfold.data.sources.json_lines import parse_object
 from sevenfold.data.sources.shards import (
     MAX_COMPRESSION_RATIO,
@@ -18,6 +19,7 @@ from sevenfold.data.sources.shards import (
     RowGroup,
     Shard,
     decompression_bomb,
+    separator,
     wrong_content,
 )
 from sevenfold.data.sources.text_blocks import blocks, first_block
@@ -80,11 +82,25 @@ def split_shard(
             groups = _split_parquet(
                 shard_index, shard, source, text_columns, metadata, target_bytes
             )
+        elif shard.format == "arrow":
+            layout = arrow_batches.read_layout(file, shard)
+            _check_columns(shard, source, layout.schema, text_columns, filter_columns)
+            groups = _split_arrow(
+                shard_index, shard, source, text_columns, layout, target_bytes, file
+            )
+        elif shard.has_cells:
+            groups = _split_csv(
+                shard_index, shard, source, [*text_columns, *filter_columns], target_bytes, file
+            )
         else:
             _check_keys(shard, filter_columns, file)
             groups = _split_text(shard_index, shard, source, target_bytes, file, estimate)
+    except InputError:
+        raise
     except (pa.ArrowException, OSError, EOFError) as e:
         raise wrong_content(shard, e) from None
+    if not groups and shard.has_cells:
+        raise InputError(f"{shard.path}: expected rows below the header, found none")
     if not groups:
         raise InputError(f"{shard.path}: expected documents, found an empty file")
     return groups
@@ -129,14 +145,90 @@ def _split_parquet(
         least = max(size, rows)  # the text of a row has at least one byte
         if least > MAX_GROUP_BYTES and least > MAX_COMPRESSION_RATIO * compressed_size:
             raise decompression_bomb(shard, f"row group {index} ({rows:,} rows)", least)
-        is_small = source.shape is not None and size <= SMALL_BYTES
-        parts = _part_count(size, target_bytes, SMALL_PARTS if is_small else MAX_PARTS)
-        part_rows = -(-rows // max(1, parts))
-        for start in range(0, rows, max(1, part_rows)):
-            end = min(start + part_rows, rows)
-            part_bytes = max(1, size * (end - start) // rows)
-            groups.append(RowGroup(shard_index, index, start, end, end - start, part_bytes))
+        groups += _parts_of_rows(shard_index, index, rows, size, source, target_bytes)
     return groups
+
+
+def _parts_of_rows(
+    shard_index: int, index: int, rows: int, size: int, source: Source, target_bytes: int
+) -> list[RowGroup]:
+    """Splits the rows of a file's own row group or record batch, whose text has a size."""
+    is_small = source.shape is not None and size <= SMALL_BYTES
+    parts = _part_count(size, target_bytes, SMALL_PARTS if is_small else MAX_PARTS)
+    part_rows = -(-rows // max(1, parts))
+    groups = []
+    for start in range(0, rows, max(1, part_rows)):
+        end = min(start + part_rows, rows)
+        part_bytes = max(1, size * (end - start) // rows)
+        groups.append(RowGroup(shard_index, index, start, end, end - start, part_bytes))
+    return groups
+
+
+def _split_arrow(
+    shard_index: int,
+    shard: Shard,
+    source: Source,
+    text_columns: Sequence[str],
+    layout: arrow_batches.Layout,
+    target_bytes: int,
+    file: storage.Reader,
+) -> list[RowGroup]:
+    """Splits record batches.
+
+    How much of a record batch is text is measured on the first one.
+    """
+    for name in text_columns:
+        if layout.schema.get_field_index(name) < 0:
+            raise InputError(f"{shard.path}: expected one column {name!r}, found several")
+    groups: list[RowGroup] = []
+    share: float | None = None
+    for index, batch in enumerate(layout.batches):
+        if share is None and batch.rows:
+            first = arrow_batches.read_batch(file, shard, layout, index, text_columns)
+            if len(first) != batch.rows:
+                raise OSError(f"record batch {index} has {len(first)} rows, not {batch.rows}")
+            share = first.nbytes / max(1, batch.bytes)
+        size = max(batch.rows, int((share or 0) * batch.bytes))
+        groups += _parts_of_rows(shard_index, index, batch.rows, size, source, target_bytes)
+    return groups
+
+
+def _split_csv(
+    shard_index: int,
+    shard: Shard,
+    source: Source,
+    columns: Sequence[str],
+    target_bytes: int,
+    file: storage.Reader,
+) -> list[RowGroup]:
+    names = csv_rows.column_names(file, shard)
+    for column in columns:
+        if column not in names:
+            raise _missing_column(shard, column, names)
+    text = _checked_blocks(shard, file) if shard.is_decoded else blocks(file, shard)
+    pieces = csv_rows.split_rows(file, shard, text, target_bytes)
+    if shard.is_decoded and pieces:  # reading a piece decodes everything before it
+        size = pieces[-1].end - pieces[0].start
+        least = -(-size // _part_count(size, target_bytes))
+        merged = [pieces[0]]
+        for piece in pieces[1:]:
+            last = merged[-1]
+            if last.end - last.start < least:
+                merged[-1] = csv_rows.Piece(last.start, piece.end, last.rows + piece.rows)
+            else:
+                merged.append(piece)
+        pieces = merged
+    return [
+        RowGroup(shard_index, index, p.start, p.end, p.rows, p.end - p.start)
+        for index, p in enumerate(pieces)
+    ]
+
+
+def _missing_column(shard: Shard, column: str, names: Sequence[str]) -> InputError:
+    return InputError(
+        f"{shard.path}: expected a column {column!r}, found {', '.join(names)}: "
+        f"correct the source's `text`, `columns` or `filters`{csv_rows.header_hint(shard, names)}"
+    )
 
 
 def _check_columns(
@@ -149,10 +241,7 @@ def _check_columns(
     """Raises InputError if a column is missing, or pretraining text does not hold strings."""
     for column in (*text_columns, *filter_columns):
         if column not in schema.names:
-            raise InputError(
-                f"{shard.path}: expected a column {column!r}, found {', '.join(schema.names)}: "
-                "correct the source's `text`, `columns` or `filters`"
-            )
+            raise _missing_column(shard, column, schema.names)
         column_type = schema.field(column).type
         if pa.types.is_dictionary(column_type):
             column_type = column_type.value_type
@@ -209,9 +298,10 @@ def _split_text(
     else:
         size = shard.file_bytes
         parts = -(-size // target_bytes)
-    if shard.format == "txt" and source.separator != "\n":
+    between = separator(shard, source)
+    if between != "\n":
         documents = 0  # lines were counted
-    if shard.format == "txt" and not source.separator:  # the whole file is one document
+    if not between:  # the whole file is one document
         parts, documents = min(1, size), 1
     part_bytes = -(-size // max(1, parts))
     groups = []
@@ -229,14 +319,22 @@ def _decoded_size(shard: Shard, file: storage.Reader) -> tuple[int, int]:
     """Decodes a file without keeping its content, and returns its (bytes, lines)."""
     size = lines = 0
     file.seek(0)
-    for block in blocks(file, shard):
+    for block in _checked_blocks(shard, file):
         size += len(block)
         lines += block.count(b"\n")
+    return size, lines
+
+
+def _checked_blocks(shard: Shard, file: storage.Reader) -> Iterator[bytes]:
+    """Yields the text of a file that is decoded; raises InputError if it becomes too long."""
+    size = 0
+    for block in blocks(file, shard):
+        size += len(block)
         if size > MAX_SHARD_BYTES:
             raise _too_much_text(shard)
         if size > MAX_GROUP_BYTES and size > MAX_COMPRESSION_RATIO * shard.file_bytes:
             raise decompression_bomb(shard, f"byte {size}", size)
-    return size, lines
+        yield block
 
 
 def estimated_size(shard: Shard, file: storage.Reader) -> tuple[int, bool]:

@@ -1,9 +1,9 @@
 """Shards (input files) and row groups: the data classes, and what all file formats share.
 
 A shard is one input file. It is split into row groups, the units in which documents are read. A row
-group is a range of rows of one parquet row group, or the documents that begin within a byte range
-of a text file (offsets always count uncompressed bytes). So any row group can be read on its own;
-in a compressed file, everything before it has to be decompressed as well.
+group is a range of rows of one parquet row group or Arrow record batch, or the documents that begin
+within a byte range of a text file (offsets always count uncompressed bytes). So any row group can
+be read on its own; in a compressed file, everything before it has to be decompressed as well.
 
 `row_groups` splits shards into row groups; `reading` reads the documents of a row group.
 """
@@ -22,12 +22,16 @@ from sevenfold import storage
 from sevenfold.errors import InputError, first_line
 from sevenfold.recipe import Source
 
-Format = Literal["parquet", "jsonl", "txt"]
+Format = Literal["parquet", "jsonl", "txt", "csv", "tsv", "arrow"]
 SUFFIXES: dict[Format, tuple[str, ...]] = {
     "parquet": (".parquet", ".pq"),
     "jsonl": (".jsonl", ".ndjson", ".json"),
     "txt": (".txt",),
+    "csv": (".csv",),
+    "tsv": (".tsv",),
+    "arrow": (".arrow", ".feather", ".ipc"),
 }
+BINARY: tuple[Format, ...] = ("parquet", "arrow")  # not text, and with a compression of their own
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
 
 MAX_GROUP_BYTES = 64 * 2**20  # of uncompressed text in a row group
@@ -59,6 +63,7 @@ class Shard:
         version: What the storage reported of the file when the run was started, see
             `storage.version`; "" if it was not recorded.
         content: The hash of the whole content at that time; "" if it was not computed.
+        whole: Whether a text file is one document, although its source has a separator.
     """
 
     path: str
@@ -70,11 +75,22 @@ class Shard:
     newline: str = ""
     version: str = ""
     content: str = ""
+    whole: bool = False
 
     @property
     def file_bytes(self) -> int:
         """The size of the file, as stored."""
         return int(self.fingerprint.partition("-")[0])
+
+    @property
+    def is_binary(self) -> bool:
+        """Whether the file is not text."""
+        return self.format in BINARY
+
+    @property
+    def has_cells(self) -> bool:
+        """Whether the rows have cells of text, in which numbers are written too."""
+        return self.format in ("csv", "tsv")
 
     @property
     def is_decoded(self) -> bool:
@@ -83,7 +99,7 @@ class Shard:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the fields; those that earlier versions do not have only if they are set."""
-        later = ("encoding", "newline", "version", "content")
+        later = ("encoding", "newline", "version", "content", "whole")
         return {key: value for key, value in vars(self).items() if value or key not in later}
 
 
@@ -93,10 +109,10 @@ class RowGroup:
 
     Attributes:
         shard: The index of its shard in the manifest.
-        index: For parquet, the index of the file's own row group; for text files, the number of
-            this row group.
-        start: The first row within the file's row group (parquet), or the first byte of the range
-            in which its documents begin (text).
+        index: For parquet, the index of the file's own row group, for Arrow that of the record
+            batch; for text files, the number of this row group.
+        start: The first row within the file's row group or record batch, or the first byte of the
+            range in which its documents begin (text).
         end: One past the last row or byte.
         documents: The number of documents; 0 if unknown, because text files are not read to count
             them.
@@ -149,16 +165,6 @@ class RawDocuments:
     passes: np.ndarray | None = None
 
 
-def file_suffixes(source: Source) -> tuple[str, ...]:
-    """Returns the suffixes of the files that are read when a source is a folder."""
-    if source.format:
-        plain = SUFFIXES[source.format]
-    else:
-        plain = tuple(s for suffixes in SUFFIXES.values() for s in suffixes)
-    text = [s for s in plain if s not in SUFFIXES["parquet"]]
-    return plain + tuple(s + compression for s in text for compression in COMPRESSIONS)
-
-
 def named_shard(path: str, source_index: int, source: Source) -> Shard:
     """Returns the shard at a path, with what its name says: the format and the compression.
 
@@ -171,18 +177,25 @@ def named_shard(path: str, source_index: int, source: Source) -> Shard:
         name = name.rsplit(".", 1)[0]
     by_name = (f for f, suffixes in SUFFIXES.items() if name.endswith(suffixes))
     file_format = source.format or next(by_name, None)
-    if file_format is None or (file_format == "parquet" and compression):
+    if file_format is None or (file_format in BINARY and compression):
         supported = ", ".join(s for suffixes in SUFFIXES.values() for s in suffixes)
         raise InputError(
             f"{path}: unsupported file type; supported: {supported}, text also with .gz or .zst: "
             "rename the file, or set the source's `format`"
         )
-    if source.encoding is not None and file_format == "parquet":
+    if source.encoding is not None and file_format in BINARY:
         raise InputError(
-            f"{path}: encoding: expected text or JSON lines, found parquet, whose text is always "
-            "UTF-8: remove the source's `encoding`"
+            f"{path}: encoding: expected text, JSON lines or CSV, found {file_format}, whose text "
+            "is always UTF-8: remove the source's `encoding`"
         )
     return Shard(path, source_index, file_format, compression, fingerprint="")
+
+
+def separator(shard: Shard, source: Source) -> str:
+    """Returns what is between two documents of a text file; "" if it is one document."""
+    if shard.format == "txt":
+        return "" if shard.whole else source.lines
+    return "\n"
 
 
 def fingerprint(path: str) -> str:
@@ -218,8 +231,9 @@ def read_tail(file: Any) -> Tail:
 
 def describe_location(shard: Shard, group: RowGroup) -> str:
     """Returns where a row group is within its shard, for messages and the ledger."""
-    if shard.format == "parquet":
-        return f"row group {group.index}, rows {group.start}-{group.end - 1}"
+    if shard.is_binary:
+        part = "row group" if shard.format == "parquet" else "record batch"
+        return f"{part} {group.index}, rows {group.start}-{group.end - 1}"
     if group.end == MAX_SHARD_BYTES:  # the file's size was only estimated
         return f"from byte {group.start} on"
     return f"bytes {group.start}-{group.end - 1}"
@@ -227,8 +241,8 @@ def describe_location(shard: Shard, group: RowGroup) -> str:
 
 def wrong_content(shard: Shard, error: Exception) -> InputError:
     """Returns the error to raise for a file whose content is not what its name promises."""
-    plain = "a parquet file" if shard.format == "parquet" else "text"
-    expected = shard.compression or plain
+    plain = {"parquet": "a parquet file", "arrow": "an Arrow IPC file or stream"}
+    expected = shard.compression or plain.get(shard.format, "text")
     return InputError(
         f"{shard.path}: expected {expected} (by its name), found other or damaged content: "
         f"{first_line(error)}"

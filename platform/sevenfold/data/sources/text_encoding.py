@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from sevenfold import storage
-from sevenfold.data.sources.shards import Shard
+from sevenfold.data.sources.shards import Shard, separator
 from sevenfold.data.sources.text_blocks import BLOCK_BYTES, blocks
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
@@ -26,7 +26,7 @@ def with_text_format(shard: Shard, source: Source, file: storage.Reader) -> Shar
         OSError: The file is damaged, or not in the source's encoding.
         EOFError: It is truncated.
     """
-    if shard.format == "parquet":
+    if shard.is_binary:
         return shard
     if source.encoding == "auto":
         encoding = _guess(shard, file)
@@ -40,7 +40,7 @@ def with_text_format(shard: Shard, source: Source, file: storage.Reader) -> Shar
         if b"\n" in head or len(head) >= BLOCK_BYTES:
             break
     has_only_returns = b"\r" in head[:-1] and b"\n" not in head
-    if has_only_returns and (source.separator or shard.format == "jsonl"):
+    if has_only_returns and separator(shard, source):
         return replace(shard, newline="CR")
     return shard
 
