@@ -5,12 +5,11 @@ from __future__ import annotations
 import codecs
 import difflib
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -25,12 +24,7 @@ from sevenfold.recipe.locations import (
     last_part,
     with_short_names,
 )
-
-
-class Section(BaseModel):
-    """A section of a recipe. It cannot be changed once it is built, and refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from sevenfold.recipe.section import Problem, Section
 
 
 def without_unset(tree: dict[str, Any], later: tuple[str, ...]) -> dict[str, Any]:
@@ -56,11 +50,11 @@ class Filter(Section):
     min_chars: int | None = Field(None, ge=0, description="Minimum length of a string, characters")
     max_chars: int | None = Field(None, ge=0, description="Maximum length of a string, characters")
 
-    @model_validator(mode="after")
-    def _has_condition(self) -> Filter:
-        if all(getattr(self, k) is None for k in type(self).model_fields if k != "column"):
-            raise ValueError("give at least one of min, max, one_of, min_chars, max_chars")
-        return self
+    def problems(self) -> Iterator[Problem]:
+        """Yields that the filter has no condition."""
+        conditions = tuple(key for key in type(self).model_fields if key != "column")
+        if all(getattr(self, key) is None for key in conditions):
+            yield Problem(f"give at least one of {', '.join(conditions)}", conditions)
 
 
 class Source(Section):
@@ -289,11 +283,6 @@ class Data(Section):
         if WITH_SECRETS not in (info.context or {}):
             tree = with_short_names(tree, _SOURCE_LISTS)
         if not isinstance(tree.get("path"), str):
-            sources = [s for k in _SOURCE_LISTS for s in tree.get(k) or () if isinstance(s, dict)]
-            if any("path" not in s for s in sources):
-                raise ValueError(
-                    "this recipe does not say where its data is: give data.path=FILE_OR_FOLDER"
-                )
             return tree
         root = storage.keep_secrets(tree["path"]).rstrip("/")
 
@@ -310,53 +299,72 @@ class Data(Section):
         }
         return tree | joined | {"path": None}
 
-    @model_validator(mode="after")
-    def _check(self) -> Data:
+    def problems(self) -> Iterator[Problem]:
+        """Yields settings that contradict each other."""
         if self.validation and self.held_out:
-            raise ValueError(
-                "give either validation (separate sources) or held_out (a fraction of the sources)"
+            yield Problem(
+                "give either validation (separate sources) or held_out (a fraction of the sources)",
+                ("held_out", "validation"),
             )
-        self._check_weights()
-        self._check_curriculum()
-        if any(not 1 <= first <= last for first, last in self.skip):
-            raise ValueError("skip: expected ranges [first, last] with 1 <= first <= last")
-        return self
+        yield from self._problems_of_weights()
+        yield from self._problems_of_curriculum()
+        for i, (first, last) in enumerate(self.skip):
+            if not 1 <= first <= last:
+                yield Problem(
+                    "skip: expected ranges [first, last] with 1 <= first <= last, found "
+                    f"[{first}, {last}]",
+                    (f"skip.{i}",),
+                )
 
-    def _check_weights(self) -> None:
-        unweighted = [s.name for s in self.sources if s.weight is None]
+    def _problems_of_weights(self) -> Iterator[Problem]:
+        names = [s.name for s in self.sources]
+        unweighted = [i for i, s in enumerate(self.sources) if s.weight is None]
         if 0 < len(unweighted) < len(self.sources):
-            raise ValueError(
-                f"sources: give every source a weight or none: {unweighted[0]!r} has none"
+            i = unweighted[0]
+            yield Problem(
+                f"sources: give every source a weight or none: {names[i]!r} has none",
+                (f"sources.{i}",),
             )
-        names = [s.name for s in self.sources]
         if not unweighted and len(set(names)) < len(names):
-            duplicate = next(n for n in names if names.count(n) > 1)
-            raise ValueError(
-                f"sources: two sources have the name {duplicate!r}: set `name` of each source"
+            i = next(i for i, n in enumerate(names) if n in names[:i])
+            yield Problem(
+                f"sources: two sources have the name {names[i]!r}: set `name` of each source",
+                (f"sources.{i}",),
             )
 
-    def _check_curriculum(self) -> None:
+    def _problems_of_curriculum(self) -> Iterator[Problem]:
         if self.curriculum and self.sources[0].weight is None:
-            raise ValueError(
-                "curriculum: every source needs a weight, which holds before the first stage"
+            yield Problem(
+                "curriculum: every source needs a weight, which holds before the first stage",
+                ("sources.0", "curriculum"),
             )
-        starts = [stage.at_tokens for stage in self.curriculum]
-        if starts != sorted(set(starts)):
-            raise ValueError("curriculum: at_tokens must increase from stage to stage")
-        names = [s.name for s in self.sources]
-        for stage in self.curriculum:
+        names, before = [s.name for s in self.sources], 0
+        for i, stage in enumerate(self.curriculum):
+            place = f"curriculum.{i}"
+            if stage.at_tokens <= before:
+                yield Problem(
+                    "curriculum: at_tokens must increase from stage to stage, found "
+                    f"{stage.at_tokens} after {before}",
+                    (f"{place}.at_tokens",),
+                )
+            before = stage.at_tokens
             for name, weight in stage.weights.items():
                 if name not in names:
                     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                    raise ValueError(
-                        f"curriculum: no source has the name {name!r}; did you mean {nearest!r}?"
+                    yield Problem(
+                        f"curriculum: no source has the name {name!r}; did you mean {nearest!r}?",
+                        (f"{place}.weights", "sources"),
                     )
-                if not 0 <= weight < float("inf"):
-                    raise ValueError(
-                        f"curriculum: the weight of {name!r} must be 0 or more, found {weight}"
+                elif not 0 <= weight < float("inf"):
+                    yield Problem(
+                        f"curriculum: the weight of {name!r} must be 0 or more, found {weight}",
+                        (f"{place}.weights",),
                     )
             if not sum(stage.weights.values()):
-                raise ValueError("curriculum: each stage needs a source with a weight above 0")
+                yield Problem(
+                    "curriculum: each stage needs a source with a weight above 0",
+                    (f"{place}.weights",),
+                )
 
 
 class Tokenizer(Section):

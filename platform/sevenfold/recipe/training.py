@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from sevenfold.recipe.bleu import BleuTokenizer
-from sevenfold.recipe.data import Section
 from sevenfold.recipe.locations import Location
+from sevenfold.recipe.section import Problem, Section
 
 
 class Model(Section):
@@ -29,13 +30,15 @@ class Model(Section):
         "has no other",
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> Model:
+    def problems(self) -> Iterator[Problem]:
+        """Yields settings that contradict each other."""
         if (self.config is None) == (self.path is None):
-            raise ValueError("give either config (a new model) or path (a model to start from)")
+            yield Problem(
+                "give either config (a new model) or path (a model to start from)",
+                ("path", "config"),
+            )
         if self.config is not None and "model_type" not in self.config:
-            raise ValueError("config needs model_type, for example llama")
-        return self
+            yield Problem("config needs model_type, for example llama", ("config",))
 
 
 class Adapter(Section):
@@ -153,11 +156,10 @@ class Train(Section):
     )
     log_every: int = Field(10, gt=0, description="Steps between two log lines")
 
-    @model_validator(mode="after")
-    def _check(self) -> Train:
+    def problems(self) -> Iterator[Problem]:
+        """Yields settings that contradict each other."""
         if self.steps is not None and self.tokens is not None:
-            raise ValueError("give either steps or tokens")
-        return self
+            yield Problem("give either steps or tokens", ("steps", "tokens"))
 
 
 class Optimizer(Section, allow_inf_nan=False):
