@@ -29,7 +29,7 @@ class Key(NamedTuple):
         owner: The section that it belongs to.
         field: What the section says about it.
         section: Its own section, if it is one or holds a list or dictionary of them.
-        is_open: Whether its value is a dictionary whose keys the user chooses, such as model.config.
+        is_open: Whether its value is a dictionary whose keys the user chooses (model.config).
     """
 
     path: str
