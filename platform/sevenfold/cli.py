@@ -11,7 +11,7 @@ import typer
 from typer.exceptions import TyperException
 
 from sevenfold import __version__
-from sevenfold.commands import models, planning, runs
+from sevenfold.commands import models, planning, reference, runs
 from sevenfold.commands.arguments import usage_error, with_recipe_options
 from sevenfold.errors import InputError, RunError, StoppedError
 from sevenfold.report.console import escape_logs_and_tracebacks, say
@@ -39,6 +39,8 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     models.inspect,
     planning.doctor,
     planning.plan,
+    reference.explain,
+    reference.schema,
 )
 for _command in _COMMANDS:
     app.command()(_command)

@@ -231,7 +231,7 @@ def target_modules(value: Any, given: Given) -> Answer:
 
 def base(value: Any, given: Given) -> Answer:
     """The name of a model of the hub, or a folder."""
-    note = "a folder, or hf://ORGANIZATION/NAME for a model of the Hugging Face hub"
+    note = "model.path is a folder, or hf://ORGANIZATION/NAME for a model of the hub"
     if isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", value):
         return Answer({"model.path": f"hf://{value}"}, f"or model.path={value} if it is a folder")
     return Answer({"model.path": value} if isinstance(value, str) else {}, note)

@@ -42,13 +42,17 @@ class Filter(Section):
     """
 
     column: str = Field(description="Name of the column (Parquet) or key (JSON lines)")
-    min: float | None = Field(None, description="Smallest value that is kept")
-    max: float | None = Field(None, description="Largest value that is kept")
+    min: float | None = Field(None, description="Smallest value that is kept. Default: no limit")
+    max: float | None = Field(None, description="Largest value that is kept. Default: no limit")
     one_of: list[str | int | float | bool] | None = Field(
-        None, min_length=1, description="Values that are kept"
+        None, min_length=1, description="Values that are kept. Default: all"
     )
-    min_chars: int | None = Field(None, ge=0, description="Minimum length of a string, characters")
-    max_chars: int | None = Field(None, ge=0, description="Maximum length of a string, characters")
+    min_chars: int | None = Field(
+        None, ge=0, description="Minimum length of a string, in characters. Default: no limit"
+    )
+    max_chars: int | None = Field(
+        None, ge=0, description="Maximum length of a string, in characters. Default: no limit"
+    )
 
     def problems(self) -> Iterator[Problem]:
         """Yields that the filter has no condition."""
@@ -64,8 +68,8 @@ class Source(Section):
     """
 
     path: Location = Field(
-        description="File, folder or glob. A relative path starts at the current folder; in a "
-        "submitted Ray job, see storage.resolve_input"
+        description="File, folder, glob or URL. A relative path starts at the current folder; in a "
+        "submitted Ray job, at the job's working directory if it exists there"
     )
     name: str = Field(
         "",
@@ -78,8 +82,9 @@ class Source(Section):
     text: str = Field("text", description="Pretraining: the column or key that holds the document")
     shape: str | None = Field(
         None,
-        description="Fine-tuning: the form of the rows, one of those in data/sources/formats.py. "
-        "Default: recognised by the names of the columns",
+        description="Fine-tuning: the form of the rows. sft: messages, sharegpt, alpaca, pair; "
+        "dpo: preference, preference-messages; classify: label; seq2seq: source-target; embed: "
+        "query-document. Default: recognised by the names of the columns",
     )
     columns: dict[str, str] = Field(
         {},
@@ -100,7 +105,7 @@ class Source(Section):
         gt=0,
         allow_inf_nan=False,
         description="Relative share of this source in the tokens of training. Give every source a "
-        "weight, or none: then the sources are mixed in proportion to their sizes",
+        "weight, or none. Default: the sources are mixed in proportion to their sizes",
     )
     filters: list[Filter] = Field(
         [], description="A document is read if it passes all of these filters"
@@ -160,6 +165,7 @@ class Stage(Section):
     )
 
 
+Scalar = bool | int | float | str
 _SOURCE_LISTS = ("sources", "validation", "test")  # fields of Data that are lists of sources
 
 
@@ -183,12 +189,12 @@ class Data(Section):
     path: Location | None = Field(
         None,
         description="Folder, file or URL that the paths of sources, validation and test are "
-        "relative to",
+        "relative to. Default: each of them has a whole path of its own",
     )
     corpus: Literal["python"] | None = Field(
         None,
         description="Built-in corpus that is written before the run if it does not exist yet. "
-        "python: the source code of this Python installation",
+        "python: the source code of this Python installation. Default: none",
     )
     sources: list[Source] = Field(min_length=1, description="The training documents")
     curriculum: list[Stage] = Field(
@@ -202,10 +208,12 @@ class Data(Section):
         description="Documents that `sevenfold evaluate` measures on. Default: the documents of "
         "validation or held_out",
     )
-    classes: list[Annotated[str, BeforeValidator(_label_text)]] = Field(
-        [],
-        description="classify: the labels, in the order of the classes. Default: all labels in "
-        "the sources, sorted",
+    classes: list[Annotated[str, BeforeValidator(_label_text, json_schema_input_type=Scalar)]] = (
+        Field(
+            [],
+            description="classify: the labels, in the order of the classes. Default: all labels in "
+            "the sources, sorted",
+        )
     )
     held_out: float = Field(
         0,
@@ -224,7 +232,7 @@ class Data(Section):
         None,
         description="seq2seq with a multilingual tokenizer, such as mBART-50's or NLLB's: the "
         "codes of both languages, {source: en_XX, target: de_DE}. The target's is learnt, and the "
-        "decoder begins with it when it generates",
+        "decoder begins with it when it generates. Default: none",
     )
     sequence_length: int = Field(
         gt=1,
@@ -266,7 +274,7 @@ class Data(Section):
     cache: Location | None = Field(
         None,
         description="Folder of a token cache, written by jobs/tokenize.py: tokens are read from "
-        "it instead of encoding the text",
+        "it instead of encoding the text. Default: the text is encoded while it is read",
     )
     executor: Literal["ray", "inline"] = Field(
         "ray",
@@ -378,7 +386,8 @@ class Tokenizer(Section):
         None,
         ge=300,
         le=2**24,
-        description="Train a byte-level BPE tokenizer of this size on a sample of the sources",
+        description="Train a byte-level BPE tokenizer of this size on a sample of the sources. "
+        "Default: none is trained",
     )
     chat_template: Location | None = Field(
         None,

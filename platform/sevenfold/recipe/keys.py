@@ -17,7 +17,7 @@ from sevenfold.recipe.section import Section
 Path = tuple[int | str, ...]  # the keys of mappings, and the indices of lists
 ANY_NAME = "KEY"  # in `Key.path`: a name that the user chooses, as in sweep.space
 # How similar (0 to 1) a name must be to a key to be taken for a misspelling of it.
-_SIMILAR, _SIMILAR_ELSEWHERE = 0.7, 0.8
+_SIMILAR, _SIMILAR_ELSEWHERE = 0.6, 0.8
 
 
 class Key(NamedTuple):

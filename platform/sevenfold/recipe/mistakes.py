@@ -114,12 +114,12 @@ class _Search:
             self._unknown_key(path)
         for path, group in groups.items():
             # what is missing may be there under another name
-            if path in unknown or (unknown and group[0]["type"] == "missing"):
+            if path in unknown or (unknown and _is_missing_key(group[0])):
                 continue
             is_follow_up = _is_under(path, self._dropped) or (
                 not is_first and _is_over(path, self._touched - {path})
             )
-            if group[0]["type"] == "missing":
+            if _is_missing_key(group[0]):
                 if not (is_follow_up or _is_under(path, self._touched)):
                     self._missing(path)
             elif not is_follow_up:
@@ -143,7 +143,7 @@ class _Search:
                 break
             path.append(part)
             node = node[part]
-        if error["type"] == "missing":
+        if _is_missing_key(error):
             path.append(error["loc"][-1])
         return tuple(path)
 
@@ -191,6 +191,8 @@ class _Search:
             self._touched.update(likely)
         else:
             self._add(f"{shown}: `sevenfold explain` lists all keys", path)
+            if len(path) > 1:
+                self._touched.add(path[:-1])  # it may be any of this section's keys
 
     def _move(self, path: Path, right: Path, value: Any) -> None:
         """Gives a value another path, so that what is in it is checked too."""
@@ -294,8 +296,14 @@ def advice(answer: synonyms.Answer) -> str:
     return f"write {settings}" + (f" ({answer.note})" if answer.note else "")
 
 
+def _is_missing_key(error: ErrorDetails) -> bool:
+    return error["type"] == "missing" and isinstance(error["loc"][-1], str)
+
+
 def _expected(error: ErrorDetails) -> str:
     message = error["msg"]
+    if error["type"] == "missing":  # of [first, last]
+        message = "Input should have more entries"
     if error["type"] in ("model_type", "model_attributes_type"):
         message = "Input should be keys and values"
     if error["loc"] and error["loc"][-1] == "[key]":

@@ -48,7 +48,7 @@ class Recipe(files.CarriesSecrets, Section):
         description="Name of the run, and of its folder in storage",
     )
     storage: OutputLocation = Field(
-        "runs", description="Folder or URL that holds the folders of runs (run_folder.py)"
+        "runs", description="Folder or URL that holds the folders of runs"
     )
     seed: int = Field(
         0,
@@ -101,6 +101,12 @@ class Recipe(files.CarriesSecrets, Section):
                 "not a range",
                 ("cluster.num_workers", *layout),
             )
+        batch, lanes = self.train.global_batch, self.lanes
+        if batch % lanes:
+            yield Problem(
+                f"train.global_batch ({batch}) must be a multiple of data.lanes ({lanes})",
+                ("data.lanes", "train.global_batch"),
+            )
         count, name = most, "cluster.num_workers"
         for key, size in zip(layout, (self.parallel.replicate, self.parallel.tensor), strict=True):
             if count % size:
@@ -109,12 +115,6 @@ class Recipe(files.CarriesSecrets, Section):
                 )
                 return  # the workers have no layout, so nothing can be said about their lanes
             count, name = count // size, f"{name} / {key}"
-        batch, lanes = self.train.global_batch, self.lanes
-        if batch % lanes:
-            yield Problem(
-                f"train.global_batch ({batch}) must be a multiple of data.lanes ({lanes})",
-                ("train.global_batch", "data.lanes"),
-            )
         if lanes < self.readers:
             yield Problem(
                 f"data.lanes ({lanes}) must be at least cluster.num_workers / parallel.tensor "

@@ -51,12 +51,20 @@ class Space(Section):
     Exactly one of uniform, loguniform, integer and choice is given.
     """
 
-    uniform: tuple[float, float] | None = Field(None, description="[lowest, highest]")
-    loguniform: tuple[float, float] | None = Field(
-        None, description="[lowest, highest], uniform in the logarithm; above 0"
+    uniform: tuple[float, float] | None = Field(
+        None, description="[lowest, highest]. Default: another kind of space"
     )
-    integer: tuple[int, int] | None = Field(None, description="[lowest, highest], both included")
-    choice: list[Scalar] | None = Field(None, min_length=1, description="The possible values")
+    loguniform: tuple[float, float] | None = Field(
+        None,
+        description="[lowest, highest], uniform in the logarithm; above 0. Default: another kind "
+        "of space",
+    )
+    integer: tuple[int, int] | None = Field(
+        None, description="[lowest, highest], both included. Default: another kind"
+    )
+    choice: list[Scalar] | None = Field(
+        None, min_length=1, description="The possible values. Default: another kind of space"
+    )
     when: dict[str, Scalar | list[Scalar]] = Field(
         {},
         description="Conditional space: tuned only in trials in which another key of the space has "
@@ -165,15 +173,20 @@ class Sweep(Section):
     max_hours: float | None = Field(
         None,
         gt=0,
-        description="Budget, in hours; when it is used up, the sweep ends with its results so far",
+        description="Budget, in hours; when it is used up, the sweep ends with its results so far. "
+        "Default: no limit",
     )
     max_worker_hours: float | None = Field(
-        None, gt=0, description="Budget, in hours times workers, of all trials together"
+        None,
+        gt=0,
+        description="Budget, in hours times workers, of all trials together. Default: no limit",
     )
     max_cost: float | None = Field(
-        None, gt=0, description="Budget, in the currency of worker_hour_cost"
+        None, gt=0, description="Budget, in the currency of worker_hour_cost. Default: no limit"
     )
-    worker_hour_cost: float | None = Field(None, gt=0, description="Cost of one worker per hour")
+    worker_hour_cost: float | None = Field(
+        None, gt=0, description="Cost of one worker per hour. Default: not known"
+    )
 
     @property
     def best(self) -> Literal["min", "max"]:

@@ -16,12 +16,15 @@ class Model(Section):
     """The model: a new one from a transformers config, or an existing one to start from."""
 
     config: dict[str, Any] | None = Field(
-        None, description="transformers config of a new model: model_type and its fields"
+        None,
+        description="transformers config of a new model: model_type and its fields. Default: none, "
+        "which needs path",
     )
     path: Location | None = Field(
         None,
         description="Model to start from: a run, a Hugging Face directory, a GGUF file (.gguf), "
-        "or a model of the hub (hf://ORGANIZATION/NAME@REVISION)",
+        "or a model of the hub (hf://ORGANIZATION/NAME@REVISION). Default: none, which needs "
+        "config",
     )
     attention: Literal["auto", "sdpa", "flex_attention", "eager"] = Field(
         "auto",
@@ -53,7 +56,11 @@ class Adapter(Section):
         description="Dropout on the adapter's input. Each worker draws its own masks, so they "
         "change with cluster.num_workers",
     )
-    target_modules: str | list[str] = Field("all-linear", description="As in peft's LoraConfig")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="Names of the modules that are adapted, as in peft's LoraConfig; all-linear: "
+        "all linear layers but the output layer",
+    )
     dora: bool = Field(
         False, description="DoRA: magnitude and direction are trained apart (arXiv 2402.09353)"
     )
@@ -110,7 +117,10 @@ class Train(Section):
         None, gt=0, description="Optimizer steps. Default: as many as data.epochs gives"
     )
     tokens: int | None = Field(
-        None, gt=0, description="Instead of steps: training tokens, rounded up to whole steps"
+        None,
+        gt=0,
+        description="Instead of steps: training tokens, rounded up to whole steps. Default: as "
+        "many as steps gives",
     )
     max_grad_norm: float = Field(
         1.0, gt=0, description="Gradients are clipped to this global L2 norm"
@@ -268,7 +278,7 @@ class Validation(Section):
         None,
         gt=0,
         description="End the run after this number of validations in a row without a new best "
-        "one; implies keep_best",
+        "one; implies keep_best. Default: it goes through all steps",
     )
 
     @property
@@ -303,7 +313,10 @@ class Checkpoint(Section):
     )
     keep: int = Field(2, gt=0, description="Number of newest checkpoints to keep")
     keep_every: int | None = Field(
-        None, gt=0, description="Never delete the checkpoints of multiples of this number of steps"
+        None,
+        gt=0,
+        description="Never delete the checkpoints of multiples of this number of steps. "
+        "Default: only the newest are kept",
     )
 
     @field_validator("every", mode="before")
@@ -376,7 +389,8 @@ class Cluster(Section):
     wait_seconds: float = Field(
         300,
         ge=0,
-        description="How long to wait for resources that the cluster has but that others hold",
+        description="How many seconds to wait for resources that the cluster has but that others "
+        "hold",
     )
     peak_tflops: float | None = Field(
         None,
