@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -46,6 +47,10 @@ def parse(path: str, overrides: Sequence[str] = ()) -> Recipe:
             keys, values of a wrong type, or settings that contradict each other. All of these
             mistakes are told at once.
     """
+    if "=" in path and is_key_path(path.partition("=")[0]) and not os.path.exists(path):
+        raise InputError(
+            f"{shown_argument(path)}: expected RECIPE, a YAML file, before its changes"
+        )
     text = read_text(path, _EXPECTED)
     tree = _plain(_check_tree(load_yaml(text, path), path))
     changes, wrong, uncertain = read_arguments(overrides)

@@ -343,11 +343,11 @@ def recognise(
                 return source.model_copy(update={"shape": shape.name, "columns": mapping})
     if objective not in SHAPES:
         return source
-    names = [shape.name for shape in SHAPES[objective]]
-    if source.shape is not None and source.shape not in names:
+    shapes = [shape.name for shape in SHAPES[objective]]
+    if source.shape is not None and source.shape not in shapes:
         raise InputError(
-            f"{path}: shape: expected one of {', '.join(names)} for objective {objective}, found "
-            f"{source.shape!r}{did_you_mean(source.shape, names)}"
+            f"{path}: shape: expected one of {', '.join(shapes)} for objective {objective}, found "
+            f"{source.shape!r}{did_you_mean(source.shape, shapes)}"
         )
     known = "; ".join(f"{', '.join(s.roles)} ({s.name})" for s in SHAPES[objective])
     raise InputError(
