@@ -27,7 +27,7 @@ def folder(
     ("argv", "says"),
     [
         (["pretrain", "none.yaml"], "none.yaml: expected a recipe"),
-        (["pretrain", "recipe.yaml", "train.global_bacth=8"], "did you mean 'global_batch'"),
+        (["pretrain", "recipe.yaml", "train.global_bacth=8"], "did you mean 'train.global_batch'"),
         (["pretrain", "recipe.yaml", "train.steps=x"], "train.steps"),
         (
             ["pretrain", "recipe.yaml", "data.sources.0.path=none"],

@@ -50,9 +50,12 @@ def test_overrides(path: str) -> None:
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("train.global_bacth=8", "unknown key 'train.global_bacth'; did you mean 'global_batch'"),
+        (
+            "train.global_bacth=8",
+            "unknown key 'train.global_bacth'; did you mean 'train.global_batch'",
+        ),
         ("trian.steps=8", "unknown key 'trian'; did you mean 'train'"),
-        ("data.sources.0.pth=x", "did you mean 'path'"),
+        ("data.sources.0.pth=x", "did you mean 'data.sources.0.path'"),
         ("train.steps=many", "train.steps: input should be a valid integer"),
         ("train.steps=-1", "greater than 0"),
         ("train.tokens=100", "either steps or tokens"),

@@ -100,7 +100,7 @@ class Run:
         import pandas as pd
 
         path = self._files.trials
-        trials = storage.read_json(path) if storage.exists(path) else []
+        trials: list[Any] = storage.read_json(path) if storage.exists(path) else []
         return pd.json_normalize(trials)
 
     @property

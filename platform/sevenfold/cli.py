@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import io
 import sys
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
 
 from sevenfold import __version__
-from sevenfold.commands import models, planning, runs, starting
+from sevenfold.commands import models, planning, reference, runs, starting
+from sevenfold.commands.arguments import usage_error, with_recipe_options
 from sevenfold.errors import InputError, RunError, StoppedError
 from sevenfold.report.console import escape_logs_and_tracebacks, say
 
@@ -41,6 +42,8 @@ _COMMANDS: tuple[Callable[..., None], ...] = (
     models.inspect,
     planning.doctor,
     planning.plan,
+    reference.explain,
+    reference.schema,
 )
 for _command in _COMMANDS:
     app.command()(_command)
@@ -63,18 +66,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     escape_logs_and_tracebacks()
+    group = typer.main.get_command(app)
+    commands = getattr(group, "commands", {})
     try:
-        code = typer.main.get_command(app).main(
-            arguments or ["--help"], prog_name="sevenfold", standalone_mode=False
-        )
+        arguments = with_recipe_options(arguments, commands) or ["--help"]
+        code = group.main(arguments, prog_name="sevenfold", standalone_mode=False)
         if code == StoppedError.exit_code:  # what typer makes of a KeyboardInterrupt
             return _print_stopped()
     except TyperException as e:
-        return _print_usage_error(e)
+        return _print_usage_error(e, commands)
     except StoppedError as e:
         say(str(e), stderr=True)
         return e.exit_code
-    except (InputError, RunError) as e:
+    except InputError as e:
+        for message in e.messages:
+            _print_error(message, e.exit_code)
+        return e.exit_code
+    except RunError as e:
         return _print_error(str(e), e.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _print_stopped()
@@ -92,13 +100,11 @@ def _print_stopped() -> int:
     return StoppedError.exit_code
 
 
-def _print_usage_error(e: TyperException) -> int:
+def _print_usage_error(e: TyperException, commands: Mapping[str, Any]) -> int:
     context = getattr(e, "ctx", None)
     command = context.command_path if context else "sevenfold"
-    message = e.format_message() if hasattr(e, "format_message") else str(e)
-    message = message.replace("\n\t", " ")  # typer lists the choices of an argument line by line
     return _print_error(
-        f"{command}: {message.rstrip('.')}; see {command} --help", InputError.exit_code
+        f"{command}: {usage_error(e, commands)}; see {command} --help", InputError.exit_code
     )
 
 

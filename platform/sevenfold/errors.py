@@ -9,10 +9,19 @@ from __future__ import annotations
 class InputError(Exception):
     """The user's input is not valid.
 
-    The message says what was expected, what was found, where, and what to do.
+    Each message says what was expected, what was found, where, and what to do. Mistakes that are
+    found together are told together, by one message each; they are the lines of `str(error)`.
     """
 
     exit_code = 2
+
+    @property
+    def messages(self) -> tuple[str, ...]:
+        """The messages, one for each mistake."""
+        return tuple(map(str, self.args))
+
+    def __str__(self) -> str:
+        return "\n".join(self.messages)
 
 
 class RunError(Exception):

@@ -114,8 +114,8 @@ def test_submit(shell: Shell, checkout: Path) -> None:
     assert json.loads((run / "summary.json").read_text())["sevenfold"].startswith("9.9.")
 
     result = shell.submit(*job, "train.stepps=9", options=("--submission-id", "wrong"))
-    assert result.returncode == 1 and "did you mean 'steps'" in result.stdout
-    assert "did you mean 'steps'" in shell.job("logs", "wrong").stdout
+    assert result.returncode == 1 and "did you mean 'train.steps'" in result.stdout
+    assert "did you mean 'train.steps'" in shell.job("logs", "wrong").stdout
     details = shell.details("wrong")
     assert (details["status"], details["driver_exit_code"]) == ("FAILED", 2)
 

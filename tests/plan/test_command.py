@@ -68,7 +68,10 @@ def plan(*words: str) -> int:
             ["recipe.yaml", "--gpu", "l4", "--hardware", "h.yaml"],
             "h.yaml: expected a hardware table",
         ),
-        (["recipe.yaml", "--gpu", "l4", "train.global_bacth=8"], "did you mean 'global_batch'"),
+        (
+            ["recipe.yaml", "--gpu", "l4", "train.global_bacth=8"],
+            "did you mean 'train.global_batch'",
+        ),
         (["recipe.yaml", "--gpu", "l4", "model.config.model_type=lama"], "lama"),
         (["recipe.yaml", "--gpu", "t4"], "train.dtype bfloat16: t4 has no fast matmuls"),
         (["--budget", "0", "--gpu", "l4"], "--budget: expected an amount above 0, found 0"),

@@ -25,6 +25,7 @@ from sevenfold.faults.nodes import LocalNodes, Nodes
 from sevenfold.faults.outcome import Outcome, show
 from sevenfold.faults.watch import CheckpointWatch
 from sevenfold.recipe import PRETRAINING, Recipe
+from sevenfold.recipe.keys import did_you_mean
 from sevenfold.report.console import say
 from sevenfold.run_folder import RunFolder
 
@@ -50,7 +51,10 @@ def run(recipe: Recipe, faults: Sequence[str], steps: int = STEPS) -> list[Outco
         RunError: The baseline run failed, or a fault changed the results.
     """
     if unknown := [name for name in faults if name not in FAULTS]:
-        raise InputError(f"--faults: unknown fault {unknown[0]!r}; available: {', '.join(FAULTS)}")
+        raise InputError(
+            f"--faults: unknown fault {unknown[0]!r}{did_you_mean(unknown[0], list(FAULTS))}; "
+            f"available: {', '.join(FAULTS)}"
+        )
     if not 12 <= steps <= 100_000:
         raise InputError(
             f"--steps {steps}: expected 12 to 100,000, so that there are checkpoints before and "

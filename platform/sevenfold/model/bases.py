@@ -13,6 +13,7 @@ from typing import NamedTuple
 from sevenfold import storage
 from sevenfold.errors import InputError, RunError
 from sevenfold.model import gguf
+from sevenfold.recipe.keys import did_you_mean
 
 
 class Package(NamedTuple):
@@ -50,7 +51,10 @@ def write_base(name: str, folder: str) -> None:
         RunError: The package cannot be downloaded.
     """
     if name not in BASES:
-        raise InputError(f"base: expected one of {', '.join(BASES)}, found {name}")
+        raise InputError(
+            f"base: expected one of {', '.join(BASES)}, found {name}"
+            f"{did_you_mean(name, list(BASES))}"
+        )
     package = BASES[name]
     if storage.exists(folder) and storage.listdir(folder):
         raise InputError(f"{folder}: expected a new or empty folder, found one with files in it")

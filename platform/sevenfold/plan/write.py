@@ -33,7 +33,8 @@ def write_settings(path: str, changes: Mapping[str, Any]) -> None:
     try:
         expected = loads(text, path, dict(changes))
     except InputError as e:
-        raise InputError(f"{e}; nothing was written") from None
+        *others, last = e.messages
+        raise InputError(*others, f"{last}; nothing was written") from None
     changed = with_settings(text, changes)
     if loads(changed, path) != expected:
         settings = " ".join(f"{key}={value}" for key, value in changes.items())

@@ -1,12 +1,13 @@
 """The recipe: all settings of a run, in typed sections.
 
 Each field's description says what it means. A recipe is a YAML file; `key.path=value` on the
-command line changes single values. An unknown key is an error, which suggests the nearest known
-key.
+command line changes single values. All mistakes of a recipe are told at once, each with its place
+and what to write instead.
 """
 
 from sevenfold.recipe.data import Data, Filter, Source, Stage, Tokenizer
-from sevenfold.recipe.recipe import PRETRAINING, Recipe, loads, parse, stored_hash
+from sevenfold.recipe.reading import from_tree, loads, parse, stored_hash
+from sevenfold.recipe.recipe import PRETRAINING, Recipe
 from sevenfold.recipe.sweep import Space, Sweep
 from sevenfold.recipe.training import (
     Adapter,
@@ -47,6 +48,7 @@ __all__ = [
     "Tokenizer",
     "Train",
     "Validation",
+    "from_tree",
     "loads",
     "parse",
     "stored_hash",

@@ -5,12 +5,11 @@ from __future__ import annotations
 import codecs
 import difflib
 import json
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationInfo,
     field_validator,
@@ -25,12 +24,7 @@ from sevenfold.recipe.locations import (
     last_part,
     with_short_names,
 )
-
-
-class Section(BaseModel):
-    """A section of a recipe. It cannot be changed once it is built, and refuses unknown keys."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+from sevenfold.recipe.section import Problem, Section
 
 
 def without_unset(tree: dict[str, Any], later: tuple[str, ...]) -> dict[str, Any]:
@@ -48,19 +42,23 @@ class Filter(Section):
     """
 
     column: str = Field(description="Name of the column (Parquet) or key (JSON lines)")
-    min: float | None = Field(None, description="Smallest value that is kept")
-    max: float | None = Field(None, description="Largest value that is kept")
+    min: float | None = Field(None, description="Smallest value that is kept. Default: no limit")
+    max: float | None = Field(None, description="Largest value that is kept. Default: no limit")
     one_of: list[str | int | float | bool] | None = Field(
-        None, min_length=1, description="Values that are kept"
+        None, min_length=1, description="Values that are kept. Default: all"
     )
-    min_chars: int | None = Field(None, ge=0, description="Minimum length of a string, characters")
-    max_chars: int | None = Field(None, ge=0, description="Maximum length of a string, characters")
+    min_chars: int | None = Field(
+        None, ge=0, description="Minimum length of a string, in characters. Default: no limit"
+    )
+    max_chars: int | None = Field(
+        None, ge=0, description="Maximum length of a string, in characters. Default: no limit"
+    )
 
-    @model_validator(mode="after")
-    def _has_condition(self) -> Filter:
-        if all(getattr(self, k) is None for k in type(self).model_fields if k != "column"):
-            raise ValueError("give at least one of min, max, one_of, min_chars, max_chars")
-        return self
+    def problems(self) -> Iterator[Problem]:
+        """Yields that the filter has no condition."""
+        conditions = tuple(key for key in type(self).model_fields if key != "column")
+        if all(getattr(self, key) is None for key in conditions):
+            yield Problem(f"give at least one of {', '.join(conditions)}", conditions)
 
 
 class Source(Section):
@@ -71,9 +69,10 @@ class Source(Section):
     """
 
     path: Location = Field(
-        description="File, folder or glob; a folder that `datasets` wrote with save_to_disk; or a "
-        "dataset of the hub, hf://datasets/ORGANIZATION/NAME:train. A relative path starts at the "
-        "current folder; in a submitted Ray job, see storage.resolve_input"
+        description="File, folder, glob or URL; a folder that `datasets` wrote with save_to_disk; "
+        "or a dataset of the hub, hf://datasets/ORGANIZATION/NAME:train. A relative path starts at "
+        "the current folder; in a submitted Ray job, at the job's working directory if it exists "
+        "there"
     )
     name: str = Field(
         "",
@@ -88,8 +87,9 @@ class Source(Section):
     text: str = Field("text", description="Pretraining: the column or key that holds the document")
     shape: str | None = Field(
         None,
-        description="Fine-tuning: the form of the rows, one of those in data/sources/formats.py. "
-        "Default: recognised by the names of the columns",
+        description="Fine-tuning: the form of the rows. sft: messages, sharegpt, alpaca, pair; "
+        "dpo: preference, preference-messages; classify: label; seq2seq: source-target; embed: "
+        "query-document. Default: recognised by the names of the columns",
     )
     columns: dict[str, str] = Field(
         {},
@@ -112,7 +112,7 @@ class Source(Section):
         gt=0,
         allow_inf_nan=False,
         description="Relative share of this source in the tokens of training. Give every source a "
-        "weight, or none: then the sources are mixed in proportion to their sizes",
+        "weight, or none. Default: the sources are mixed in proportion to their sizes",
     )
     filters: list[Filter] = Field(
         [], description="A document is read if it passes all of these filters"
@@ -182,6 +182,7 @@ class Stage(Section):
     )
 
 
+Scalar = bool | int | float | str
 _SOURCE_LISTS = ("sources", "validation", "test")  # fields of Data that are lists of sources
 
 
@@ -205,12 +206,12 @@ class Data(Section):
     path: Location | None = Field(
         None,
         description="Folder, file or URL that the paths of sources, validation and test are "
-        "relative to",
+        "relative to. Default: each of them has a whole path of its own",
     )
     corpus: Literal["python"] | None = Field(
         None,
         description="Built-in corpus that is written before the run if it does not exist yet. "
-        "python: the source code of this Python installation",
+        "python: the source code of this Python installation. Default: none",
     )
     sources: list[Source] = Field(min_length=1, description="The training documents")
     curriculum: list[Stage] = Field(
@@ -224,10 +225,12 @@ class Data(Section):
         description="Documents that `sevenfold evaluate` measures on. Default: the documents of "
         "validation or held_out",
     )
-    classes: list[Annotated[str, BeforeValidator(_label_text)]] = Field(
-        [],
-        description="classify: the labels, in the order of the classes. Default: all labels in "
-        "the sources, sorted",
+    classes: list[Annotated[str, BeforeValidator(_label_text, json_schema_input_type=Scalar)]] = (
+        Field(
+            [],
+            description="classify: the labels, in the order of the classes. Default: all labels in "
+            "the sources, sorted",
+        )
     )
     split_column: str | None = Field(
         None,
@@ -253,7 +256,7 @@ class Data(Section):
         None,
         description="seq2seq with a multilingual tokenizer, such as mBART-50's or NLLB's: the "
         "codes of both languages, {source: en_XX, target: de_DE}. The target's is learnt, and the "
-        "decoder begins with it when it generates",
+        "decoder begins with it when it generates. Default: none",
     )
     sequence_length: int = Field(
         gt=1,
@@ -295,7 +298,7 @@ class Data(Section):
     cache: Location | None = Field(
         None,
         description="Folder of a token cache, written by jobs/tokenize.py: tokens are read from "
-        "it instead of encoding the text",
+        "it instead of encoding the text. Default: the text is encoded while it is read",
     )
     executor: Literal["ray", "inline"] = Field(
         "ray",
@@ -312,11 +315,6 @@ class Data(Section):
         if WITH_SECRETS not in (info.context or {}):
             tree = with_short_names(tree, _SOURCE_LISTS)
         if not isinstance(tree.get("path"), str):
-            sources = [s for k in _SOURCE_LISTS for s in tree.get(k) or () if isinstance(s, dict)]
-            if any("path" not in s for s in sources):
-                raise ValueError(
-                    "this recipe does not say where its data is: give data.path=FILE_OR_FOLDER"
-                )
             return tree
         root = storage.keep_secrets(tree["path"]).rstrip("/")
 
@@ -333,57 +331,77 @@ class Data(Section):
         }
         return tree | joined | {"path": None}
 
-    @model_validator(mode="after")
-    def _check(self) -> Data:
+    def problems(self) -> Iterator[Problem]:
+        """Yields settings that contradict each other."""
         if self.validation and self.held_out:
-            raise ValueError(
-                "give either validation (separate sources) or held_out (a fraction of the sources)"
+            yield Problem(
+                "give either validation (separate sources) or held_out (a fraction of the sources)",
+                ("held_out", "validation"),
             )
         if self.split_column and (self.validation or self.test):
-            raise ValueError(
-                "give either split_column (its rows are divided by it) or validation and test"
+            yield Problem(
+                "give either split_column (its rows are divided by it) or validation and test",
+                ("split_column", "validation", "test"),
             )
-        self._check_weights()
-        self._check_curriculum()
-        if any(not 1 <= first <= last for first, last in self.skip):
-            raise ValueError("skip: expected ranges [first, last] with 1 <= first <= last")
-        return self
+        yield from self._problems_of_weights()
+        yield from self._problems_of_curriculum()
+        for i, (first, last) in enumerate(self.skip):
+            if not 1 <= first <= last:
+                yield Problem(
+                    "skip: expected ranges [first, last] with 1 <= first <= last, found "
+                    f"[{first}, {last}]",
+                    (f"skip.{i}",),
+                )
 
-    def _check_weights(self) -> None:
-        unweighted = [s.name for s in self.sources if s.weight is None]
+    def _problems_of_weights(self) -> Iterator[Problem]:
+        names = [s.name for s in self.sources]
+        unweighted = [i for i, s in enumerate(self.sources) if s.weight is None]
         if 0 < len(unweighted) < len(self.sources):
-            raise ValueError(
-                f"sources: give every source a weight or none: {unweighted[0]!r} has none"
+            i = unweighted[0]
+            yield Problem(
+                f"sources: give every source a weight or none: {names[i]!r} has none",
+                (f"sources.{i}",),
             )
-        names = [s.name for s in self.sources]
         if not unweighted and len(set(names)) < len(names):
-            duplicate = next(n for n in names if names.count(n) > 1)
-            raise ValueError(
-                f"sources: two sources have the name {duplicate!r}: set `name` of each source"
+            i = next(i for i, n in enumerate(names) if n in names[:i])
+            yield Problem(
+                f"sources: two sources have the name {names[i]!r}: set `name` of each source",
+                (f"sources.{i}",),
             )
 
-    def _check_curriculum(self) -> None:
+    def _problems_of_curriculum(self) -> Iterator[Problem]:
         if self.curriculum and self.sources[0].weight is None:
-            raise ValueError(
-                "curriculum: every source needs a weight, which holds before the first stage"
+            yield Problem(
+                "curriculum: every source needs a weight, which holds before the first stage",
+                ("sources.0", "curriculum"),
             )
-        starts = [stage.at_tokens for stage in self.curriculum]
-        if starts != sorted(set(starts)):
-            raise ValueError("curriculum: at_tokens must increase from stage to stage")
-        names = [s.name for s in self.sources]
-        for stage in self.curriculum:
+        names, before = [s.name for s in self.sources], 0
+        for i, stage in enumerate(self.curriculum):
+            place = f"curriculum.{i}"
+            if stage.at_tokens <= before:
+                yield Problem(
+                    "curriculum: at_tokens must increase from stage to stage, found "
+                    f"{stage.at_tokens} after {before}",
+                    (f"{place}.at_tokens",),
+                )
+            before = stage.at_tokens
             for name, weight in stage.weights.items():
                 if name not in names:
                     nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-                    raise ValueError(
-                        f"curriculum: no source has the name {name!r}; did you mean {nearest!r}?"
+                    yield Problem(
+                        f"curriculum: no source has the name {name!r}; did you mean {nearest!r}?",
+                        (f"{place}.weights", "sources"),
                     )
-                if not 0 <= weight < float("inf"):
-                    raise ValueError(
-                        f"curriculum: the weight of {name!r} must be 0 or more, found {weight}"
+                elif not 0 <= weight < float("inf"):
+                    yield Problem(
+                        f"curriculum: the weight of {name!r} must be 0 or more, found {weight}",
+                        (f"{place}.weights",),
                     )
             if not sum(stage.weights.values()):
-                raise ValueError("curriculum: each stage needs a source with a weight above 0")
+                yield Problem(
+                    "curriculum: each stage needs a source with a weight above 0",
+                    (f"{place}.weights",),
+                )
 
 
 class Tokenizer(Section):
@@ -397,7 +415,8 @@ class Tokenizer(Section):
         None,
         ge=300,
         le=2**24,
-        description="Train a byte-level BPE tokenizer of this size on a sample of the sources",
+        description="Train a byte-level BPE tokenizer of this size on a sample of the sources. "
+        "Default: none is trained",
     )
     chat_template: Location | None = Field(
         None,

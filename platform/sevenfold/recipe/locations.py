@@ -58,7 +58,8 @@ def with_short_names(tree: dict[str, Any], lists: Sequence[str]) -> dict[str, An
     paths = [
         source["path"]
         for key in lists
-        for source in tree.get(key) or ()
+        if isinstance(tree.get(key), list)
+        for source in tree[key]
         if isinstance(source, dict) and isinstance(source.get("path"), str)
     ]
     urls: dict[str, str] = {}

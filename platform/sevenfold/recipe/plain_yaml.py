@@ -138,11 +138,24 @@ def read_yaml(path: str, expected: str, for_ray: bool = False) -> Any:
 
     Args:
         path: The file.
-        expected: What the file should be, for errors, such as "a recipe (a YAML file)".
+        expected: As in `read_text`.
         for_ray: As in `load_yaml`.
 
     Raises:
-        InputError: The file cannot be read, is larger than MAX_BYTES, or as `load_yaml`.
+        InputError: As `read_text` and `load_yaml`.
+    """
+    return load_yaml(read_text(path, expected), path, for_ray)
+
+
+def read_text(path: str, expected: str) -> str:
+    """Returns the text of a YAML file.
+
+    Args:
+        path: The file.
+        expected: What the file should be, for errors, such as "a recipe (a YAML file)".
+
+    Raises:
+        InputError: The file cannot be read, or is larger than MAX_BYTES.
     """
     try:
         with Path(path).open("rb") as file:
@@ -151,13 +164,12 @@ def read_yaml(path: str, expected: str, for_ray: bool = False) -> Any:
             raise InputError(
                 f"{path}: expected {expected} of at most {MAX_BYTES >> 20} MiB, found more"
             )
-        text = content.decode("utf-8")
+        return content.decode("utf-8")
     except FileNotFoundError:
         raise InputError(f"{path}: expected {expected}, found no file") from None
     except (OSError, UnicodeDecodeError) as e:
         reason = getattr(e, "strerror", None) or e
         raise InputError(f"{path}: expected {expected}: {reason}") from None
-    return load_yaml(text, path, for_ray)
 
 
 def load_yaml(text: str, where: str, for_ray: bool = False) -> Any:
@@ -181,3 +193,41 @@ def load_yaml(text: str, where: str, for_ray: bool = False) -> Any:
         raise InputError(
             f"{where}{line}: expected YAML, found {re.sub('^(but )?found ', '', problem)[:300]}"
         ) from None
+
+
+def lines_of(text: str) -> dict[tuple[int | str, ...], int]:
+    """Returns the line of each key and list entry of a text that `load_yaml` reads.
+
+    Args:
+        text: The text.
+
+    Returns:
+        Path -> line, which is 1 at the beginning. A path has the keys of mappings as strings, and
+        the indices of lists.
+    """
+    lines: dict[tuple[int | str, ...], int] = {}
+
+    def visit(node: Any, path: tuple[int | str, ...]) -> None:
+        if isinstance(node, yaml.SequenceNode):
+            for i, value in enumerate(node.value):
+                lines[(*path, i)] = value.start_mark.line + 1
+                visit(value, (*path, i))
+        elif isinstance(node, yaml.MappingNode):
+            # what a merge (<<) brings comes first, as the mapping's own keys replace it
+            for is_merge in (True, False):
+                for key, value in node.value:
+                    if (key.tag == "tag:yaml.org,2002:merge") is not is_merge:
+                        continue
+                    merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+                    if is_merge:
+                        for mapping in reversed(merged):
+                            visit(mapping, path)
+                    elif isinstance(key, yaml.ScalarNode):
+                        lines[(*path, key.value)] = key.start_mark.line + 1
+                        visit(value, (*path, key.value))
+
+    try:
+        visit(_Loader(text).get_single_node(), ())
+    except yaml.YAMLError:
+        return {}
+    return lines

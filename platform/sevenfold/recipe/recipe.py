@@ -1,22 +1,19 @@
-"""The recipe: all sections together, the checks across sections, and reading from YAML."""
+"""The recipe: all sections together, and the checks across sections."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from typing import Any, Literal, get_args
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import Field, PrivateAttr
 
 from sevenfold import storage as files
-from sevenfold.errors import InputError
-from sevenfold.recipe.data import Data, Section, Tokenizer, without_unset
-from sevenfold.recipe.locations import STORED, WITH_SECRETS, OutputLocation
-from sevenfold.recipe.plain_yaml import load_yaml, read_yaml
-from sevenfold.recipe.shipped import recipe_file
+from sevenfold.recipe.data import Data, Tokenizer, without_unset
+from sevenfold.recipe.locations import OutputLocation
+from sevenfold.recipe.section import Problem, Section
 from sevenfold.recipe.sweep import BUDGETS, Sweep
 from sevenfold.recipe.training import (
     Adapter,
@@ -35,7 +32,7 @@ from sevenfold.recipe.training import (
 )
 
 # Old names of sections, in recipes that runs have stored: old name -> name today.
-_RENAMED = {"search": "sweep"}
+RENAMED = {"search": "sweep"}
 # Objectives that train on plain text; the others are fine-tuning, on rows of examples.
 PRETRAINING = ("causal", "masked", "denoise")
 # More lanes divide well among more numbers of workers, but each has a chunk in memory, and a small
@@ -51,7 +48,7 @@ class Recipe(files.CarriesSecrets, Section):
         description="Name of the run, and of its folder in storage",
     )
     storage: OutputLocation = Field(
-        "runs", description="Folder or URL that holds the folders of runs (run_folder.py)"
+        "runs", description="Folder or URL that holds the folders of runs"
     )
     seed: int = Field(
         0,
@@ -88,99 +85,130 @@ class Recipe(files.CarriesSecrets, Section):
     # No file can set it, and it is not written to any.
     _trusted_code: frozenset[str] = PrivateAttr(frozenset())
 
-    @model_validator(mode="after")
-    def _check(self) -> Recipe:
-        """Checks what concerns more than one section."""
-        self._check_workers()
-        self._check_length_and_validation()
-        self._check_model_and_tokenizer()
-        return self
+    def problems(self) -> Iterator[Problem]:
+        """Yields what concerns more than one section."""
+        yield from self._problems_of_workers()
+        yield from self._problems_of_length_and_validation()
+        yield from self._problems_of_model_and_tokenizer()
+        yield from self._problems_of_data()
 
-    def _check_workers(self) -> None:
+    def _problems_of_workers(self) -> Iterator[Problem]:
         fewest, most = self.workers
+        layout = ("parallel.replicate", "parallel.tensor")
         if fewest < most and self.parallel != Parallel():
-            raise ValueError(
+            yield Problem(
                 "parallel.replicate and parallel.tensor need one number in cluster.num_workers, "
-                "not a range"
+                "not a range",
+                ("cluster.num_workers", *layout),
             )
-        count, name = most, "cluster.num_workers"
-        for key, size in (
-            ("parallel.replicate", self.parallel.replicate),
-            ("parallel.tensor", self.parallel.tensor),
-        ):
-            if count % size:
-                raise ValueError(f"{key} ({size}) must divide {name} ({count})")
-            count, name = count // size, f"{name} / {key}"
         batch, lanes = self.train.global_batch, self.lanes
         if batch % lanes:
-            raise ValueError(
-                f"train.global_batch ({batch}) must be a multiple of data.lanes ({lanes})"
+            yield Problem(
+                f"train.global_batch ({batch}) must be a multiple of data.lanes ({lanes})",
+                ("data.lanes", "train.global_batch"),
             )
+        count, name = most, "cluster.num_workers"
+        for key, size in zip(layout, (self.parallel.replicate, self.parallel.tensor), strict=True):
+            if count % size:
+                yield Problem(
+                    f"{key} ({size}) must divide {name} ({count})", (key, "cluster.num_workers")
+                )
+                return  # the workers have no layout, so nothing can be said about their lanes
+            count, name = count // size, f"{name} / {key}"
         if lanes < self.readers:
-            raise ValueError(
+            yield Problem(
                 f"data.lanes ({lanes}) must be at least cluster.num_workers / parallel.tensor "
                 f"({self.readers}); its default is the largest divisor of "
-                f"train.global_batch ({batch}) up to {MAX_DEFAULT_LANES}"
+                f"train.global_batch ({batch}) up to {MAX_DEFAULT_LANES}",
+                ("cluster.num_workers", "parallel.tensor", "data.lanes", "train.global_batch"),
             )
 
-    def _check_length_and_validation(self) -> None:
+    def _problems_of_length_and_validation(self) -> Iterator[Problem]:
         if (self.train.steps or self.train.tokens or self.data.epochs) is None:
-            raise ValueError(
+            yield Problem(
                 "train: give either steps or tokens; or data.epochs, to train as long as the data "
-                "lasts"
+                "lasts",
+                ("train.steps", "train.tokens", "data.epochs"),
             )
         is_generated = self.objective == "sft"  # an encoder-decoder's answer needs no room
         if is_generated and self.validation.max_new_tokens >= self.data.sequence_length:
-            raise ValueError(
+            yield Problem(
                 f"validation.max_new_tokens ({self.validation.max_new_tokens}) must be below "
-                f"data.sequence_length ({self.data.sequence_length}): there is no room for a prompt"
+                f"data.sequence_length ({self.data.sequence_length}): there is no room for a "
+                "prompt",
+                ("validation.max_new_tokens", "data.sequence_length", "objective"),
             )
         held_out = self.data.validation or self.data.held_out
         if self.validation.keeps_best and not (self.validation.every and held_out):
-            raise ValueError(
+            yield Problem(
                 "validation: keep_best and patience need validation.every, and held-out documents: "
-                "data.validation or data.held_out"
+                "data.validation or data.held_out",
+                (
+                    *(("validation.patience",) if self.validation.patience else ()),
+                    "validation.keep_best",
+                    *(() if self.validation.every else ("validation.every",)),
+                    *(() if held_out else ("data.validation", "data.held_out")),
+                ),
             )
 
-    def _check_model_and_tokenizer(self) -> None:
+    def _problems_of_model_and_tokenizer(self) -> Iterator[Problem]:
         tokenizer = self.tokenizer
         if self.adapter is not None and self.model.path is None:
-            raise ValueError(
+            yield Problem(
                 "adapter needs model.path: the base model is frozen, so a new one would never "
-                "learn anything"
+                "learn anything",
+                ("adapter", "model.path"),
             )
         if tokenizer.path and tokenizer.vocab_size:
-            raise ValueError("tokenizer: give either path or vocab_size")
+            yield Problem(
+                "tokenizer: give either path or vocab_size",
+                ("tokenizer.vocab_size", "tokenizer.path"),
+            )
         if not (tokenizer.path or tokenizer.vocab_size or self.model.path):
-            raise ValueError("tokenizer: give path (an existing one) or vocab_size (to train one)")
+            yield Problem(
+                "tokenizer: give path (an existing one) or vocab_size (to train one)",
+                ("tokenizer.path", "tokenizer.vocab_size", "model.path"),
+            )
+        if self.objective == "dpo" and self.model.path is None:
+            yield Problem(
+                "objective dpo needs model.path: the model at the start is the reference model",
+                ("objective", "model.path"),
+            )
+        if self.objective == "denoise" and tokenizer.vocab_size and tokenizer.vocab_size < 512:
+            yield Problem(
+                "tokenizer.vocab_size: denoise needs at least 512, 100 of which are sentinel "
+                "tokens",
+                ("tokenizer.vocab_size", "objective"),
+            )
+        if tokenizer.vocab_size and self.model.path:
+            yield Problem(
+                "tokenizer.vocab_size trains a new tokenizer, but the weights in model.path were "
+                "trained with another one: remove one of the two keys",
+                ("tokenizer.vocab_size", "model.path"),
+            )
+
+    def _problems_of_data(self) -> Iterator[Problem]:
         if self.objective not in PRETRAINING and self.data.packing != "best_fit":
-            raise ValueError(
+            yield Problem(
                 f"data.packing: objective {self.objective} needs best_fit, which never cuts an "
-                "example in two"
+                "example in two",
+                ("data.packing", "objective"),
             )
         languages = self.data.languages
         if languages is not None and self.objective != "seq2seq":
-            raise ValueError(
-                f"data.languages is for objective seq2seq, found {self.objective}: remove it"
+            yield Problem(
+                f"data.languages is for objective seq2seq, found {self.objective}: remove it",
+                ("data.languages", "objective"),
             )
         if languages is not None and len(languages) != 2:
-            raise ValueError("data.languages: give both, such as {source: en_XX, target: de_DE}")
+            yield Problem(
+                "data.languages: give both, such as {source: en_XX, target: de_DE}",
+                ("data.languages",),
+            )
         if self.data.classes and self.objective != "classify":
-            raise ValueError(
-                f"data.classes is for objective classify, found {self.objective}: remove it"
-            )
-        if self.objective == "dpo" and self.model.path is None:
-            raise ValueError(
-                "objective dpo needs model.path: the model at the start is the reference model"
-            )
-        if self.objective == "denoise" and tokenizer.vocab_size and tokenizer.vocab_size < 512:
-            raise ValueError(
-                "tokenizer.vocab_size: denoise needs at least 512, 100 of which are sentinel tokens"
-            )
-        if tokenizer.vocab_size and self.model.path:
-            raise ValueError(
-                "tokenizer.vocab_size trains a new tokenizer, but the weights in model.path were "
-                "trained with another one: remove one of the two keys"
+            yield Problem(
+                f"data.classes is for objective classify, found {self.objective}: remove it",
+                ("data.classes", "objective"),
             )
 
     @property
@@ -247,7 +275,7 @@ class Recipe(files.CarriesSecrets, Section):
         # how answers are measured; the default of earlier versions, whose hashes runs have stored
         tree["validation"]["bleu_tokenize"] = "13a"
         # a new name changes no number: the hash stays that of the old name, which runs have stored
-        for old, new in _RENAMED.items():
+        for old, new in RENAMED.items():
             tree[old] = tree.pop(new)
         return tree
 
@@ -270,8 +298,9 @@ class Recipe(files.CarriesSecrets, Section):
         Raises:
             InputError: As `parse`.
         """
-        tree = _apply_changes(self.model_dump(mode="json"), changes, where="override")
-        return _validate(tree, where="override").trusting(self._trusted_code)
+        from sevenfold.recipe.reading import changed  # which reads recipes, and imports them
+
+        return changed(self, changes).trusting(self._trusted_code)
 
     @property
     def trusted_code(self) -> frozenset[str]:
@@ -287,153 +316,3 @@ class Recipe(files.CarriesSecrets, Section):
         recipe = self.model_copy()
         recipe._trusted_code = frozenset(hashes or ())
         return recipe
-
-
-def parse(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
-    """Reads a recipe from a file.
-
-    Args:
-        path: The file, or the name of a recipe that comes with sevenfold.
-        overrides: Changes to it, each as key.path=value.
-
-    Raises:
-        InputError: The file cannot be read or is no YAML; or the recipe has an unknown key, a value
-            of a wrong type, or settings that contradict each other.
-    """
-    changes = {}
-    for item in overrides:
-        key, equals_sign, value = item.partition("=")
-        if not equals_sign or not key:
-            raise InputError(f"{item!r}: expected key.path=value, for example train.steps=100")
-        changes[key] = load_yaml(value, item)
-        _refuse_old_name(key.partition(".")[0], item)
-    path = recipe_file(path)
-    tree = _check_tree(read_yaml(path, "a recipe (a YAML file)"), path)
-    for key in tree:
-        _refuse_old_name(key, path)
-    tree = _apply_changes(tree, changes, path)
-    if _pop_consent(tree):
-        raise InputError(
-            f"{path}: model.trust_remote_code: a recipe cannot allow the code of a model to run: "
-            "remove it; the command says what to add to itself instead"
-        )
-    return _validate(tree, path)
-
-
-def _refuse_old_name(key: str, where: str) -> None:
-    if key in _RENAMED:
-        raise InputError(f"{where}: unknown key {key!r}: it was renamed to {_RENAMED[key]!r}")
-
-
-def loads(text: str, where: str, changes: dict[str, Any] | None = None) -> Recipe:
-    """Reads a recipe that a run has stored. Unlike in `parse`, sections may have their old names.
-
-    Args:
-        text: The recipe, in YAML.
-        where: The place that errors name, such as the file's path.
-        changes: Values to replace, as {"key.path": value}.
-
-    Raises:
-        InputError: As `parse`.
-    """
-    return _validate(_apply_changes(_stored_tree(text, where), changes or {}, where), where, STORED)
-
-
-def stored_hash(text: str, where: str) -> str:
-    """Returns the hash of a recipe that a run has stored, as the version that stored it did.
-
-    Earlier versions kept the secrets of URLs in recipes.
-
-    Args:
-        text: The recipe, in YAML.
-        where: As in `loads`.
-    """
-    return _validate(_stored_tree(text, where), where, WITH_SECRETS).hash()
-
-
-def _stored_tree(text: str, where: str) -> dict[str, Any]:
-    stored = _check_tree(load_yaml(text, where), where)
-    tree = {_RENAMED.get(key, key): value for key, value in stored.items()}
-    _pop_consent(tree)
-    return tree
-
-
-def _pop_consent(tree: dict[str, Any]) -> bool:
-    """Removes model.trust_remote_code, which earlier versions had, and returns its value."""
-    model = tree.get("model")
-    return bool(model.pop("trust_remote_code", False)) if isinstance(model, dict) else False
-
-
-def _check_tree(tree: Any, where: str) -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        raise InputError(
-            f"{where}: expected a recipe (keys and values), found {type(tree).__name__}"
-        )
-    return tree
-
-
-def _apply_changes(tree: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
-    """Returns a copy of the tree with the changes; a number in a key path is an index of a list."""
-    tree = json.loads(json.dumps(tree, default=str))
-    for path, value in changes.items():
-        node: Any = tree
-        *parents, last = path.split(".")
-        try:
-            for part in parents:
-                node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
-                if not isinstance(node, dict | list):
-                    raise KeyError(part)
-            node[int(last) if isinstance(node, list) else last] = value
-        except (KeyError, IndexError, ValueError, TypeError):
-            raise InputError(f"{where}: unknown key {path!r}") from None
-    return tree
-
-
-def _validate(tree: dict[str, Any], where: str, *context: str) -> Recipe:
-    """Builds the recipe; the first of pydantic's errors becomes one line.
-
-    Args:
-        tree: The recipe.
-        where: The place that errors name.
-        *context: How its URLs are read: locations.STORED or WITH_SECRETS.
-    """
-    try:
-        return Recipe.model_validate(tree, context=dict.fromkeys(context))
-    except ValidationError as e:
-        errors = e.errors(include_url=False)
-        first = errors[0]
-        path = ".".join(str(part) for part in first["loc"])
-        more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        if first["type"] == "extra_forbidden":
-            *parents, key = first["loc"]
-            nearest = difflib.get_close_matches(str(key), _known_keys(parents), n=1, cutoff=0.0)[0]
-            raise InputError(
-                f"{where}: unknown key {path!r}; did you mean {nearest!r}?{more}"
-            ) from None
-        if first["type"] == "missing":
-            raise InputError(f"{where}: required key {path!r} is missing{more}") from None
-        message = first["msg"].removeprefix("Value error, ")
-        message = message[0].lower() + message[1:]
-        found = (
-            ""
-            if first["type"] == "value_error"
-            else f", found {files.hide_secrets(repr(first['input']))[:200]}"
-        )
-        raise InputError(f"{where}: {path + ': ' if path else ''}{message}{found}{more}") from None
-
-
-def _known_keys(location: Sequence[int | str]) -> list[str]:
-    """Returns the keys that a recipe can have at a place, such as ("data", "sources", 0)."""
-    section: type[BaseModel] = Recipe
-    for part in location:
-        if isinstance(part, str) and part in section.model_fields:
-            section = _section_of(section.model_fields[part].annotation) or section
-    return list(section.model_fields)
-
-
-def _section_of(annotation: Any) -> type[BaseModel] | None:
-    """Returns the section in a field's type, such as Source in list[Source]; None without one."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    sections = (_section_of(inner) for inner in get_args(annotation))
-    return next((section for section in sections if section is not None), None)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from sevenfold.recipe.data import Section
+from sevenfold.recipe.section import Problem, Section
 from sevenfold.recipe.training import is_lower_better
 
 # Settings that may differ when a sweep is resumed: they are not part of a recipe's identity.
@@ -51,35 +51,42 @@ class Space(Section):
     Exactly one of uniform, loguniform, integer and choice is given.
     """
 
-    uniform: tuple[float, float] | None = Field(None, description="[lowest, highest]")
-    loguniform: tuple[float, float] | None = Field(
-        None, description="[lowest, highest], uniform in the logarithm; above 0"
+    uniform: tuple[float, float] | None = Field(
+        None, description="[lowest, highest]. Default: another kind of space"
     )
-    integer: tuple[int, int] | None = Field(None, description="[lowest, highest], both included")
-    choice: list[Scalar] | None = Field(None, min_length=1, description="The possible values")
+    loguniform: tuple[float, float] | None = Field(
+        None,
+        description="[lowest, highest], uniform in the logarithm; above 0. Default: another kind "
+        "of space",
+    )
+    integer: tuple[int, int] | None = Field(
+        None, description="[lowest, highest], both included. Default: another kind"
+    )
+    choice: list[Scalar] | None = Field(
+        None, min_length=1, description="The possible values. Default: another kind of space"
+    )
     when: dict[str, Scalar | list[Scalar]] = Field(
         {},
         description="Conditional space: tuned only in trials in which another key of the space has "
         "this value, or one of these: {optimizer.name: muon}",
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> Space:
-        kinds = [kind for kind in _KINDS if getattr(self, kind) is not None]
+    def problems(self) -> Iterator[Problem]:
+        """Yields that there is no space, or that it is empty."""
+        kinds = tuple(kind for kind in _KINDS if getattr(self, kind) is not None)
         if len(kinds) != 1:
-            raise ValueError(f"give exactly one of {', '.join(_KINDS)}")
+            yield Problem(f"give exactly one of {', '.join(_KINDS)}", kinds or _KINDS)
         bounds = self.uniform or self.loguniform or self.integer
         if bounds is not None:
             low, high = bounds
             if not (math.isfinite(low) and math.isfinite(high)):
-                raise ValueError(f"the ends must be finite, found {low} and {high}")
-            if self.integer and low > high:
-                raise ValueError(f"the space is empty: {low} is above {high}")
-            if not self.integer and low >= high:
-                raise ValueError(f"the space is empty: {low} is not below {high}")
+                yield Problem(f"the ends must be finite, found {low} and {high}", kinds)
+            elif self.integer and low > high:
+                yield Problem(f"the space is empty: {low} is above {high}", kinds)
+            elif not self.integer and low >= high:
+                yield Problem(f"the space is empty: {low} is not below {high}", kinds)
         if self.loguniform and self.loguniform[0] <= 0:
-            raise ValueError("loguniform: the lowest value must be above 0")
-        return self
+            yield Problem("loguniform: the lowest value must be above 0", ("loguniform",))
 
     def holds(self, point: Mapping[str, Any]) -> bool:
         """Returns whether this key is tuned (`when`), given the values chosen for other keys."""
@@ -166,55 +173,76 @@ class Sweep(Section):
     max_hours: float | None = Field(
         None,
         gt=0,
-        description="Budget, in hours; when it is used up, the sweep ends with its results so far",
+        description="Budget, in hours; when it is used up, the sweep ends with its results so far. "
+        "Default: no limit",
     )
     max_worker_hours: float | None = Field(
-        None, gt=0, description="Budget, in hours times workers, of all trials together"
+        None,
+        gt=0,
+        description="Budget, in hours times workers, of all trials together. Default: no limit",
     )
     max_cost: float | None = Field(
-        None, gt=0, description="Budget, in the currency of worker_hour_cost"
+        None, gt=0, description="Budget, in the currency of worker_hour_cost. Default: no limit"
     )
-    worker_hour_cost: float | None = Field(None, gt=0, description="Cost of one worker per hour")
+    worker_hour_cost: float | None = Field(
+        None, gt=0, description="Cost of one worker per hour. Default: not known"
+    )
 
     @property
     def best(self) -> Literal["min", "max"]:
         """Whether the lowest or the highest value of the metric is the best."""
         return self.mode or ("min" if is_lower_better(self.metric) else "max")
 
-    @model_validator(mode="after")
-    def _check(self) -> Sweep:
+    def problems(self) -> Iterator[Problem]:
+        """Yields settings that contradict each other."""
         if self.trials is None and self.algorithm != "grid":
-            raise ValueError(
-                "trials: required key is missing (only algorithm grid has a number of its own)"
+            yield Problem(
+                "trials: required key is missing (only algorithm grid has a number of its own)",
+                ("trials", "algorithm"),
             )
         if (self.max_cost is None) != (self.worker_hour_cost is None):
-            raise ValueError("give both max_cost and worker_hour_cost, or neither")
+            yield Problem(
+                "give both max_cost and worker_hour_cost, or neither",
+                ("max_cost", "worker_hour_cost"),
+            )
         if self.scheduler == "bohb" and self.algorithm != "tpe":
-            raise ValueError(
+            yield Problem(
                 "scheduler bohb is hyperband with algorithm tpe: set sweep.algorithm=tpe, or "
-                "sweep.scheduler=hyperband"
+                "sweep.scheduler=hyperband",
+                ("scheduler", "algorithm"),
             )
         if self.scheduler == "pbt":
-            self._check_pbt()
-        for key in self.order:
+            yield from self._problems_of_pbt()
+        try:
+            ordered = self.order
+        except ValueError as e:
+            yield Problem(str(e), ("space",))
+            return
+        for key in ordered:
             if self.algorithm == "grid" and not (self.space[key].choice or self.space[key].integer):
-                raise ValueError(
-                    f"algorithm grid: {key} has infinitely many values: use choice or integer"
+                yield Problem(
+                    f"algorithm grid: {key} has infinitely many values: use choice or integer",
+                    ("space", "algorithm"),
                 )
-        return self
 
-    def _check_pbt(self) -> None:
+    def _problems_of_pbt(self) -> Iterator[Problem]:
         if self.algorithm == "tpe":
-            raise ValueError(
-                "scheduler pbt chooses points itself: set sweep.algorithm to random or grid"
+            yield Problem(
+                "scheduler pbt chooses points itself: set sweep.algorithm to random or grid",
+                ("algorithm", "scheduler"),
             )
-        if fixed := [key for key in self.space if not key.startswith(_PBT_KEYS)]:
-            raise ValueError(
-                f"scheduler pbt: {fixed[0]} cannot change while a trial trains; expected one of "
-                f"{', '.join(_PBT_KEYS)}"
-            )
+        for key in self.space:
+            if not key.startswith(_PBT_KEYS):
+                yield Problem(
+                    f"scheduler pbt: {key} cannot change while a trial trains; expected one of "
+                    f"{', '.join(_PBT_KEYS)}",
+                    ("space", "scheduler"),
+                )
         if any(space.when for space in self.space.values()):
-            raise ValueError("scheduler pbt changes every key of the space: remove `when`")
+            yield Problem(
+                "scheduler pbt changes every key of the space: remove `when`",
+                ("space", "scheduler"),
+            )
 
     @property
     def order(self) -> list[str]:

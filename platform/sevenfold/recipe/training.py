@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from sevenfold.recipe.bleu import BleuTokenizer
-from sevenfold.recipe.data import Section
 from sevenfold.recipe.locations import Location
+from sevenfold.recipe.section import Problem, Section
 
 
 class Model(Section):
     """The model: a new one from a transformers config, or an existing one to start from."""
 
     config: dict[str, Any] | None = Field(
-        None, description="transformers config of a new model: model_type and its fields"
+        None,
+        description="transformers config of a new model: model_type and its fields. Default: none, "
+        "which needs path",
     )
     path: Location | None = Field(
         None,
         description="Model to start from: a run, a Hugging Face directory, a GGUF file (.gguf), "
-        "or a model of the hub (hf://ORGANIZATION/NAME@REVISION)",
+        "or a model of the hub (hf://ORGANIZATION/NAME@REVISION). Default: none, which needs "
+        "config",
     )
     attention: Literal["auto", "sdpa", "flex_attention", "eager"] = Field(
         "auto",
@@ -29,13 +33,15 @@ class Model(Section):
         "has no other",
     )
 
-    @model_validator(mode="after")
-    def _check(self) -> Model:
+    def problems(self) -> Iterator[Problem]:
+        """Yields settings that contradict each other."""
         if (self.config is None) == (self.path is None):
-            raise ValueError("give either config (a new model) or path (a model to start from)")
+            yield Problem(
+                "give either config (a new model) or path (a model to start from)",
+                ("path", "config"),
+            )
         if self.config is not None and "model_type" not in self.config:
-            raise ValueError("config needs model_type, for example llama")
-        return self
+            yield Problem("config needs model_type, for example llama", ("config",))
 
 
 class Adapter(Section):
@@ -50,7 +56,11 @@ class Adapter(Section):
         description="Dropout on the adapter's input. Each worker draws its own masks, so they "
         "change with cluster.num_workers",
     )
-    target_modules: str | list[str] = Field("all-linear", description="As in peft's LoraConfig")
+    target_modules: str | list[str] = Field(
+        "all-linear",
+        description="Names of the modules that are adapted, as in peft's LoraConfig; all-linear: "
+        "all linear layers but the output layer",
+    )
     dora: bool = Field(
         False, description="DoRA: magnitude and direction are trained apart (arXiv 2402.09353)"
     )
@@ -107,7 +117,10 @@ class Train(Section):
         None, gt=0, description="Optimizer steps. Default: as many as data.epochs gives"
     )
     tokens: int | None = Field(
-        None, gt=0, description="Instead of steps: training tokens, rounded up to whole steps"
+        None,
+        gt=0,
+        description="Instead of steps: training tokens, rounded up to whole steps. Default: as "
+        "many as steps gives",
     )
     max_grad_norm: float = Field(
         1.0, gt=0, description="Gradients are clipped to this global L2 norm"
@@ -153,11 +166,10 @@ class Train(Section):
     )
     log_every: int = Field(10, gt=0, description="Steps between two log lines")
 
-    @model_validator(mode="after")
-    def _check(self) -> Train:
+    def problems(self) -> Iterator[Problem]:
+        """Yields settings that contradict each other."""
         if self.steps is not None and self.tokens is not None:
-            raise ValueError("give either steps or tokens")
-        return self
+            yield Problem("give either steps or tokens", ("steps", "tokens"))
 
 
 class Optimizer(Section, allow_inf_nan=False):
@@ -266,7 +278,7 @@ class Validation(Section):
         None,
         gt=0,
         description="End the run after this number of validations in a row without a new best "
-        "one; implies keep_best",
+        "one; implies keep_best. Default: it goes through all steps",
     )
 
     @property
@@ -301,7 +313,10 @@ class Checkpoint(Section):
     )
     keep: int = Field(2, gt=0, description="Number of newest checkpoints to keep")
     keep_every: int | None = Field(
-        None, gt=0, description="Never delete the checkpoints of multiples of this number of steps"
+        None,
+        gt=0,
+        description="Never delete the checkpoints of multiples of this number of steps. "
+        "Default: only the newest are kept",
     )
 
     @field_validator("every", mode="before")
@@ -374,7 +389,8 @@ class Cluster(Section):
     wait_seconds: float = Field(
         300,
         ge=0,
-        description="How long to wait for resources that the cluster has but that others hold",
+        description="How many seconds to wait for resources that the cluster has but that others "
+        "hold",
     )
     peak_tflops: float | None = Field(
         None,

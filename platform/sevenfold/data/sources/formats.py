@@ -23,6 +23,7 @@ from sevenfold.data.sources.messages import (
 )
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
+from sevenfold.recipe.keys import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -342,6 +343,12 @@ def recognise(
                 return source.model_copy(update={"shape": shape.name, "columns": mapping})
     if objective not in SHAPES:
         return source
+    shapes = [shape.name for shape in SHAPES[objective]]
+    if source.shape is not None and source.shape not in shapes:
+        raise InputError(
+            f"{path}: shape: expected one of {', '.join(shapes)} for objective {objective}, found "
+            f"{source.shape!r}{did_you_mean(source.shape, shapes)}"
+        )
     known = "; ".join(f"{', '.join(s.roles)} ({s.name})" for s in SHAPES[objective])
     raise InputError(
         f"{path}: expected the columns of objective {objective}, one of: {known}; "
