@@ -13,7 +13,7 @@ import pyarrow as pa
 from sevenfold import storage
 from sevenfold.data.manifest import COLUMNS, Manifest, reading_threads
 from sevenfold.data.sources import formats
-from sevenfold.data.sources.csv_rows import header_hint
+from sevenfold.data.sources.csv_cells import header_hint
 from sevenfold.data.sources.documents import Selection
 from sevenfold.data.sources.reading import column_names
 from sevenfold.data.sources.row_groups import estimated_size, split_shard

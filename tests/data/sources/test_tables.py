@@ -312,7 +312,7 @@ def test_columns_without_a_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [1, 7, 64, 1000, 10**6])
 @pytest.mark.parametrize("block", [1, 2, 3, 17, 4096])
 def test_rows_are_found_wherever_the_blocks_end(target: int, block: int, tmp_path: Path) -> None:
-    from sevenfold.data.sources import csv_rows, shards
+    from sevenfold.data.sources import csv_cells, csv_rows, shards
 
     _write_csv(table(40), tmp_path / "a.csv")
     content = (tmp_path / "a.csv").read_bytes()
@@ -324,7 +324,7 @@ def test_rows_are_found_wherever_the_blocks_end(target: int, block: int, tmp_pat
     assert pieces[-1].end == len(content)
     assert all(p.end - p.start >= target for p in pieces[:-1])
     names = ["text", "label", "note"]
-    cells = [csv_rows.parse(content[p.start : p.end], shard, names, names).table for p in pieces]
+    cells = [csv_cells.parse(content[p.start : p.end], shard, names, names).table for p in pieces]
     assert pa.concat_tables(cells).slice(1).to_pylist() == table(40).to_pylist()
 
 
