@@ -13,7 +13,7 @@ import pyarrow as pa
 from sevenfold import storage
 from sevenfold.data.manifest import COLUMNS, Manifest, reading_threads
 from sevenfold.data.sources import formats
-from sevenfold.data.sources.csv_rows import header_hint
+from sevenfold.data.sources.csv_cells import header_hint
 from sevenfold.data.sources.documents import Selection
 from sevenfold.data.sources.reading import column_names
 from sevenfold.data.sources.row_groups import estimated_size, split_shard
@@ -74,17 +74,18 @@ def scan(
         most: The maximum size of a row group to aim for, bytes of text.
         ignored_columns: Columns that are not read although a format knows their names.
         max_bytes: The maximum size of a document.
-        reported: The folders of which it was said already which of their files are not read; those
-            of the sources are added.
+        reported: What was said already of the sources' folders, so that it is said once of a folder
+            that several splits are read from; what is said now is added.
 
     Raises:
         InputError: A source contains no files or no documents. If `on_bad` is "error", also: a
             shard is not what its name says, lacks a column, is truncated, empty, a decompression
             bomb, or a copy of another.
     """
+    reported = set() if reported is None else reported
     found = [find_files(source) for source in sources]
     for source, (_, unread) in zip(sources, found, strict=True):
-        report_unread(source, unread, set() if reported is None else reported)
+        report_unread(source, unread, reported)
     files = [(i, file) for i, source_files in enumerate(found) for file in source_files.files]
     whole = [_is_divided_by_files(s, f.files) for s, f in zip(sources, found, strict=True)]
     # what follows reads each line as a document, unless the shard says otherwise
@@ -102,7 +103,7 @@ def scan(
         most_whole = [max_bytes if is_whole else -1 for is_whole in whole]
         examined = _examine_all(pool, files, sizes, sources, target, most_whole)
         shards, table = _kept(examined, on_bad, skipped)
-    _report_whole_files(shards, sources, whole, max_bytes)
+    _report_whole_files(shards, sources, whole, max_bytes, reported)
     report_encodings(shards, sources)
     source_of_group = np.array([shard.source for shard in shards], np.int64)[table[:, 0]]
     for i, source in enumerate(sources):
@@ -228,13 +229,19 @@ def _is_text(file: storage.InputFile, source: Source) -> bool:
 
 
 def _report_whole_files(
-    shards: Sequence[Shard], sources: Sequence[Source], whole: Sequence[bool], max_bytes: int
+    shards: Sequence[Shard],
+    sources: Sequence[Source],
+    whole: Sequence[bool],
+    max_bytes: int,
+    reported: set[str],
 ) -> None:
     """Says how the text files of each source are divided, if that follows from their number."""
     for index, source in enumerate(sources):
         text = [s.whole for s in shards if s.source == index and s.format == "txt"]
-        if not whole[index] or not text:
+        key = f"text files of {source.path}"
+        if not whole[index] or not text or key in reported:
             continue
+        reported.add(key)
         large, s = "", "" if len(text) == 1 else "s"
         if count := text.count(False):
             large = (

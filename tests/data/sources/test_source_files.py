@@ -148,7 +148,9 @@ def test_what_is_not_read_is_said_once(
     write(tmp_path, "a.txt", "b.txt", "p.png", *names)
     recipe = recipe_of(tree, tmp_path)
     find_inputs(recipe.override({"data.validation": recipe.model_dump()["data"]["sources"]}))
-    said = [line for line in capsys.readouterr().out.splitlines() if "not read" in line]
+    lines = capsys.readouterr().out.splitlines()
+    assert sum("2 text files, each one document" in line for line in lines) == 1
+    said = [line for line in lines if "not read" in line]
     assert said == [
         f"{tmp_path}/: not read: 8 files (2 .md, 2 beginning with ., 1 .md.gz, 1 .png, 1 beginning "
         "with _, 1 without a suffix); add format: txt to read .md, .md.gz as text"

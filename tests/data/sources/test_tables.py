@@ -11,12 +11,18 @@ import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
+from sevenfold.data.backends import FAST, Backend
+from sevenfold.data.encode import TextEncoder
 from sevenfold.data.examples import ENCODERS
 from sevenfold.data.manifest import Manifest
+from sevenfold.data.order import DataOrder
+from sevenfold.data.rows import Rows
 from sevenfold.data.scan import scan
 from sevenfold.data.sources import text_blocks
 from sevenfold.data.sources.documents import BadDocumentsError, Selection
 from sevenfold.data.sources.records import records
+from sevenfold.data.stream import ReaderState, Stream
+from sevenfold.data.tokenizer import train_tokenizer
 from sevenfold.errors import InputError
 from sevenfold.recipe import Source
 
@@ -138,6 +144,32 @@ def test_row_groups_divide_the_rows_and_are_read_alone(file: Path) -> None:
     for index in reversed(range(len(stored))):
         texts = selection.read(stored, index).fields[0].to_pylist()
         assert texts == [text for text, _ in groups[index]]
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> TextEncoder:
+    path = tmp_path_factory.mktemp("encoder") / "a.parquet"
+    pq.write_table(table(), path)
+    tokenizer = train_tokenizer(manifest_of(path, "causal"), Selection(), 300, 0.1, 0)
+    return TextEncoder(tokenizer, 32, Backend(FAST))
+
+
+def test_a_run_that_is_resumed_reads_the_same_rows(file: Path, encoder: TextEncoder) -> None:
+    def steps(stream: Stream, count: int, world: int, state: Any = None) -> tuple[list[int], Any]:
+        readers = [stream.shard(rank, world).reader(2, state) for rank in range(world)]
+        read_rows = [[next(reader) for reader in readers] for _ in range(count)]
+        for reader in readers:
+            reader.close()
+        joint = ReaderState.together([reader.state for reader in readers], 0)
+        return [Rows.concatenate(parts).hash() for parts in read_rows], joint
+
+    manifest = manifest_of(file, "causal", chunks=64)
+    stream = Stream(DataOrder(manifest, 5, 2), Selection(), encoder, 32, "inline")
+    whole, _ = steps(stream, 30, 1)  # more than an epoch
+    first, state = steps(stream, 13, 2)
+    stored = Manifest.from_json(json.loads(json.dumps(manifest.to_json())))
+    again = Stream(DataOrder(stored, 5, 2), Selection(), encoder, 32, "inline")
+    assert first + steps(again, 17, 1, state)[0] == whole and len(set(whole)) == 30
 
 
 def test_an_empty_cell_is_a_missing_value(file: Path) -> None:
@@ -280,7 +312,7 @@ def test_columns_without_a_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", [1, 7, 64, 1000, 10**6])
 @pytest.mark.parametrize("block", [1, 2, 3, 17, 4096])
 def test_rows_are_found_wherever_the_blocks_end(target: int, block: int, tmp_path: Path) -> None:
-    from sevenfold.data.sources import csv_rows, shards
+    from sevenfold.data.sources import csv_cells, csv_rows, shards
 
     _write_csv(table(40), tmp_path / "a.csv")
     content = (tmp_path / "a.csv").read_bytes()
@@ -292,7 +324,7 @@ def test_rows_are_found_wherever_the_blocks_end(target: int, block: int, tmp_pat
     assert pieces[-1].end == len(content)
     assert all(p.end - p.start >= target for p in pieces[:-1])
     names = ["text", "label", "note"]
-    cells = [csv_rows.parse(content[p.start : p.end], shard, names, names).table for p in pieces]
+    cells = [csv_cells.parse(content[p.start : p.end], shard, names, names).table for p in pieces]
     assert pa.concat_tables(cells).slice(1).to_pylist() == table(40).to_pylist()
 
 

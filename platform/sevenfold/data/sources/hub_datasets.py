@@ -95,7 +95,7 @@ def require(dataset: HubDataset, path: str) -> None:
         reason = (
             f"the hub cannot be reached ({first_line(e)}): where there is a network, get it with: "
             f"hf download --repo-type dataset {dataset.repository} --local-dir FOLDER; then set "
-            "the source's path to FOLDER"
+            "the source's path to the files of one split, such as FOLDER/data/train-*.parquet"
         )
     raise InputError(f"{path}: {reason}")
 

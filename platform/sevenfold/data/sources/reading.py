@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from sevenfold import storage
-from sevenfold.data.sources import arrow_batches, csv_rows
+from sevenfold.data.sources import arrow_batches, csv_cells
 from sevenfold.data.sources.filters import pass_all
 from sevenfold.data.sources.json_lines import parse_json_lines, parse_object
 from sevenfold.data.sources.shards import (
@@ -70,7 +70,7 @@ def read_row_group(
         if shard.has_cells:
             with storage.open_read(shard.path) as file:
                 check_unchanged(shard, file)
-                return csv_rows.read_rows(file, shard, source, group, text_columns)
+                return csv_cells.read_rows(file, shard, source, group, text_columns)
         return _read_text(shard, source, group, text_columns, max_bytes)
     except (pa.ArrowException, OSError, EOFError) as e:
         raise UnreadableError(
@@ -93,7 +93,7 @@ def column_names(shard: Shard) -> list[str]:
             if shard.format == "arrow":
                 return list(arrow_batches.read_layout(file, shard).schema.names)
             if shard.has_cells:
-                return csv_rows.column_names(file, shard)
+                return csv_cells.column_names(file, shard)
             if shard.format == "txt":
                 return []
             line = next((line for line in first_block(file, shard) if line.strip()), b"{}")

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sevenfold import storage
-from sevenfold.data.sources import arrow_batches, csv_rows
+from sevenfold.data.sources import arrow_batches, csv_cells, csv_rows
 from sevenfold.data.sources.json_lines import parse_object
 from sevenfold.data.sources.shards import Format, Shard, named_shard
 from sevenfold.data.sources.source_files import find_files
@@ -143,11 +143,11 @@ def _batch_rows(path: str, batches: Iterator[pa.RecordBatch]) -> Iterator[Record
 def _csv_rows(shard: Shard) -> Iterator[Record]:
     """Yields the rows below a header."""
     with storage.open_read(shard.path) as file, storage.open_read(shard.path) as again:
-        names = csv_rows.column_names(file, shard)
+        names = csv_cells.column_names(file, shard)
         row = 0
         for piece in csv_rows.split_rows(file, shard, blocks(file, shard), _PIECE_BYTES):
-            text = csv_rows.read_piece(again, shard, piece.start, piece.end)
-            cells = csv_rows.parse(text, shard, names, names)
+            text = csv_cells.read_piece(again, shard, piece.start, piece.end)
+            cells = csv_cells.parse(text, shard, names, names)
             found = [(int(n), i, "") for i, n in enumerate(cells.numbers)]
             found += [(n, -1, reason) for n, reason in cells.ragged.items()]
             for number, index, error in sorted(found):

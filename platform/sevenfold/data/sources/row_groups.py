@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sevenfold import storage
-from sevenfold.data.sources import arrow_batches, csv_rows
+from sevenfold.data.sources import arrow_batches, csv_cells, csv_rows
 from sevenfold.data.sources.json_lines import parse_object
 from sevenfold.data.sources.shards import (
     MAX_COMPRESSION_RATIO,
@@ -201,7 +201,7 @@ def _split_csv(
     target_bytes: int,
     file: storage.Reader,
 ) -> list[RowGroup]:
-    names = csv_rows.column_names(file, shard)
+    names = csv_cells.column_names(file, shard)
     for column in columns:
         if column not in names:
             raise _missing_column(shard, column, names)
@@ -227,7 +227,7 @@ def _split_csv(
 def _missing_column(shard: Shard, column: str, names: Sequence[str]) -> InputError:
     return InputError(
         f"{shard.path}: expected a column {column!r}, found {', '.join(names)}: "
-        f"correct the source's `text`, `columns` or `filters`{csv_rows.header_hint(shard, names)}"
+        f"correct the source's `text`, `columns` or `filters`{csv_cells.header_hint(shard, names)}"
     )
 
 
