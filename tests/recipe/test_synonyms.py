@@ -31,6 +31,7 @@ TOLD: dict[str, tuple[Any, dict[str, Any]]] = {
     "batch_size": (16, {"train.global_batch": 16}),
     "max_seq_length": (4096, {"data.sequence_length": 4096}),
     "warmup_ratio": (0.03, {"schedule.warmup_steps": 3}),
+    "warmup_fraction": (0.07, {"schedule.warmup_steps": 7}),
     "num_warmup_steps": (7, {"schedule.warmup_steps": 7}),
     "lr_scheduler_type": ("constant_with_warmup", {"schedule.name": "constant"}),
     "optim": ("adamw_8bit", {"optimizer.name": "adamw"}),

@@ -54,9 +54,11 @@ def with_recipe_options(arguments: Sequence[str], commands: Mapping[str, Any]) -
         else:
             changes.append(item if equals_sign else _with_value(item, rest))
     if changes and not positional:
+        from sevenfold.recipe.places import shown_argument
+
         raise InputError(
             f"sevenfold {command.name}: expected RECIPE, a YAML file, before its changes; found "
-            f"only {changes[0][:100]!r}"
+            f"only {shown_argument(changes[0])}"
         )
     return [*kept, "--", *changes] if changes else kept
 

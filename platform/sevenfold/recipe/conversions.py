@@ -134,7 +134,7 @@ def every(path: str) -> Rule:
 def _of_steps(path: str, fraction: float, given: Given) -> Answer:
     if given.steps is None:
         return Answer({}, f"write {path}=N, where N is {fraction} times the number of steps")
-    return Answer({path: math.ceil(fraction * given.steps)})
+    return Answer({path: math.ceil(round(fraction * given.steps, 6))})  # 0.07 of 100 is 7
 
 
 def warmup(value: Any, given: Given) -> Answer:

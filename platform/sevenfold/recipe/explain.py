@@ -23,7 +23,7 @@ from sevenfold.recipe.keys import (
     find,
 )
 from sevenfold.recipe.mistakes import advice
-from sevenfold.recipe.places import text_of
+from sevenfold.recipe.places import shown_argument, text_of
 from sevenfold.recipe.recipe import Recipe
 from sevenfold.recipe.section import Section
 from sevenfold.recipe.units import EXAMPLES, unit_of
@@ -171,8 +171,8 @@ def explain(word: str) -> str:
         known = [k.path for k in listed_keys()] + [k.name for k in listed_keys()]
         known += [*synonyms.SYNONYMS, *synonyms.SECTIONS]
         raise InputError(
-            f"explain: no key of a recipe is called {word[:100]!r}, and no description has this "
-            f"word{did_you_mean(word[:100], known)}; `sevenfold explain` lists all keys"
+            f"explain: no key of a recipe is called {shown_argument(word)}, and no description has "
+            f"this word{did_you_mean(word[:100], known)}; `sevenfold explain` lists all keys"
         )
     if len(found) == 1:
         return _of_key(found[0])

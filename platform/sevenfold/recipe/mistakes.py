@@ -19,6 +19,8 @@ from sevenfold.recipe.keys import Path, as_path, as_text, did_you_mean, find, gu
 from sevenfold.recipe.places import Places, one_line, text_of
 from sevenfold.recipe.recipe import RENAMED, Recipe
 from sevenfold.recipe.section import UNCHECKED, Section
+from sevenfold.recipe.units import EXAMPLES
+from sevenfold.storage import hide_secrets
 
 MAX_MESSAGES = 20
 _MAX_ROUNDS = 12
@@ -219,7 +221,13 @@ class _Search:
                 path[:3],
             )
             return
-        self._add(f"required key {name!r} is missing", path)
+        value = EXAMPLES.get(as_text(path))
+        hint = f": for example {name}={value}" if value is not None else ""
+        key = find(path)
+        if value is None and key is not None and key.section is not None:
+            needed = [k for k, field in key.section.model_fields.items() if field.is_required()]
+            hint = f": a section with {' and '.join(needed) or _some_keys(key.section)}"
+        self._add(f"required key {name!r} is missing{hint}", path)
 
     def _wrong_value(self, path: Path, errors: Sequence[ErrorDetails]) -> str:
         value = _get(self._tree, path)
@@ -231,7 +239,7 @@ class _Search:
         message = "; ".join([*own, *([expected] if expected else [])])
         message = message[:1].lower() + message[1:]
         if expected:
-            found = repr(errors[0]["input"])
+            found = hide_secrets(repr(errors[0]["input"]))  # before it is cut
             message += f", found {found[:200]}"
         key = find(path)
         rule = synonyms.VALUES.get(as_text(path))

@@ -241,8 +241,8 @@ def _with_spaces(item: str, rest: list[str]) -> str:
         key, _, value = item.partition(":")
     elif not equals_sign or key == key.strip():
         return ""
-    meant = f"{key.strip()}={value.strip()}"
-    return f"{shown_argument(' '.join(given))}: expected key.path=value, write {meant[:100]}"
+    meant = shown_argument(f"{key.strip()}={value.strip()}")
+    return f"{shown_argument(' '.join(given))}: expected key.path=value, write {meant}"
 
 
 def _may_be_change(argument: str) -> bool:

@@ -51,7 +51,13 @@ def check_space(recipe: Recipe, sweep: Sweep) -> None:
             )
     models: dict[str, tuple[dict[str, Any], Recipe]] = {}  # by their settings
     for point in itertools.islice(_points(sweep), MAX_POINTS):
-        changed = recipe.override(point)  # raises InputError if it is not valid
+        try:
+            changed = recipe.override(point)
+        except InputError as e:
+            values = ", ".join(f"{key}={value}" for key, value in point.items())
+            raise InputError(
+                *(f"sweep.space: {values}: {m.removeprefix('override: ')}" for m in e.messages)
+            ) from None
         model = {key: value for key, value in point.items() if key.startswith(_MODEL_KEYS)}
         if model:
             models.setdefault(json.dumps(model, sort_keys=True), (model, changed))
