@@ -59,7 +59,7 @@ def test_a_key_may_be_an_option(
     parsed = []
     monkeypatch.setattr("sevenfold.train.launch.pretrain", lambda recipe, _: parsed.append(recipe))
     monkeypatch.setattr(
-        "sevenfold.prepare.dry_run.describe", lambda recipe: parsed.append(recipe) or ""
+        "sevenfold.prepare.dry_run.describe", lambda recipe, rows: parsed.append(recipe) or ""
     )
     orders = [[recipe, *arguments]]
     if arguments[0] != "--" and all(a.startswith("-") or "=" not in a for a in arguments):

@@ -37,13 +37,11 @@ def recipes(
 
     Commands take their names: `sevenfold finetune chat data.path=FILE`.
     """
-    from pathlib import Path
-
     from sevenfold.recipe import shipped
     from sevenfold.report.console import print_text, say
 
     if name is not None:
-        print_text(Path(shipped.recipe_file(name)).read_text(encoding="utf-8"))
+        print_text(shipped.text(name), end="")
         return
     for name, file in shipped.recipes().items():
         say(f"{name:<16} {shipped.summary(file)}")

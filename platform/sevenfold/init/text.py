@@ -10,6 +10,7 @@ from typing import Any
 from sevenfold.init.rows import Rows
 from sevenfold.init.settings import Base, Machine, Settings
 from sevenfold.init.tasks import Match
+from sevenfold.recipe import shipped
 
 _COMMENT_COLUMN = 44
 SMALL_BYTES = 200e6
@@ -46,7 +47,7 @@ def recipe_text(
         *_training(s, rows, machine),
         f"cluster: {_flow(_cluster(s, machine))}",
     ]
-    return "\n".join(line for line in lines if line) + "\n"
+    return shipped.schema_line() + "\n".join(line for line in lines if line) + "\n"
 
 
 def _source(path: str, match: Match, s: Settings) -> dict[str, Any]:

@@ -36,6 +36,25 @@ def cluster_files() -> dict[str, Path]:
     return {"cluster.yaml": _shipped("cluster.yaml", "cluster.yaml")} | files
 
 
+SCHEMA = Path(__file__).with_name("schema.json")
+_SCHEMA_LINE = re.compile(r"^# yaml-language-server: \$schema=.*\n")
+
+
+def schema_line() -> str:
+    """Returns the comment by which editors find the schema of a recipe that is in any folder."""
+    return f"# yaml-language-server: $schema={SCHEMA.as_uri()}\n"
+
+
+def text(name: str) -> str:
+    """Returns the text of a recipe that comes with sevenfold, to be saved in any folder.
+
+    Raises:
+        InputError: There is no recipe of this name.
+    """
+    content = Path(recipe_file(name)).read_text(encoding="utf-8")
+    return schema_line() + _SCHEMA_LINE.sub("", content)
+
+
 def summary(recipe: Path) -> str:
     """Returns the first sentence of the comment at the top of a recipe."""
     words: list[str] = []
