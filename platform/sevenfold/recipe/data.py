@@ -237,7 +237,7 @@ class Data(Section):
         min_length=1,
         description="Column that says which part a row belongs to: train (or training), validation "
         "(or valid, val, dev), test. The rows of each part then take the place of validation and "
-        "test. Default, and for data without this column: held_out divides it",
+        "test. Default: held_out divides the data, as it does if there is no such column",
     )
     held_out: float = Field(
         0,
