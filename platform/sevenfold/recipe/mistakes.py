@@ -226,7 +226,8 @@ class _Search:
         key = find(path)
         if value is None and key is not None and key.section is not None:
             needed = [k for k, field in key.section.model_fields.items() if field.is_required()]
-            hint = f": a section with {' and '.join(needed) or _some_keys(key.section)}"
+            keys = " and ".join(needed) or f"keys such as {_some_keys(key.section)}"
+            hint = f": a section with {keys}"
         self._add(f"required key {name!r} is missing{hint}", path)
 
     def _wrong_value(self, path: Path, errors: Sequence[ErrorDetails]) -> str:
