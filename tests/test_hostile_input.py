@@ -61,7 +61,7 @@ def read_all(script: str, paths: list[Path]) -> list[tuple[str, str]]:
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES)),
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    return [(outcome, message) for outcome, message in json.loads(done.stdout)]
+    return [(outcome, message) for outcome, message in json.loads(done.stdout.splitlines()[-1])]
 
 
 def test_hostile_yaml_is_refused_in_one_line(tmp_path: Path) -> None:
