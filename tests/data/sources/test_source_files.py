@@ -157,6 +157,15 @@ def test_what_is_not_read_is_said_once(
     ]
 
 
+def test_names_of_any_kind_make_one_short_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, "a.txt", *(f"x.{i:03}{'y' * 200}" for i in range(30)), "a.new\nline")
+    manifest_of(tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and "and 23 other kinds)" in said and len(said) < 1200
+
+
 def test_other_text_files_are_read_as_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -405,6 +405,12 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path) -> None:
     _write_ipc(data, tmp_path / "a.arrow", pa.ipc.new_stream, "zstd")
     with pytest.raises(InputError, match=r"record batch 0: .*possible decompression bomb"):
         rows(tmp_path / "a.arrow")
+    run = pa.RunEndEncodedArray.from_arrays(pa.array([2**31 - 1], pa.int32()), pa.array(["a"]))
+    rows_alone = pa.record_batch({"text": run, "label": run})
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), rows_alone.schema) as writer:
+        writer.write_batch(rows_alone)
+    with pytest.raises(InputError, match="possible decompression bomb"):
+        rows(tmp_path / "a.arrow")
     (tmp_path / "a.csv.gz").write_bytes(gzip.compress(b"text,label\n" + b"a,b\n" * (20 << 20), 1))
     with pytest.raises(InputError, match="possible decompression bomb"):
         rows(tmp_path / "a.csv.gz")

@@ -29,6 +29,7 @@ _NO_TEXT = re.compile(
     r"|webp|whl|woff|woff2|xls|xlsx|xz|zip)$"
 )
 _HIDDEN = re.compile(r"(^|/)([._])")
+_MAX_KINDS = 8  # of files that are not read, that are named
 # The files by which `datasets` marks the folders that its save_to_disk writes.
 _INFO, _STATE, _SPLITS = "dataset_info.json", "state.json", "dataset_dict.json"
 
@@ -158,14 +159,14 @@ def _describe(unread: Sequence[str], source: Source) -> str:
     if not unread:
         return ""
     kinds = Counter(map(_kind, unread))
-    counts = ", ".join(
-        f"{n:,} {kind}" for kind, n in sorted(kinds.items(), key=lambda k: (-k[1], k[0]))
-    )
-    text = (
-        sorted(k for k in kinds if k.startswith(".") and _is_text(k)) if not source.format else []
-    )
-    hint = f"; add format: txt to read {', '.join(text[:5])} as text" if text else ""
-    return f": not read: {len(unread):,} file{'s' if len(unread) > 1 else ''} ({counts}){hint}"
+    counts = [f"{n:,} {kind}" for kind, n in sorted(kinds.items(), key=lambda k: (-k[1], k[0]))]
+    if len(counts) > _MAX_KINDS:
+        counts[_MAX_KINDS:] = [f"and {len(counts) - _MAX_KINDS:,} other kinds"]
+    text = [kind for kind in sorted(kinds) if kind.startswith(".") and _is_text(kind)]
+    is_open = bool(text) and source.format is None
+    hint = f"; add format: txt to read {', '.join(text[:5])} as text" if is_open else ""
+    files = f"{len(unread):,} file{'s' if len(unread) > 1 else ''}"
+    return f": not read: {files} ({', '.join(counts)}){hint}"
 
 
 def _kind(name: str) -> str:
@@ -175,4 +176,4 @@ def _kind(name: str) -> str:
     stem, suffix = os.path.splitext(name.lower())
     if suffix in COMPRESSIONS:
         suffix = os.path.splitext(stem)[1] + suffix
-    return suffix or "without a suffix"
+    return suffix[:40] or "without a suffix"
