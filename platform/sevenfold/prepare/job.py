@@ -126,9 +126,9 @@ def prepare_job(
     known = with_stored_classes(recipe, folder) if has_started else recipe
     checked = _connect_and_check_model(known, inputs, verbose)
     resolved = checked.recipe
+    _check_cluster(recipe, need, what)
     if connect.is_local():
         check_memory(resolved, checked.parameters)
-    _check_cluster(recipe, need, what)
     build_missing_corpus(recipe)
     inputs = inputs or find_inputs(recipe)
     if recipe.data.cache:
