@@ -58,9 +58,11 @@ def test_an_old_run_is_resumed_and_evaluated(old_home: Path, tmp_path: Path) -> 
     recipe = str(home / "runs/stopped/recipe.yaml")
     output = run_job("pretrain", recipe, home=home)
     assert "resuming from step 4" in output
-    assert losses(home / "runs/stopped") == losses(home / "runs/old")
+    # not to the bit: the archived run was trained on another kind of CPU
+    assert losses(home / "runs/stopped") == pytest.approx(losses(home / "runs/old"), rel=1e-5)
     run_job("evaluate", "runs/old", "runs/stopped", home=home)
     results = [
         json.loads((home / f"runs/{name}/metrics.json").read_text()) for name in ("old", "stopped")
     ]
-    assert results[0]["perplexity"] == results[1]["perplexity"] > 1
+    assert results[0]["perplexity"] == pytest.approx(results[1]["perplexity"], rel=1e-5)
+    assert results[0]["perplexity"] > 1
