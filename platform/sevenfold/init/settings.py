@@ -18,7 +18,7 @@ from sevenfold.init.rows import Rows
 from sevenfold.init.tasks import TASKS, Match, texts_of
 from sevenfold.model.config import Family
 from sevenfold.prepare.splits import PARTS
-from sevenfold.recipe import shipped
+from sevenfold.recipe import PRETRAINING, shipped
 from sevenfold.recipe.plain_yaml import read_yaml
 
 MIN_ROWS, MIN_CHARACTERS = 10, 2_000  # of less, nothing can be learnt and held out
@@ -145,6 +145,51 @@ def choose(rows: Rows, match: Match, base: Base | None, machine: Machine) -> Set
     Raises:
         InputError: There are too few rows, or the task needs another kind of model.
     """
+    _require_enough(rows, match, base)
+    objective = _objective(match, base)
+    scratch = {} if base else read_yaml(str(shipped.recipes()[match.task.recipe]), "a recipe")
+    tokens = _tokens_of_rows(rows, match, base)
+    length, cut = _sequence_length(tokens, objective, base, machine)
+    lora = base is not None and base.parameters >= LORA_PARAMETERS
+    used = tokens if objective in PRETRAINING else [min(n, length) for n in tokens]
+    sequences = max(1.0, sum(used) / len(used) * rows.rows / (length * PADDING))
+    workers = max(1, machine.gpus)
+    validation_rows = 16 if base and not machine.gpus else 64
+    budget = None if machine.gpus else _sequences_in_time(base, scratch, lora, length, machine)
+    if budget is not None:
+        # three validations, whose rows take a third of the time of trained ones
+        budget = max(40, budget - validation_rows)
+    batch = _global_batch(sequences, budget, workers)
+    steps_per_epoch = max(1, math.ceil(sequences / batch))
+    epochs = max(1, min(3 if base else 10, math.ceil(300 / steps_per_epoch)))
+    steps = steps_per_epoch * epochs
+    most = steps if budget is None else max(10, budget // batch)
+    minutes = None
+    if budget is not None:
+        minutes = MINUTES_ON_CPUS * min(steps, most) * batch / budget
+    return Settings(
+        objective=objective,
+        name=run_name(rows.path),
+        held_out=_held_out(rows, objective, base, machine),
+        split_column=_split_column(rows),
+        sequence_length=length,
+        cut=cut,
+        global_batch=batch,
+        micro_batch=max(1, min(batch // workers, (16_384 if machine.gpus else 4_096) // length)),
+        steps=min(steps, most),
+        epochs=epochs,
+        minutes=minutes,
+        is_shortened=steps > most,
+        validation_rows=validation_rows,
+        workers=workers,
+        lora=lora,
+        learning_rate=_learning_rate(base, lora, scratch),
+        scratch=scratch,
+    )
+
+
+def _require_enough(rows: Rows, match: Match, base: Base | None) -> None:
+    """Raises InputError if there are too few rows, or no model where the task needs one."""
     characters = rows.survey["characters"]
     if rows.rows < MIN_ROWS and characters < MIN_CHARACTERS * MIN_ROWS:
         raise InputError(
@@ -159,46 +204,6 @@ def choose(rows: Rows, match: Match, base: Base | None, machine: Machine) -> Set
         raise InputError(
             f"{rows.path}: {match.task.name} starts from a pretrained model: give it by --model"
         )
-    objective = _objective(match, base)
-    scratch = {} if base else read_yaml(str(shipped.recipes()[match.task.recipe]), "a recipe")
-    tokens = _tokens_of_rows(rows, match, base)
-    length, cut = _sequence_length(tokens, objective, base, machine)
-    lora = base is not None and base.parameters >= LORA_PARAMETERS
-    is_text = objective in ("causal", "masked", "denoise")
-    used = tokens if is_text else [min(n, length) for n in tokens]
-    sequences = max(1.0, sum(used) / len(used) * rows.rows / (length * PADDING))
-    workers = max(1, machine.gpus)
-    validation_rows = 16 if base and not machine.gpus else 64
-    budget = None if machine.gpus else _sequences_in_time(base, scratch, lora, length, machine)
-    if budget is not None:
-        budget = max(40, budget - validation_rows)  # validating takes a third of training
-    batch = _global_batch(sequences, budget, workers)
-    steps_per_epoch = max(1, math.ceil(sequences / batch))
-    epochs = max(1, min(3 if base else 10, math.ceil(300 / steps_per_epoch)))
-    steps = steps_per_epoch * epochs
-    most = steps if budget is None else max(10, budget // batch)
-    minutes = None
-    if budget is not None:
-        minutes = MINUTES_ON_CPUS * min(steps, most) * batch / budget
-    return Settings(
-        objective,
-        run_name(rows.path),
-        _held_out(rows, objective, base, machine),
-        _split_column(rows),
-        length,
-        cut,
-        batch,
-        max(1, min(batch // workers, (16_384 if machine.gpus else 4_096) // length)),
-        min(steps, most),
-        epochs,
-        minutes,
-        steps > most,
-        validation_rows,
-        workers,
-        lora,
-        _learning_rate(base, lora, scratch),
-        scratch,
-    )
 
 
 def _sequences_in_time(
@@ -264,7 +269,7 @@ def _sequence_length(
 ) -> tuple[int, float]:
     """Returns a length that 99% of the rows fit into, and the share of the rows that do not."""
     most = min(base.max_tokens if base else 2**20, 2048 if machine.gpus else 512)
-    if objective == "causal":
+    if objective in PRETRAINING:
         most = min(most, 1024 if machine.gpus else 256)
         return most, 0.0  # a longer document is divided over several sequences
     ordered = sorted(tokens)

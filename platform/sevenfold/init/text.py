@@ -10,7 +10,7 @@ from typing import Any
 from sevenfold.init.rows import Rows
 from sevenfold.init.settings import Base, Machine, Settings
 from sevenfold.init.tasks import Match
-from sevenfold.recipe import shipped
+from sevenfold.recipe import PRETRAINING, shipped
 
 _COMMENT_COLUMN = 44
 SMALL_BYTES = 200e6
@@ -77,7 +77,7 @@ def _division(s: Settings, rows: Rows) -> list[str]:
 
 
 def _length_comment(s: Settings) -> str:
-    if s.objective == "causal":
+    if s.objective in PRETRAINING:
         return "tokens; longer documents are divided"
     return (
         f"tokens; {s.cut:.1%} of the rows are longer and are cut"
