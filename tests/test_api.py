@@ -82,7 +82,7 @@ def test_mistakes_are_exceptions(tree: dict[str, Any], tmp_path: Path) -> None:
         sf.load_recipe(tree, {"optimizer.lr": 1})
     with pytest.raises(sf.InputError, match="sevenfold recipes"):
         sf.load_recipe("no-such-recipe")
-    with pytest.raises(sf.InputError, match="rows"):
+    with pytest.raises(sf.InputError, match="expected a file or folder"):
         sf.recipe_for(tmp_path / "missing.jsonl")
     assert sf.load_recipe("quickstart", {"train.steps": 3}).train.steps == 3
     assert sf.load_recipe(tree).hash() == sf.load_recipe(tree, {"name": "other"}).hash()

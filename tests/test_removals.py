@@ -28,6 +28,10 @@ METHODS = {"unlink", "rmdir", "rmtree"}
 
 # For each function that removes or replaces something: what it may take.
 TABLE = {
+    "init/command.py:_parsed": "A temporary folder of its own, with the recipe that is read.",
+    "prepare/dry_run.py:describe": (
+        "A temporary folder of its own, with what a run would prepare: test_dry_run.py."
+    ),
     "storage/files.py:remove": "What its caller names; each caller is in this table.",
     "storage/files.py:remove_empty": "An empty folder.",
     "storage/files.py:_replace": (

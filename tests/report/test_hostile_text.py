@@ -164,7 +164,8 @@ def _bad_option(text: str, folder: Path) -> list[str]:
 
 
 def _bad_override(text: str, folder: Path) -> list[str]:
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    data = RECIPE["data"] | {"sources": [{"path": "texts"}]}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE | {"data": data}))
     return ["plan", "recipe.yaml", text]
 
 

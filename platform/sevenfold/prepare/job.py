@@ -126,9 +126,7 @@ def prepare_job(
     known = with_stored_classes(recipe, folder) if has_started else recipe
     checked = _connect_and_check_model(known, inputs, verbose)
     resolved = checked.recipe
-    _check_cluster(recipe, need, what)
-    if connect.is_local():
-        check_memory(resolved, checked.parameters)
+    _check_cluster(recipe, need, what, checked.parameters)
     build_missing_corpus(recipe)
     inputs = inputs or find_inputs(recipe)
     if recipe.data.cache:
@@ -189,8 +187,17 @@ def _connect_and_check_model(recipe: Recipe, inputs: Inputs | None, verbose: boo
     return checked
 
 
-def _check_cluster(recipe: Recipe, need: dict[str, float], what: str) -> None:
-    """Checks that the cluster has what the recipe needs; see `prepare_job`."""
+def _check_cluster(recipe: Recipe, need: dict[str, float], what: str, parameters: int) -> None:
+    """Checks that the cluster has what the recipe needs; see `prepare_job`.
+
+    Args:
+        recipe: The recipe.
+        need: As in `prepare_job`.
+        what: As in `prepare_job`.
+        parameters: The number of the model's parameters.
+    """
+    if connect.is_local():
+        check_memory(recipe, parameters)
     capacity.require_resources(need, what, recipe.cluster.wait_seconds)
     for key in ("worker_labels", "data_labels"):
         capacity.require_labels(f"{recipe.name}: cluster.{key}", getattr(recipe.cluster, key))
