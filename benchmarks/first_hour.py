@@ -186,7 +186,11 @@ MISTAKES: list[tuple[str, list[str], tuple[str, ...]]] = [
     ("", ["train.stepz=3"], ("train.stepz", "train.steps")),
     ("", ["train.steps", "100"], ("train.steps", "key.path=value")),
     ("", ["data.sources.0.path=missing.jsonl"], ("missing.jsonl", "expected")),
-    ("", ["model.path=meta-llama/Llama-3.2-1B", "model.config=null"], ("meta-llama", "hf")),
+    (
+        "",
+        ["model.path=meta-llama/Llama-3.2-1B", "model.config=null", "tokenizer.vocab_size=null"],
+        ("meta-llama", "hf"),
+    ),
     ("", ["train.global_batch=10", "data.lanes=4"], ("train.global_batch", "multiple of", "4")),
 ]
 
