@@ -20,6 +20,7 @@ from sevenfold.recipe import Recipe, Sweep
 from sevenfold.report import html
 from sevenfold.run_folder import RunFolder
 from sevenfold.sweep import schedulers, sweep
+from sevenfold.sweep.callback import SweepCallback
 from sevenfold.sweep.schedulers import TrialLimit
 from sevenfold.sweep.searcher import Searcher
 
@@ -417,3 +418,17 @@ def test_report_shows_the_importance_of_settings_and_escapes_errors(tmp_path: Pa
         settings(trials=12, space=SPACE | {"adapter.dropout": {"choice": [None, 0.1]}}),
     )
     assert text.count("<svg") == 3 and "loss &lt;nan&gt;" in text and "<nan>" not in text
+
+
+def test_a_finished_trial_leaves_little_in_memory_and_in_the_saved_state() -> None:
+    trial = Trial("x", trial_id="a", stub=True)
+    for step in range(1, 21):
+        metrics = {f"validation/metric_{i}": float(step * i) for i in range(20)}
+        trial.update_last_result(metrics | {"step": step, "training_iteration": step})
+    before, result = trial.get_json_state(), dict(trial.last_result)
+    SweepCallback.on_trial_complete(None, 0, [trial], trial)  # type: ignore[arg-type]
+    after = trial.get_json_state()
+    assert sum(map(len, after)) < sum(map(len, before)) / 4
+    restored = Trial("x", trial_id="b", stub=True)
+    restored.restore_run_metadata(after[1])
+    assert restored.last_result == result
