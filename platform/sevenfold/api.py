@@ -4,7 +4,7 @@
 
     recipe = sf.load_recipe("quickstart", {"train.steps": 100})
     run = sf.train(recipe)
-    run.metrics[["step", "loss"]].plot(x="step")
+    run.metrics.plot(x="step", y="train/loss")
     print(sf.generate(run, "def add(a, b):"))
 
 The functions do what the commands of the same names do, with the same files. Errors are exceptions:
