@@ -20,9 +20,11 @@ from sevenfold import api as sf
 
 tree = json.loads(sys.argv[1])
 def settings():
-    # libraries that are imported meanwhile may set variables of their own
+    # libraries that are imported meanwhile set variables of their own, Ray RAY_CLIENT_MODE
     names = ("RAY_", "TORCH_GLOO", "PYTHONPATH", "SEVENFOLD")
-    return {k: v for k, v in os.environ.items() if k.startswith(names)}
+    return {
+        k: v for k, v in os.environ.items() if k.startswith(names) and k != "RAY_CLIENT_MODE"
+    }
 
 before, handler = settings(), signal.getsignal(signal.SIGTERM)
 runs = [
