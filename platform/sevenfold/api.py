@@ -156,7 +156,7 @@ def load_recipe(
         changes: Values to change, as {"key.path": value}.
 
     Raises:
-        InputError: It is no recipe; all its mistakes are told.
+        InputError: It is no recipe; all its mistakes are reported.
     """
     from sevenfold.recipe import from_tree, parse
 

@@ -10,7 +10,7 @@ class InputError(Exception):
     """The user's input is not valid.
 
     Each message says what was expected, what was found, where, and what to do. Mistakes that are
-    found together are told together, by one message each; they are the lines of `str(error)`.
+    found together are reported together, one message each; they are the lines of `str(error)`.
     """
 
     exit_code = 2

@@ -1,8 +1,8 @@
 """The recipe: all settings of a run, in typed sections.
 
 Each field's description says what it means. A recipe is a YAML file; `key.path=value` on the
-command line changes single values. All mistakes of a recipe are told at once, each with its place
-and what to write instead.
+command line changes single values. All mistakes of a recipe are reported at once, each with its
+place and what to write instead.
 """
 
 from sevenfold.recipe.data import Data, Filter, Source, Stage, Tokenizer

@@ -215,7 +215,7 @@ class _Search:
         if len(path) == 4 and path[0] == "data" and path[-1] == "path":
             if _is_under(("data", "path"), self._touched):
                 return
-            self._touched.add(("data", "path"))  # told once
+            self._touched.add(("data", "path"))  # reported once
             self._add(
                 "this recipe does not say where its data is: give data.path=FILE_OR_FOLDER",
                 path[:3],

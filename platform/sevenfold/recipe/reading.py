@@ -46,7 +46,7 @@ def parse(path: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         InputError: The file cannot be read or is no YAML; or the recipe or the changes have unknown
             keys, values of a wrong type, or settings that contradict each other. All of these
-            mistakes are told at once.
+            mistakes are reported at once.
     """
     if "=" in path and is_key_path(path.partition("=")[0]) and not os.path.exists(path):
         raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,7 @@ from sevenfold.data.sources.text_blocks import (
     without_bom,
 )
 from sevenfold.errors import InputError, first_line
-from sevenfold.recipe import Source
+from sevenfold.recipe import Filter, Source
 
 _BATCH_ROWS = 256  # few, because a dictionary-encoded column can grow a thousandfold
 
@@ -110,8 +110,20 @@ def _read_parquet(
     shard: Shard, source: Source, group: RowGroup, text_columns: Sequence[str]
 ) -> RawDocuments:
     """Reads rows in small batches, of which the filters' columns are not kept."""
-    rules = [rule for rule in source.filters if rule.column not in text_columns]
-    columns = list(dict.fromkeys([*text_columns, *(rule.column for rule in rules)]))
+    rules, columns = _rules_and_columns(source, text_columns)
+
+    def parts(file: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
+        batch_start = 0
+        for batch in file.iter_batches(_BATCH_ROWS, [group.index], columns, use_threads=False):
+            yield batch[max(0, group.start - batch_start) : max(0, group.end - batch_start)]
+            batch_start += len(batch)
+            if batch_start >= group.end:
+                return
+        raise UnreadableError(
+            f"{shard.path}: row group {group.index}: expected {group.end:,} rows or more, as its "
+            f"footer says, found {batch_start:,}: the file is damaged"
+        )
+
     with storage.open_read(shard.path) as f:
         check_unchanged(shard, f)
         file = pq.ParquetFile(
@@ -125,38 +137,14 @@ def _read_parquet(
                 f"{shard.path}: has changed since this run began: row group {group.index} does not "
                 "exist any more"
             )
-        parts: list[pa.Table] = []
-        passes: list[np.ndarray] = []
-        batch_start = size = 0
-        for batch in file.iter_batches(_BATCH_ROWS, [group.index], columns, use_threads=False):
-            part = batch[max(0, group.start - batch_start) : max(0, group.end - batch_start)]
-            batch_start += len(batch)
-            plain = {name: _plain(part[name]) for name in columns}
-            passes.append(pass_all(plain, rules, len(part), shard.path))
-            parts.append(pa.table({name: plain[name] for name in text_columns}))
-            size += parts[-1].nbytes
-            if size > 2 * MAX_GROUP_BYTES + 64 * group.bytes:
-                raise decompression_bomb(shard, describe_location(shard, group), size)
-            if batch_start >= group.end:
-                break
-    if batch_start < group.end:
-        raise UnreadableError(
-            f"{shard.path}: row group {group.index}: expected {group.end:,} rows or more, as its "
-            f"footer says, found {batch_start:,}: the file is damaged"
-        )
-    table = pa.concat_tables(parts)
-    return RawDocuments(
-        {column: table[column] for column in text_columns},
-        lambda i: f"row group {group.index}, row {group.start + i}",
-        passes=np.concatenate(passes) if rules else None,
-    )
+        return _from_batches(parts(file), shard, group, rules, columns, text_columns, "row group")
 
 
 def _read_arrow(
     shard: Shard, source: Source, group: RowGroup, text_columns: Sequence[str]
 ) -> RawDocuments:
-    rules = [rule for rule in source.filters if rule.column not in text_columns]
-    columns = list(dict.fromkeys([*text_columns, *(rule.column for rule in rules)]))
+    """Reads the rows of a record batch, decoded in small batches as those of parquet are."""
+    rules, columns = _rules_and_columns(source, text_columns)
     with storage.open_read(shard.path) as file:
         check_unchanged(shard, file)
         batch = arrow_batches.read_batch(file, shard, None, group.index, columns)
@@ -165,13 +153,47 @@ def _read_arrow(
             f"{shard.path}: record batch {group.index}: expected {group.end:,} rows or more, found "
             f"{len(batch):,}: the file is damaged"
         )
+    parts = (
+        batch.slice(start, min(_BATCH_ROWS, group.end - start))
+        for start in range(group.start, group.end, _BATCH_ROWS)
+    )
+    return _from_batches(parts, shard, group, rules, columns, text_columns, "record batch")
+
+
+def _rules_and_columns(
+    source: Source, text_columns: Sequence[str]
+) -> tuple[list[Filter], list[str]]:
+    """Returns the filters on other columns than those of the text, and all columns to read."""
+    rules = [rule for rule in source.filters if rule.column not in text_columns]
+    return rules, list(dict.fromkeys([*text_columns, *(rule.column for rule in rules)]))
+
+
+def _from_batches(
+    batches: Iterable[pa.RecordBatch],
+    shard: Shard,
+    group: RowGroup,
+    rules: Sequence[Filter],
+    columns: Sequence[str],
+    text_columns: Sequence[str],
+    part: str,
+) -> RawDocuments:
+    """Returns the documents of small batches; only the columns of the text are kept.
+
+    Args:
+        batches: The rows of the row group.
+        shard: The file.
+        group: The row group.
+        rules: The filters on columns that are not kept.
+        columns: All columns that are read.
+        text_columns: Those that are kept.
+        part: What the file's own parts are called, for locations.
+    """
     parts: list[pa.Table] = []
     passes: list[np.ndarray] = []
     size = 0
-    for start in range(group.start, group.end, _BATCH_ROWS):
-        part = batch.slice(start, min(_BATCH_ROWS, group.end - start))
-        plain = {name: _plain(part[name]) for name in columns}
-        passes.append(pass_all(plain, rules, len(part), shard.path))
+    for batch in batches:
+        plain = {name: _plain(batch[name]) for name in columns}
+        passes.append(pass_all(plain, rules, len(batch), shard.path))
         parts.append(pa.table({name: plain[name] for name in text_columns}))
         size += parts[-1].nbytes
         if size > 2 * MAX_GROUP_BYTES + 64 * group.bytes:
@@ -179,7 +201,7 @@ def _read_arrow(
     table = pa.concat_tables(parts)
     return RawDocuments(
         {column: table[column] for column in text_columns},
-        lambda i: f"record batch {group.index}, row {group.start + i}",
+        lambda i: f"{part} {group.index}, row {group.start + i}",
         passes=np.concatenate(passes) if rules else None,
     )
 
