@@ -266,7 +266,17 @@ def run_job(*args: str, home: Path, code: int = 0) -> str:
         The job's standard output if `code` is 0, otherwise its standard error.
     """
     process = start_job(*args, home=home)
-    stdout, stderr = process.communicate(timeout=550)
+    try:
+        stdout, stderr = process.communicate(timeout=400)
+    except BaseException:
+        # It hangs: end it, so that it does not disturb other tests, and show what it printed.
+        process.terminate()
+        try:
+            stdout, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        print(f"{args} was ended\n{stdout}\n{stderr}")
+        raise
     assert process.returncode == code, f"{args}: exit {process.returncode}\n{stdout}\n{stderr}"
     return stdout if code == 0 else stderr
 

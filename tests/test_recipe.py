@@ -77,7 +77,7 @@ def test_overrides(path: str) -> None:
         ("model.path=x", "either config"),
         ("optimizer.name=adam", "optimizer.name: input should be 'adamw' or 'muon'"),
         ("parallel.tensor=2", "parallel.tensor (2) must divide cluster.num_workers"),
-        ("cluster.num_workers=[3, 2]", "or [fewest, most], found [3, 2]"),
+        ("cluster.num_workers=[3, 2]", "[fewest, most] or auto, found [3, 2]"),
         ("cluster.num_workers=[1, 5]", "data.lanes (4) must be at least"),
         ("cluster.num_workers=0", "expected a number above 0"),
         (

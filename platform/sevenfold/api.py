@@ -158,11 +158,12 @@ def load_recipe(
     Raises:
         InputError: It is no recipe; all its mistakes are reported.
     """
+    from sevenfold.cluster.auto import fill
     from sevenfold.recipe import from_tree, parse
 
     if isinstance(source, Mapping):
-        return from_tree(source, changes or {})
-    recipe = parse(os.fspath(source))
+        return from_tree(source, changes or {}, fill)
+    recipe = parse(os.fspath(source), (), fill)
     return recipe.override(dict(changes)) if changes else recipe
 
 

@@ -22,7 +22,8 @@ from sevenfold.data.sources.documents import UnusableExampleError
 from sevenfold.data.sources.messages import Conversation
 from sevenfold.errors import InputError
 
-SECONDS = 2.0
+# of processor time: without limits each takes minutes or never ends, and machines differ in speed
+SECONDS = 20.0
 MEGABYTES = 500
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "there"}]
 RENDER = """

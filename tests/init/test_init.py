@@ -12,6 +12,7 @@ import yaml
 from conftest import refused
 
 from sevenfold.cli import main
+from sevenfold.cluster.auto import fill
 from sevenfold.init.command import is_data
 from sevenfold.init.settings import run_name
 from sevenfold.init.tasks import TASKS, Match, matches
@@ -111,7 +112,7 @@ def test_the_recipe_passes_a_dry_run(
     write(tmp_path / "my rows.jsonl", row)
     assert main(["init", "my rows.jsonl", "--yes"]) == 0
     shown = capsys.readouterr().out
-    recipe = parse("my-rows.yaml")
+    recipe = parse("my-rows.yaml", (), fill)
     assert f"task: {task}" in shown and "60 rows" in shown
     assert recipe.objective == TASKS[task].objective and recipe.data.held_out > 0
     assert recipe.data.sources[0].columns == columns

@@ -13,6 +13,7 @@ from sevenfold.data.sources.records import records
 from sevenfold.inspect import personal_data
 from sevenfold.inspect.data import run
 from sevenfold.inspect.survey import letters
+from sevenfold.recipe import Source
 
 LONG = " ".join(f"word{i}" for i in range(200))
 MAIL, CARD, IBAN = "jane.doe@example.org", "4111 1111 1111 1111", "DE89 3704 0044 0532 0130 00"
@@ -186,7 +187,7 @@ def test_nested_rows_are_one_text(tmp_path: Path) -> None:
         pa.Table.from_pylist([{"messages": messages, "n": 1}, {"messages": messages[:1], "n": 2}]),
         tmp_path / "m.parquet",
     )
-    words = [sorted(record.text().split()) for record in records(str(tmp_path))]
+    words = [sorted(record.text().split()) for record in records(Source(path=str(tmp_path)))]
     assert words == [["assistant", "one", "two", "user"], ["one", "user"]]
     assert run(str(tmp_path), "messages")["texts"] == 2
 

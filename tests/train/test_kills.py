@@ -78,7 +78,7 @@ def run_with_kills(home: Path, seed: int) -> str:
     """Kills and resumes a run at the seed's steps, and returns a description of the kills."""
     rng, name, kills = random.Random(seed), f"killed-{seed}", []
     step = 0
-    for workers in (2, 3, 1):
+    for workers in (2, 1):
         run = Killed(home, name, workers)
         if workers == 2:
             step = rng.randint(2, 12)
@@ -94,7 +94,7 @@ def run_with_kills(home: Path, seed: int) -> str:
         run.kill()
         kills.append(f"driver of {workers} at {run.step}")
     # also with smaller micro-batches, as after a worker that was out of memory
-    overrides = (f"name={name}", "cluster.num_workers=4", "train.micro_batch=2")
+    overrides = (f"name={name}", "cluster.num_workers=3", "train.micro_batch=2")
     output = run_job("pretrain", "pretrain.yaml", *overrides, home=home)
     assert "resuming from step" in output
     return ", ".join(kills)
@@ -117,6 +117,7 @@ def test_the_undisturbed_run_reads_each_row_once_for_two_epochs(home: Path) -> N
     "seed",
     [pytest.param(n, marks=pytest.mark.nightly if n else pytest.mark.slow) for n in range(20)],
 )
+@pytest.mark.timeout(1800)  # it starts four times, and a test beside it may keep a core busy
 def test_a_killed_run_reads_the_same_data(home: Path, seed: int) -> None:
     kills = run_with_kills(home, seed)
     run, undisturbed = home / f"runs/killed-{seed}", home / "runs/whole"

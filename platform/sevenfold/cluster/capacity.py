@@ -136,6 +136,22 @@ def gang_capacity(worker: dict[str, float], count: int) -> int:
     return int(min(workers, sys.maxsize)) // count  # the number of nodes may be unlimited
 
 
+def gpus_and_nodes() -> tuple[int, set[str], int]:
+    """Returns what the cluster has or can start: GPUs, their kinds (known ones), and nodes."""
+    current, startable = _current_nodes(), _startable_nodes()
+    gpus = max(_sum_resources(nodes).get("GPU", 0.0) for nodes in (current, startable))
+    return int(min(gpus, sys.maxsize)), _kinds_of_gpus(), len(current)
+
+
+def _kinds_of_gpus() -> set[str]:
+    """Returns the kinds of GPUs that Ray recognizes (`accelerator_type:...`)."""
+    return {
+        key.partition(":")[2]
+        for key in ray.cluster_resources()
+        if key.startswith("accelerator_type:")
+    }
+
+
 def _current_nodes() -> list[_Nodes]:
     """Returns the nodes that are alive, one entry per node."""
     return [_Nodes(node["Resources"], 1.0) for node in ray.nodes() if node["Alive"]]
@@ -241,11 +257,7 @@ def require_bfloat16(what: str) -> None:
     Raises:
         InputError: No GPU of the cluster computes in bfloat16.
     """
-    gpus = {
-        key.partition(":")[2]
-        for key in ray.cluster_resources()
-        if key.startswith("accelerator_type:")
-    }
+    gpus = _kinds_of_gpus()
     if gpus and gpus <= gpus_without_bfloat16():
         raise InputError(
             f"{what}: train.dtype=bfloat16 needs GPUs with bfloat16 (Ampere or newer), found "

@@ -37,6 +37,14 @@ def peak_flops(device_name: str) -> float | None:
     return None if tflops is None else 1e12 * float(tflops.get("bfloat16", tflops["float16"]))
 
 
+def gpu_memory_gib(device_name: str) -> float | None:
+    """Returns the memory of a GPU in GiB, of the smallest of its name; None if it is not known."""
+    gpus = hardware_table()["gpus"].values()
+    return min(
+        (float(gpu["memory_gib"]) for gpu in gpus if gpu["device"] in device_name), default=None
+    )
+
+
 def gpus_without_bfloat16() -> set[str]:
     """Returns Ray's names of the GPUs that do not compute in bfloat16."""
     table = hardware_table()

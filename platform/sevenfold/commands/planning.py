@@ -29,10 +29,11 @@ def doctor(
     trust_remote_code: TrustRemoteCode = None,
 ) -> None:
     """Check a machine, cluster or recipe for problems."""
+    from sevenfold.cluster.auto import fill
     from sevenfold.doctor import doctor
     from sevenfold.recipe import parse
 
-    parsed = parse(recipe, overrides or []).trusting(trust_remote_code) if recipe else None
+    parsed = parse(recipe, overrides or [], fill).trusting(trust_remote_code) if recipe else None
     doctor.run(parsed, cluster, address)
 
 

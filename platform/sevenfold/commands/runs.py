@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -45,62 +46,34 @@ def corpus(
     )
 
 
-def pretrain(
-    recipe: RecipeOrData,
-    overrides: Overrides = None,
-    model: StartFrom = None,
-    task: Task = None,
-    preview: Preview = 0,
-    dry_run: DryRun = False,
-    verbose: Verbose = False,
-    trust_remote_code: TrustRemoteCode = None,
-) -> None:
-    """Pretrain a model on text.
+def _trainer(name: str, what: str) -> Callable[..., None]:
+    """Returns the command that runs `train.launch.NAME` with a recipe or with data."""
+
+    def command(
+        recipe: RecipeOrData,
+        overrides: Overrides = None,
+        model: StartFrom = None,
+        task: Task = None,
+        preview: Preview = 0,
+        dry_run: DryRun = False,
+        verbose: Verbose = False,
+        trust_remote_code: TrustRemoteCode = None,
+    ) -> None:
+        from sevenfold.train import launch
+
+        parsed = _read(recipe, overrides, trust_remote_code, model, task)
+        _run_or_describe(getattr(launch, name), parsed, dry_run, verbose, preview)
+
+    command.__name__ = name
+    command.__doc__ = f"""{what}
 
     With data instead of a recipe, the recipe that `sevenfold init DATA` writes is run.
     """
-    from sevenfold.train import launch
-
-    _run_recipe(
-        launch.pretrain,
-        recipe,
-        overrides,
-        dry_run,
-        verbose,
-        trust_remote_code,
-        model,
-        task,
-        preview,
-    )
+    return command
 
 
-def finetune(
-    recipe: RecipeOrData,
-    overrides: Overrides = None,
-    model: StartFrom = None,
-    task: Task = None,
-    preview: Preview = 0,
-    dry_run: DryRun = False,
-    verbose: Verbose = False,
-    trust_remote_code: TrustRemoteCode = None,
-) -> None:
-    """Fine-tune a model.
-
-    With data instead of a recipe, the recipe that `sevenfold init DATA` writes is run.
-    """
-    from sevenfold.train import launch
-
-    _run_recipe(
-        launch.finetune,
-        recipe,
-        overrides,
-        dry_run,
-        verbose,
-        trust_remote_code,
-        model,
-        task,
-        preview,
-    )
+pretrain = _trainer("pretrain", "Pretrain a model on text.")
+finetune = _trainer("finetune", "Fine-tune a model.")
 
 
 def sweep(
@@ -121,14 +94,8 @@ def sweep(
     """Tune hyperparameters, as the recipe's section `sweep` says."""
     from sevenfold.sweep.sweep import run
 
-    _run_recipe(
-        partial(run, trust_state=trust_state),
-        recipe,
-        overrides,
-        dry_run,
-        verbose,
-        trust_remote_code,
-    )
+    parsed = _read(recipe, overrides, trust_remote_code)
+    _run_or_describe(partial(run, trust_state=trust_state), parsed, dry_run, verbose)
 
 
 def tokenize(
@@ -141,36 +108,29 @@ def tokenize(
     """Fill the token cache of a recipe (data.cache)."""
     from sevenfold.train.tokenize import run
 
-    _run_recipe(run, recipe, overrides, dry_run, verbose, trust_remote_code)
+    _run_or_describe(run, _read(recipe, overrides, trust_remote_code), dry_run, verbose)
 
 
-def _run_recipe(
-    run: Any,
+def _read(
     recipe: str,
     overrides: list[str] | None,
-    dry_run: bool,
-    verbose: bool,
     trust_remote_code: list[str] | None,
     model: str | None = None,
     task: str | None = None,
-    preview: int = 0,
-) -> None:
-    """Reads a recipe and runs it, or describes it if this is a dry run.
+) -> Any:
+    """Returns the recipe that a command was given, or one that is made for its data.
 
     Args:
-        run: Runs a recipe; called with the recipe and `verbose`.
-        recipe: The recipe's file.
+        recipe: The recipe's file, or data.
         overrides: Changes to the recipe.
-        dry_run: Whether to describe the recipe instead.
-        verbose: Whether to show Ray's logs.
         trust_remote_code: The hashes of the models' code that may run.
-        model: For data instead of a recipe: the model to start from.
-        task: For data instead of a recipe: the task.
-        preview: The number of rows to show; if there are any, this is a dry run.
+        model: For data: the model to start from.
+        task: For data: the task.
 
     Raises:
         InputError: Also: model or task is given beside a recipe.
     """
+    from sevenfold.cluster.auto import fill
     from sevenfold.errors import InputError
     from sevenfold.init.command import is_data, recipe_of
     from sevenfold.recipe import parse
@@ -183,15 +143,27 @@ def _run_recipe(
             f"{option}: {recipe} is a recipe, which has both: change it, or give data instead"
         )
     else:
-        parsed = parse(recipe, overrides or [])
-    parsed = parsed.trusting(trust_remote_code)
+        parsed = parse(recipe, overrides or [], fill)
+    return parsed.trusting(trust_remote_code)
+
+
+def _run_or_describe(run: Any, recipe: Any, dry_run: bool, verbose: bool, preview: int = 0) -> None:
+    """Runs a recipe, or describes it if this is a dry run.
+
+    Args:
+        run: Runs a recipe; called with the recipe and `verbose`.
+        recipe: The recipe.
+        dry_run: Whether to describe the recipe instead.
+        verbose: Whether to show Ray's logs.
+        preview: The number of rows to show; if there are any, this is a dry run.
+    """
     if dry_run or preview:
         from sevenfold.prepare.dry_run import describe
         from sevenfold.report.console import print_text
 
-        print_text(describe(parsed, preview))
+        print_text(describe(recipe, preview))
     else:
-        run(parsed, verbose)
+        run(recipe, verbose)
 
 
 def drill(
@@ -207,9 +179,8 @@ def drill(
 ) -> None:
     """Inject faults and check that the results are identical."""
     from sevenfold.faults.drill import run
-    from sevenfold.recipe import parse
 
-    run(parse(recipe, overrides or []), [fault for fault in faults.split(",") if fault], steps)
+    run(_read(recipe, overrides, None), [fault for fault in faults.split(",") if fault], steps)
 
 
 def evaluate(

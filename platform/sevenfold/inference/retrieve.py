@@ -15,6 +15,7 @@ from sevenfold import storage
 from sevenfold.data.sources.records import records
 from sevenfold.errors import InputError
 from sevenfold.inference.embed import Embedder
+from sevenfold.recipe import Source
 from sevenfold.report.console import counting, print_json, say, table
 
 CHUNK = 1024  # texts of the corpus that are in memory at once
@@ -97,7 +98,7 @@ def run(
 
 def _rows(corpus: str, text: str | None, key: str | None) -> Iterator[tuple[str, str]]:
     """Yields (id, text) of each row."""
-    for record in records(corpus):
+    for record in records(Source(path=corpus)):
         try:
             if key and key not in record.columns:
                 raise ValueError(

@@ -11,9 +11,10 @@ from pathlib import Path
 import typer
 
 from sevenfold import storage
+from sevenfold.cluster.auto import fill, find_hardware
 from sevenfold.errors import InputError
 from sevenfold.init.rows import Rows, look
-from sevenfold.init.settings import choose, look_at_base, this_machine
+from sevenfold.init.settings import Settings, choose, look_at_base
 from sevenfold.init.tasks import TASKS, Match, describe_columns, matches, require_match
 from sevenfold.init.text import recipe_text
 from sevenfold.recipe import PRETRAINING, Recipe, parse
@@ -36,7 +37,8 @@ def run(path: str, task: str | None, model: str | None, out: str | None, ask: bo
     Raises:
         InputError: The data, the model or both together cannot be used, or the file exists.
     """
-    text, recipe = draft(path, task, model, ask)
+    text, settings = draft(path, task, model, ask)
+    recipe = _parsed(text, settings.name)
     file = Path(out or f"{recipe.name}.yaml")
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise InputError(
@@ -50,8 +52,10 @@ def run(path: str, task: str | None, model: str | None, out: str | None, ask: bo
     return str(file)
 
 
-def draft(path: str, task: str | None, model: str | None, ask: bool = False) -> tuple[str, Recipe]:
-    """Returns a recipe for data, as text and checked; arguments as in `run`.
+def draft(
+    path: str, task: str | None, model: str | None, ask: bool = False
+) -> tuple[str, Settings]:
+    """Returns the text of a recipe for data, and its numbers; arguments as in `run`.
 
     Raises:
         InputError: The data, the model or both together cannot be used.
@@ -69,10 +73,8 @@ def draft(path: str, task: str | None, model: str | None, ask: bool = False) -> 
     if ask and model is None:
         model = _ask_model(match)
     base = look_at_base(model, rows, match) if model else None
-    machine = this_machine()
-    settings = choose(rows, match, base, machine)
-    text = recipe_text(rows, _absolute(path), match, settings, base, machine)
-    return text, _parsed(text, settings.name)
+    settings = choose(rows, match, base, find_hardware())
+    return recipe_text(rows, _absolute(path), match, settings, base), settings
 
 
 def recipe_of(path: str, task: str | None, model: str | None, overrides: Sequence[str]) -> Recipe:
@@ -87,8 +89,8 @@ def recipe_of(path: str, task: str | None, model: str | None, overrides: Sequenc
     Raises:
         InputError: As for `draft`.
     """
-    text, recipe = draft(path, task, model)
-    return _parsed(text, recipe.name, overrides)
+    text, settings = draft(path, task, model)
+    return _parsed(text, settings.name, overrides)
 
 
 def _parsed(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -96,7 +98,7 @@ def _parsed(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.yaml"
         file.write_text(text, encoding="utf-8")
-        return parse(str(file), tuple(overrides))
+        return parse(str(file), tuple(overrides), fill)
 
 
 def is_data(path: str) -> bool:

@@ -13,6 +13,7 @@ from sevenfold.data.sources.messages import to_json
 from sevenfold.data.sources.records import records
 from sevenfold.errors import InputError
 from sevenfold.inspect.survey import Survey
+from sevenfold.recipe import Source
 from sevenfold.report.console import counting
 
 MAX_ROWS = 200_000  # that are read; larger data is judged by its first rows
@@ -112,7 +113,7 @@ def look(path: str) -> Rows:
     survey = Survey(NEAR_DUPLICATES)
     last_file = ""
     with counting("reading", "rows") as show_count:
-        for record in records(path):
+        for record in records(Source(path=path)):
             if found.rows + found.bad >= MAX_ROWS:
                 found.is_complete = False
                 break

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from sevenfold import storage
+from sevenfold.cluster.auto import Hardware
 from sevenfold.data.tokenizer import load_tokenizer
 from sevenfold.errors import InputError
 from sevenfold.init.rows import Rows
@@ -61,21 +60,6 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What this machine has.
-
-    Attributes:
-        gpus: The number of GPUs.
-        bfloat16: Whether they compute in bfloat16.
-        cores: The number of CPU cores.
-    """
-
-    gpus: int
-    bfloat16: bool
-    cores: int
-
-
-@dataclass(frozen=True)
 class Settings:
     """The numbers of a recipe; the names are those of the recipe."""
 
@@ -86,7 +70,6 @@ class Settings:
     sequence_length: int
     cut: float  # the share of the rows that are longer
     global_batch: int
-    micro_batch: int
     steps: int
     epochs: int
     minutes: float | None  # None: not estimated
@@ -133,13 +116,7 @@ def look_at_base(path: str, rows: Rows, match: Match) -> Base:
     )
 
 
-def this_machine() -> Machine:
-    """Returns what this machine has."""
-    gpus = torch.cuda.device_count()
-    return Machine(gpus, bool(gpus) and torch.cuda.is_bf16_supported(), os.cpu_count() or 1)
-
-
-def choose(rows: Rows, match: Match, base: Base | None, machine: Machine) -> Settings:
+def choose(rows: Rows, match: Match, base: Base | None, machine: Hardware) -> Settings:
     """Chooses the settings.
 
     Raises:
@@ -175,7 +152,6 @@ def choose(rows: Rows, match: Match, base: Base | None, machine: Machine) -> Set
         sequence_length=length,
         cut=cut,
         global_batch=batch,
-        micro_batch=max(1, min(batch // workers, (16_384 if machine.gpus else 4_096) // length)),
         steps=min(steps, most),
         epochs=epochs,
         minutes=minutes,
@@ -207,7 +183,7 @@ def _require_enough(rows: Rows, match: Match, base: Base | None) -> None:
 
 
 def _sequences_in_time(
-    base: Base | None, scratch: dict[str, Any], lora: bool, length: int, machine: Machine
+    base: Base | None, scratch: dict[str, Any], lora: bool, length: int, machine: Hardware
 ) -> int:
     """Returns about how many sequences CPUs train on in MINUTES_ON_CPUS."""
     parameters = base.parameters - base.embeddings if base else _parameters(scratch)
@@ -265,7 +241,7 @@ def _tokens_of_rows(rows: Rows, match: Match, base: Base | None) -> list[int]:
 
 
 def _sequence_length(
-    tokens: list[int], objective: str, base: Base | None, machine: Machine
+    tokens: list[int], objective: str, base: Base | None, machine: Hardware
 ) -> tuple[int, float]:
     """Returns a length that 99% of the rows fit into, and the share of the rows that do not."""
     most = min(base.max_tokens if base else 2**20, 2048 if machine.gpus else 512)
@@ -285,7 +261,7 @@ def _global_batch(sequences: float, budget: int | None, workers: int) -> int:
     return max(batch, 2 ** math.ceil(math.log2(workers)))
 
 
-def _held_out(rows: Rows, objective: str, base: Base | None, machine: Machine) -> float:
+def _held_out(rows: Rows, objective: str, base: Base | None, machine: Hardware) -> float:
     """Returns the share of the rows to hold out: a tenth, and no more than are soon measured."""
     is_slow = base is not None and not machine.gpus and objective in ("sft", "seq2seq", "dpo")
     share = min(0.1, (64 if is_slow else 1_000) / rows.rows)

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 from sevenfold.init.rows import Rows
-from sevenfold.init.settings import Base, Machine, Settings
+from sevenfold.init.settings import Base, Settings
 from sevenfold.init.tasks import Match
 from sevenfold.recipe import PRETRAINING, shipped
 
@@ -16,9 +16,7 @@ _COMMENT_COLUMN = 44
 SMALL_BYTES = 200e6
 
 
-def recipe_text(
-    rows: Rows, path: str, match: Match, settings: Settings, base: Base | None, machine: Machine
-) -> str:
+def recipe_text(rows: Rows, path: str, match: Match, settings: Settings, base: Base | None) -> str:
     """Returns the recipe as YAML of 15 to 30 lines.
 
     Args:
@@ -27,7 +25,6 @@ def recipe_text(
         match: The task and its columns.
         settings: The numbers.
         base: The model to start from, None for a new one.
-        machine: The machine that it was written on.
     """
     s = settings
     lines = [
@@ -42,10 +39,13 @@ def recipe_text(
         *_division(s, rows),
         _line(f"  sequence_length: {s.sequence_length}", _length_comment(s)),
         _line(f"  epochs: {s.epochs}", _epochs_comment(s)) if not s.is_shortened else "",
-        *(_SMALL if rows.survey["bytes"] < SMALL_BYTES and s.workers in (1, 2, 4) else []),
+        *(_small(s) if rows.survey["bytes"] < SMALL_BYTES else []),
         *_model(s, base),
-        *_training(s, rows, machine),
-        f"cluster: {_flow(_cluster(s, machine))}",
+        *_training(s),
+        _line(
+            "cluster: {num_workers: auto, gpus_per_worker: auto}",
+            "all GPUs that there are, else one worker on CPUs",
+        ),
     ]
     return shipped.schema_line() + "\n".join(line for line in lines if line) + "\n"
 
@@ -113,12 +113,10 @@ def _model(s: Settings, base: Base | None) -> list[str]:
     ]
 
 
-def _training(s: Settings, rows: Rows, machine: Machine) -> list[str]:
-    train: dict[str, Any] = {"global_batch": s.global_batch, "micro_batch": s.micro_batch}
+def _training(s: Settings) -> list[str]:
+    train: dict[str, Any] = {"global_batch": s.global_batch, "micro_batch": "auto", "dtype": "auto"}
     if s.is_shortened:
         train["steps"] = s.steps
-    if machine.gpus and machine.bfloat16:
-        train["dtype"] = "bfloat16"
     optimizer = dict(s.scratch.get("optimizer", {})) or {"learning_rate": s.learning_rate}
     schedule = {"name": "cosine", "warmup_steps": max(1, s.steps // 20)}
     validation: dict[str, Any] = {
@@ -140,10 +138,6 @@ def _training(s: Settings, rows: Rows, machine: Machine) -> list[str]:
         f"validation: {_flow(validation)}",
         f"checkpoint: {{every: {max(10, math.ceil(s.steps / 4))}}}",
     ]
-
-
-def _cluster(s: Settings, machine: Machine) -> dict[str, Any]:
-    return {"num_workers": s.workers, "gpus_per_worker": 1 if machine.gpus else 0}
 
 
 def _line(text: str, comment: str) -> str:
@@ -182,8 +176,10 @@ def _quoted(text: str) -> str:
     return f'"{"".join(characters)}"'
 
 
-# for data of less than SMALL_BYTES
-_SMALL = [
-    _line("  lanes: 4", "small data: few parallel streams, with less padding"),
-    _line("  executor: inline", "small data: encoded by the workers themselves"),
-]
+def _small(s: Settings) -> list[str]:
+    """Returns the settings for data of less than SMALL_BYTES."""
+    lanes = min(s.global_batch, max(4, 2 ** math.ceil(math.log2(s.workers))))
+    return [
+        _line(f"  lanes: {lanes}", "small data: few parallel streams, with less padding"),
+        _line("  executor: inline", "small data: encoded by the workers themselves"),
+    ]

@@ -8,6 +8,7 @@ from sevenfold import storage
 from sevenfold.data.sources.records import records
 from sevenfold.errors import InputError
 from sevenfold.inspect.survey import PLACES, Survey
+from sevenfold.recipe import Source
 from sevenfold.report.console import counting, say, table
 
 BAR_WIDTH = 50  # characters of the longest bar of the histogram
@@ -41,7 +42,7 @@ def run(
     first_errors: list[str] = []
     files: set[str] = set()
     with counting("reading", "rows") as show_count:
-        for record in records(path):
+        for record in records(Source(path=path)):
             rows += 1
             files.add(record.file)
             try:

@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Sequence
 from typing import Any
 
+from sevenfold.cluster.auto import fill_for_gpus
 from sevenfold.cluster.cluster_file import read_cluster_file
 from sevenfold.data.lanes import advice
 from sevenfold.errors import InputError
@@ -56,7 +57,13 @@ def run(
         raise InputError(
             "plan: expected RECIPE, or --budget USD alone (without --write and overrides)"
         )
-    recipe = parse(path, overrides).trusting(trusted_code) if path is not None else None
+    auto: list[str] = []
+
+    def fill(tree: dict[str, Any], keys: Sequence[str]) -> None:
+        auto.extend(keys)
+        fill_for_gpus(tree, keys)
+
+    recipe = parse(path, overrides, fill).trusting(trusted_code) if path is not None else None
     table = hardware.load(hardware_file)
     fleets = _fleets(table, cluster, gpus, gpu, recipe)
     if usd is not None:
@@ -65,7 +72,8 @@ def run(
         return
     chosen = _plan(recipe, fleets, table)
     if writes:
-        changes = settings(recipe, chosen)
+        dtype = {"train.dtype": recipe.train.dtype} if "train.dtype" in auto else {}
+        changes = settings(recipe, chosen) | dtype
         write_settings(path, changes)
         say(f"{path}: wrote {', '.join(f'{key}: {value}' for key, value in changes.items())}")
 

@@ -73,7 +73,7 @@ def _count_values(sources: list[Source], column: str) -> Counter[object]:
     return Counter(
         record.columns.get(column)
         for source in sources
-        for record in records(source.path)
+        for record in records(source)
         if not record.error
     )
 

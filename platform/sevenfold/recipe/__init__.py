@@ -12,18 +12,17 @@ from sevenfold.recipe.sweep import Space, Sweep
 from sevenfold.recipe.training import (
     Adapter,
     Checkpoint,
-    Cluster,
     Contrastive,
     Corruption,
     Guard,
     Model,
     Optimizer,
-    Parallel,
     Preference,
     Schedule,
     Train,
     Validation,
 )
+from sevenfold.recipe.workers import Cluster, Parallel
 
 __all__ = [
     "PRETRAINING",

@@ -5,14 +5,14 @@ from __future__ import annotations
 import difflib
 import functools
 import types
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sevenfold.recipe.recipe import Recipe
-from sevenfold.recipe.section import Section
+from sevenfold.recipe.section import OrAuto, Section
 
 Path = tuple[int | str, ...]  # the keys of mappings, and the indices of lists
 ANY_NAME = "KEY"  # in `Key.path`: a name that the user chooses, as in sweep.space
@@ -81,6 +81,17 @@ def section_of(annotation: Any) -> type[Section] | None:
 @functools.cache
 def _by_path() -> dict[str, Key]:
     return {key.path: key for key in all_keys()}
+
+
+def auto_keys(tree: Mapping[str, Any]) -> list[str]:
+    """Returns the keys of a recipe that are `auto` and whose value is to be chosen."""
+    keys = [k.path for k in all_keys() if any(isinstance(m, OrAuto) for m in k.field.metadata)]
+    sections = {path: tree.get(path.partition(".")[0]) for path in keys}
+    return [
+        path
+        for path, section in sections.items()
+        if isinstance(section, Mapping) and section.get(path.partition(".")[2]) == "auto"
+    ]
 
 
 def find(path: Path) -> Key | None:

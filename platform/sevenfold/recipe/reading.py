@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
 from sevenfold.errors import InputError
-from sevenfold.recipe.keys import Path, as_path, as_text, is_key_path
+from sevenfold.recipe.keys import Path, as_path, as_text, auto_keys, is_key_path
 from sevenfold.recipe.locations import STORED, WITH_SECRETS
 from sevenfold.recipe.mistakes import Mistake, mistakes_of, refusal, shortened
 from sevenfold.recipe.places import Places, one_line, shown_argument
@@ -36,12 +36,17 @@ class Change(NamedTuple):
     argument: str
 
 
-def parse(path: str, overrides: Sequence[str] = ()) -> Recipe:
+# Replaces `auto` in a recipe: called with the recipe and its keys that are `auto`.
+Fill = Callable[[dict[str, Any], Sequence[str]], None]
+
+
+def parse(path: str, overrides: Sequence[str] = (), fill: Fill | None = None) -> Recipe:
     """Reads a recipe from a file.
 
     Args:
         path: The file, or the name of a recipe that comes with sevenfold.
         overrides: Changes to it, each as key.path=value, or as --key.path=value.
+        fill: Chooses values for the keys that are `auto`. None: `auto` is refused.
 
     Raises:
         InputError: The file cannot be read or is no YAML; or the recipe or the changes have unknown
@@ -70,22 +75,27 @@ def parse(path: str, overrides: Sequence[str] = ()) -> Recipe:
                 (("model", "trust_remote_code"),),
             )
         )
+    _fill(tree, fill)
     places = Places(path, text, {change.path: change.argument for change in changes})
     return _validate(tree, places, (), mistakes, wrong, uncertain)
 
 
-def from_tree(tree: Mapping[str, Any], changes: Mapping[str, Any]) -> Recipe:
+def from_tree(
+    tree: Mapping[str, Any], changes: Mapping[str, Any], fill: Fill | None = None
+) -> Recipe:
     """Builds a recipe from nested dictionaries.
 
     Args:
         tree: The recipe.
         changes: Values to change, as {"key.path": value}.
+        fill: As in `parse`.
 
     Raises:
         InputError: As `parse`.
     """
     plain = _plain(dict(tree))
     wrong = _apply_all(plain, changes, "changes")
+    _fill(plain, fill)
     return _validate(plain, Places("recipe"), wrong=wrong)
 
 
@@ -254,6 +264,11 @@ def _no_change(key: str, item: str) -> str:
         return "expected a value: --KEY.PATH VALUE, or KEY.PATH=VALUE"
     example = f"{key}=VALUE" if is_key_path(key) else "train.steps=100"
     return f"expected key.path=value, for example {example}"
+
+
+def _fill(tree: dict[str, Any], fill: Fill | None) -> None:
+    if fill is not None and (keys := auto_keys(tree)):
+        fill(tree, keys)
 
 
 def _stored_tree(text: str, where: str) -> dict[str, Any]:

@@ -18,18 +18,17 @@ from sevenfold.recipe.sweep import BUDGETS, Sweep
 from sevenfold.recipe.training import (
     Adapter,
     Checkpoint,
-    Cluster,
     Contrastive,
     Corruption,
     Guard,
     Model,
     Optimizer,
-    Parallel,
     Preference,
     Schedule,
     Train,
     Validation,
 )
+from sevenfold.recipe.workers import Cluster, Parallel
 
 # Old names of sections, in recipes that runs have stored: old name -> name today.
 RENAMED = {"search": "sweep"}

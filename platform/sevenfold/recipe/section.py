@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, model_validator
 
 # A key of pydantic's context: sections do not check `problems` while they are built. Who asks for
 # that collects the problems of all sections (see mistakes.py).
 UNCHECKED = "unchecked"
+
+
+class OrAuto:
+    """Marks a field that can also be `auto` in a recipe's file.
+
+    The value is chosen while the recipe is read (`reading.parse`): a recipe has none of `auto`.
+    """
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: Any) -> dict[str, Any]:
+        return {"anyOf": [handler(core), {"const": "auto"}]}
 
 
 class Problem(NamedTuple):

@@ -1,15 +1,15 @@
-"""The sections of a recipe about the model, its training and the cluster that it runs on."""
+"""The sections of a recipe about the model and its training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
 from sevenfold.recipe.bleu import BleuTokenizer
 from sevenfold.recipe.locations import Location
-from sevenfold.recipe.section import Problem, Section
+from sevenfold.recipe.section import OrAuto, Problem, Section
 
 
 class Model(Section):
@@ -108,10 +108,11 @@ class Train(Section):
     global_batch: int = Field(
         gt=0, lt=2**31, description="Sequences per optimizer step, over all workers"
     )
-    micro_batch: int = Field(
+    micro_batch: Annotated[int, OrAuto()] = Field(
         gt=0,
         description="Sequences per forward pass of a worker; gradients are accumulated. classify "
-        "and embed: the maximum size of a padded forward pass, times data.sequence_length tokens",
+        "and embed: the maximum size of a padded forward pass, times data.sequence_length tokens. "
+        "auto: about 16,384 tokens on a GPU with 80 GB, fewer on a smaller one, 4,096 on CPUs",
     )
     steps: int | None = Field(
         None, gt=0, description="Optimizer steps. Default: as many as data.epochs gives"
@@ -145,10 +146,11 @@ class Train(Section):
         description="Fraction of each label's probability that is spread over all tokens "
         "(arXiv 1512.00567); not part of the loss that is shown",
     )
-    dtype: Literal["float32", "bfloat16"] = Field(
+    dtype: Annotated[Literal["float32", "bfloat16"], OrAuto()] = Field(
         "float32",
         description="Data type of the parameters in the forward and backward pass. The sharded "
-        "parameters and reductions stay in float32",
+        "parameters and reductions stay in float32. auto: bfloat16 on GPUs that compute in it, "
+        "else float32",
     )
     activation_checkpointing: Literal["none", "selective", "full"] = Field(
         "none",
@@ -325,88 +327,3 @@ class Checkpoint(Section):
         if value not in (None, "auto") and (type(value) is not int or value < 1):
             raise ValueError(f"expected a number of steps above 0, or auto, found {value!r}")
         return value
-
-
-class Parallel(Section):
-    """How the workers divide a model among them. This changes no number beyond rounding.
-
-    Each group of `tensor` workers splits the model's matrices, there are `replicate` whole copies
-    of the model, and FSDP shards each copy over num_workers / (tensor * replicate) groups.
-    """
-
-    replicate: int = Field(
-        1,
-        gt=0,
-        description="HSDP: number of copies of the model; shards are gathered within one copy",
-    )
-    tensor: int = Field(
-        1,
-        gt=0,
-        description="Tensor parallelism: number of workers that split each matrix. They read the "
-        "same sequences",
-    )
-
-
-class Cluster(Section):
-    """The workers of a run and the resources that they need."""
-
-    num_workers: int | tuple[int, int] = Field(
-        1,
-        description="Number of workers, or [fewest, most]: the run grows and shrinks with the "
-        "cluster, while the global batch and the data order stay the same",
-    )
-    cpus_per_worker: float = Field(
-        1,
-        gt=0,
-        description="CPUs per worker, and threads that it computes with. Below 1, workers share "
-        "cores",
-    )
-    gpus_per_worker: int = Field(
-        0, ge=0, le=1, description="1: one GPU per worker, with nccl; 0: CPUs, with gloo"
-    )
-    worker_labels: dict[str, str] = Field(
-        {},
-        description="Ray labels of the nodes that workers run on, such as {pool: train}. "
-        "Default: any node",
-    )
-    data_labels: dict[str, str] = Field(
-        {},
-        description="Ray labels of the nodes that Ray Data tasks run on, such as {pool: data}. "
-        "Default: any node",
-    )
-    max_failures: int = Field(
-        3,
-        ge=0,
-        description="Maximum number of worker failures from which the run recovers, by a restart "
-        "from its last checkpoint; at the next one it fails",
-    )
-    resize_seconds: float = Field(
-        60,
-        gt=0,
-        description="If num_workers is a range: seconds between two checks for room for more "
-        "workers",
-    )
-    wait_seconds: float = Field(
-        300,
-        ge=0,
-        description="How many seconds to wait for resources that the cluster has but that others "
-        "hold",
-    )
-    peak_tflops: float | None = Field(
-        None,
-        gt=0,
-        description="Peak TFLOP/s of a worker, which MFU is relative to. Default: of a GPU, from "
-        "a table; of a CPU, measured",
-    )
-
-    @field_validator("num_workers", mode="before")
-    @classmethod
-    def _check_num_workers(cls, value: Any) -> Any:
-        bounds = value if isinstance(value, list | tuple) else (value, value)
-        if (
-            len(bounds) != 2
-            or not all(type(n) is int and n > 0 for n in bounds)
-            or bounds[0] > bounds[1]
-        ):
-            raise ValueError(f"expected a number above 0, or [fewest, most], found {value!r}")
-        return tuple(bounds) if bounds is value else value

@@ -129,7 +129,7 @@ def expected(keep: Any = lambda row: True) -> list[tuple[str, str]]:
 def test_the_rows_are_those_of_parquet(file: Path) -> None:
     assert rows(file) == expected()
     assert [row for (row,) in rows(file, "causal")] == [text for text, _ in expected()]
-    found = list(records(str(file)))
+    found = list(records(Source(path=str(file))))
     assert [r.columns for r in found] == table().to_pylist()
     assert [r.row for r in found] == list(range(1, 201))
 
@@ -306,7 +306,8 @@ def test_columns_without_a_name(tmp_path: Path) -> None:
     """pandas writes its index so."""
     (tmp_path / "a.csv").write_text(",text,label\n0,a,x\n1,b,y\n")
     assert rows(tmp_path / "a.csv") == [("a", "x"), ("b", "y")]
-    assert next(records(str(tmp_path))).columns == {"Unnamed: 0": "0", "text": "a", "label": "x"}
+    first = next(records(Source(path=str(tmp_path))))
+    assert first.columns == {"Unnamed: 0": "0", "text": "a", "label": "x"}
 
 
 @pytest.mark.parametrize("target", [1, 7, 64, 1000, 10**6])

@@ -95,7 +95,7 @@ def test_json_lines(encoding: str, newline: str, tmp_path: Path) -> None:
     for target in (100, 2**20):
         assert read(cut(tmp_path / "a.JSONL.GZ", target, **setting))[0] == texts
     if not setting:  # what `inspect` reads has no encoding
-        assert [r.columns["text"] for r in records(str(tmp_path))] == texts
+        assert [r.columns["text"] for r in records(Source(path=str(tmp_path)))] == texts
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "gb18030", "shift_jis", "cp1251"])

@@ -74,8 +74,8 @@ class Record:
         return text
 
 
-def records(path: str) -> Iterator[Record]:
-    """Yields the rows of a file, or of all files of a folder or glob, local or at a URL.
+def records(source: Source) -> Iterator[Record]:
+    """Yields the rows of a source: of a file, or all files of a folder or glob, local or at a URL.
 
     The files may be parquet, Arrow, JSON lines, CSV, or text with one row per line (blank lines are
     left out); all but the first two may be compressed. Only a few rows are in memory at a time.
@@ -84,7 +84,6 @@ def records(path: str) -> Iterator[Record]:
         InputError: There are no files, or a file is damaged or not what its name says.
         RunError: The storage keeps failing.
     """
-    source = Source(path=path)
     for file, *_ in find_files(source).files:
         shard = named_shard(file, 0, source)
         try:
