@@ -124,9 +124,9 @@ def _show(rows: Rows) -> None:
     say(f"{rows.path}: {files}; {rows.rows:,} rows, {survey['bytes'] / 1e6:,.1f} MB of text{more}")
     table(
         "columns",
-        ["column", "filled", "classes", "mean characters", "example"],
+        ["column", "filled", "classes", "mean characters", "languages", "example"],
         describe_columns(rows),
-        left=["example"],
+        left=["languages", "example"],
     )
     scripts = ", ".join(f"{s['script']} {s['share']:.0%}" for s in survey["scripts"][:4])
     exact, near = survey["exact_duplicates"]["texts"], survey["near_duplicates"]

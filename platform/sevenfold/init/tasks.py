@@ -8,6 +8,7 @@ from typing import Any
 
 from sevenfold.data.sources.formats import SHAPES, recognise
 from sevenfold.errors import InputError
+from sevenfold.init.languages import languages
 from sevenfold.init.rows import Column, Rows, row_text
 from sevenfold.recipe import Source
 
@@ -247,6 +248,7 @@ def describe_columns(rows: Rows) -> list[tuple[Any, ...]]:
             f"{column.filled:,}",
             f"{len(column.values):,}" if column.is_class else "",
             f"{column.mean_characters:,.0f}",
+            languages(row.get(name) for row in rows.sample),
             column.example,
         )
         for name, column in rows.columns.items()
