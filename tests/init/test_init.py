@@ -231,3 +231,17 @@ def test_what_is_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "rows.jsonl", KINDS["labels"][0], 1)
     assert is_data("rows.jsonl") and is_data(".") and is_data("s3://bucket/rows.jsonl")
     assert not is_data("r.yaml") and not is_data("chat") and not is_data("missing.jsonl")
+
+
+def test_copies_in_a_folder_of_texts_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for i in range(40):
+        text = "\n".join(words(20) for _ in range(5))
+        (tmp_path / f"texts/{i}.txt").write_text("same\n" * 200 if i % 10 == 0 else text)
+    assert main(["pretrain", "texts", "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "40 rows" in shown and "on_bad_document: skip" in shown
+    assert "3 files" in shown

@@ -21,6 +21,7 @@ from sevenfold.data.sources.shards import (
     COMPRESSIONS,
     RowGroup,
     Shard,
+    is_divided_by_files,
     named_shard,
     read_tail,
     wrong_content,
@@ -87,7 +88,10 @@ def scan(
     for source, (_, unread) in zip(sources, found, strict=True):
         report_unread(source, unread, reported)
     files = [(i, file) for i, source_files in enumerate(found) for file in source_files.files]
-    whole = [_is_divided_by_files(s, f.files) for s, f in zip(sources, found, strict=True)]
+    whole = [
+        is_divided_by_files(source, [file.path for file in source_files.files])
+        for source, source_files in zip(sources, found, strict=True)
+    ]
     # what follows reads each line as a document, unless the shard says otherwise
     sources = [source.model_copy(update={"separator": source.lines}) for source in sources]
     skipped: list[str] = []
@@ -212,20 +216,6 @@ def _examine_all(
             return str(e)
 
     return pool.map(examine, enumerate(files))
-
-
-def _is_divided_by_files(source: Source, files: Sequence[storage.InputFile]) -> bool:
-    """Returns whether each text file of a source is one document: of several, without separator."""
-    if source.separator is not None or len(files) < 2:
-        return False
-    return sum(_is_text(file, source) for file in files) > 1
-
-
-def _is_text(file: storage.InputFile, source: Source) -> bool:
-    try:
-        return named_shard(file.path, 0, source).format == "txt"
-    except InputError:
-        return False  # reported when it is examined
 
 
 def _report_whole_files(

@@ -37,6 +37,7 @@ def recipe_text(rows: Rows, path: str, match: Match, settings: Settings, base: B
         "data:",
         f"  sources: [{_flow(_source(path, match, s))}]",
         *_division(s, rows),
+        _copies(rows),
         _line(f"  sequence_length: {s.sequence_length}", _length_comment(s)),
         _line(f"  epochs: {s.epochs}", _epochs_comment(s)) if not s.is_shortened else "",
         *(_small(s) if rows.survey["bytes"] < SMALL_BYTES else []),
@@ -74,6 +75,14 @@ def _division(s: Settings, rows: Rows) -> list[str]:
         _line(f"  split_column: {s.split_column}", "rows of train, validation and test"),
         held_out,
     ]
+
+
+def _copies(rows: Rows) -> str:
+    """Returns the setting for a folder of texts, of which some are copies of others."""
+    copies = rows.survey["exact_duplicates"]["texts"]
+    if rows.formats["txt"] < 2 or not copies:
+        return ""
+    return _line("  on_bad_document: skip", f"{copies:,} files are copies of others: left out")
 
 
 def _length_comment(s: Settings) -> str:

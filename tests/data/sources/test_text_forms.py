@@ -177,3 +177,18 @@ def test_parquet_has_no_encoding(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(codecs.BOM_UTF8)
     with pytest.raises(InputError, match="parquet, whose text is always UTF-8"):
         scan([Source(path=str(tmp_path / "a.parquet"), encoding="gb18030")], "causal")
+
+
+def test_a_row_of_several_texts_is_a_document(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\r\ntwo\r\n\r\nthree\n")
+    (tmp_path / "b.txt").write_text("four\n")
+    (tmp_path / "c.jsonl").write_text('{"text": "five"}\n{"text": "six"}\n')
+    found = [(record.row, record.text()) for record in records(Source(path=str(tmp_path)))]
+    assert [text.split() for _, text in found] == [
+        ["one", "two", "three"],
+        ["four"],
+        ["five"],
+        ["six"],
+    ]
+    lines = records(Source(path=str(tmp_path), separator="\n", format="txt"))
+    assert [r.text() for r in lines][:3] == ["one", "two", "three"]

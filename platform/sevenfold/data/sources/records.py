@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from sevenfold import storage
 from sevenfold.data.sources import arrow_batches, csv_cells, csv_rows
 from sevenfold.data.sources.json_lines import parse_object
-from sevenfold.data.sources.shards import Format, Shard, named_shard
+from sevenfold.data.sources.shards import Format, Shard, is_divided_by_files, named_shard
 from sevenfold.data.sources.source_files import find_files
 from sevenfold.data.sources.text_blocks import blocks, lines
 from sevenfold.data.sources.text_encoding import with_text_format
@@ -22,6 +22,7 @@ from sevenfold.recipe import Source
 TEXT_COLUMNS = ("text", "document", "content")  # usual names of the column with a document's text
 _BATCH_ROWS = 256  # read from a parquet file at once
 _PIECE_BYTES = 2**20  # read from a CSV file at once
+_MAX_DOCUMENT_BYTES = 64 * 10**6  # as data.max_document_mb
 
 
 @dataclass(frozen=True)
@@ -77,15 +78,19 @@ class Record:
 def records(source: Source) -> Iterator[Record]:
     """Yields the rows of a source: of a file, or all files of a folder or glob, local or at a URL.
 
-    The files may be parquet, Arrow, JSON lines, CSV, or text with one row per line (blank lines are
-    left out); all but the first two may be compressed. Only a few rows are in memory at a time.
+    The files may be parquet, Arrow, JSON lines, CSV or text; all but the first two may be
+    compressed. A text is one row per line (blank lines are left out), or one row if there are
+    several and the source has no separator, as they are trained on. Only a few rows are in memory
+    at a time.
 
     Raises:
         InputError: There are no files, or a file is damaged or not what its name says.
         RunError: The storage keeps failing.
     """
-    for file, *_ in find_files(source).files:
-        shard = named_shard(file, 0, source)
+    paths = [file.path for file in find_files(source).files]
+    is_whole = is_divided_by_files(source, paths)
+    for file in paths:
+        shard = replace(named_shard(file, 0, source), whole=is_whole)
         try:
             with storage.open_read(file) as opened:
                 shard = with_text_format(shard, source, opened)
@@ -160,10 +165,29 @@ def _csv_rows(shard: Shard) -> Iterator[Record]:
 
 def _lines(shard: Shard) -> Iterator[Record]:
     with storage.open_read(shard.path) as file:
+        if shard.whole and shard.format == "txt":
+            text, is_cut = _whole_text(file, shard)
+            if not is_cut:
+                columns, error = _parse_line(text, "txt")
+                yield Record(shard.path, 1, columns, error)
+                return
+            file.seek(0)  # a large one has a document per line
         for row, line in enumerate(lines(file, shard), 1):
             if line.strip():
                 columns, error = _parse_line(line, shard.format)
                 yield Record(shard.path, row, columns, error)
+
+
+def _whole_text(file: storage.Reader, shard: Shard) -> tuple[bytes, bool]:
+    """Returns the text of a file, and whether it is too long to be one document."""
+    read: list[bytes] = []
+    size = 0
+    for line in lines(file, shard):
+        read.append(line)
+        size += len(line) + 1
+        if size > _MAX_DOCUMENT_BYTES:
+            return b"", True
+    return b"\n".join(read), False
 
 
 def _parse_line(line: bytes, file_format: Format) -> tuple[dict[str, Any], str]:

@@ -11,7 +11,7 @@ be read on its own; in a compressed file, everything before it has to be decompr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -163,6 +163,20 @@ class RawDocuments:
     locate: Callable[[int], str]
     bad: list[BadDocument] = field(default_factory=list)
     passes: np.ndarray | None = None
+
+
+def is_divided_by_files(source: Source, paths: Sequence[str]) -> bool:
+    """Returns whether each text file of a source is one document: of several, without separator."""
+    if source.separator is not None or len(paths) < 2:
+        return False
+    return sum(_is_text(path, source) for path in paths) > 1
+
+
+def _is_text(path: str, source: Source) -> bool:
+    try:
+        return named_shard(path, 0, source).format == "txt"
+    except InputError:
+        return False  # reported when it is examined
 
 
 def named_shard(path: str, source_index: int, source: Source) -> Shard:
