@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import refused
+from helpers import tiny_models
 
 from sevenfold.cli import main
 from sevenfold.cluster.auto import fill
@@ -245,3 +246,23 @@ def test_copies_in_a_folder_of_texts_are_left_out(
     shown = capsys.readouterr().out
     assert "40 rows" in shown and "on_bad_document: skip" in shown
     assert "3 files" in shown
+
+
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+@pytest.mark.parametrize("kind", ["completion", "answers", "papers"])
+def test_a_chat_model_is_asked_in_its_template(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    row, _, _ = KINDS[kind]
+    write(tmp_path / "rows.jsonl", row)
+    tiny_models.save(tmp_path / "model", "llama", TEMPLATE)
+    assert main(["init", "rows.jsonl", "--model", "model", "--yes"]) == 0
+    assert main(["finetune", "rows.yaml", "--preview", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "[user]" in shown and "[assistant]" in shown

@@ -23,7 +23,7 @@ from sevenfold.recipe.plain_yaml import read_yaml
 MIN_ROWS, MIN_CHARACTERS = 10, 2_000  # of less, nothing can be learnt and held out
 BYTES_PER_TOKEN = 3.0  # of a tokenizer that is trained on little text
 PADDING = 0.9  # the share of a packed row that holds text
-FRAME_TOKENS = 16  # of a chat template, or of special tokens, per row
+FRAME_TOKENS, CHAT_FRAME_TOKENS = 16, 64  # per row, of special tokens and of a chat template
 # LoRA takes a fraction of the memory, and forgets less of what a large model knows.
 LORA_PARAMETERS = 50_000_000
 # Usual peaks: ten times as much for LoRA as for all weights (thinkingmachines.ai/blog/lora); small
@@ -50,6 +50,7 @@ class Base:
         max_tokens: The longest text that it takes.
         vocabulary: The number of its tokens.
         tokens_per_byte: Of the rows, by its tokenizer.
+        is_chat: Whether its tokenizer has a chat template.
     """
 
     path: str
@@ -59,6 +60,7 @@ class Base:
     max_tokens: int
     vocabulary: int
     tokens_per_byte: float
+    is_chat: bool
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def look_at_base(path: str, rows: Rows, match: Match) -> Base:
         min(int(longest), 2**20),
         len(tokenizer),
         tokens / max(1, sum(len(text.encode()) for text in texts)),
+        bool(tokenizer.chat_template),
     )
 
 
@@ -248,7 +251,8 @@ def _tokens_of_rows(rows: Rows, match: Match, base: Base | None) -> list[int]:
     """Returns the number of tokens of the rows of the sample, about."""
     per_byte = base.tokens_per_byte if base else 1 / BYTES_PER_TOKEN
     sizes = [len(text.encode()) for text in texts_of(rows, match)]
-    return [math.ceil(size * per_byte) + FRAME_TOKENS for size in sizes]
+    frame = CHAT_FRAME_TOKENS if base is not None and base.is_chat else FRAME_TOKENS
+    return [math.ceil(size * per_byte) + frame for size in sizes]
 
 
 def _sequence_length(

@@ -35,7 +35,7 @@ def recipe_text(rows: Rows, path: str, match: Match, settings: Settings, base: B
         "seed: 7",
         f"objective: {s.objective}",
         "data:",
-        f"  sources: [{_flow(_source(path, match, s))}]",
+        f"  sources: [{_flow(_source(rows, path, match, s, base))}]",
         *_division(s, rows),
         _copies(rows),
         _line(f"  sequence_length: {s.sequence_length}", _length_comment(s)),
@@ -51,11 +51,20 @@ def recipe_text(rows: Rows, path: str, match: Match, settings: Settings, base: B
     return shipped.schema_line() + "\n".join(line for line in lines if line) + "\n"
 
 
-def _source(path: str, match: Match, s: Settings) -> dict[str, Any]:
+def _source(rows: Rows, path: str, match: Match, s: Settings, base: Base | None) -> dict[str, Any]:
     source: dict[str, Any] = {"path": path}
     columns = match.columns
-    if match.task.objective == "seq2seq" and s.objective == "sft":  # by a decoder
+    is_by_decoder = match.task.objective == "seq2seq" and s.objective == "sft"
+    if is_by_decoder:
         columns = {"prompt": columns["source"], "completion": columns["target"]}
+    is_pair = is_by_decoder or match.shape == "pair"
+    is_text = not any(rows.columns[column].lists for column in columns.values())
+    is_chat = s.objective == "sft" and base is not None and base.is_chat
+    if is_chat and is_pair and is_text:
+        # a chat model is asked in its chat template, as `sevenfold chat` does; a pair has none
+        turns = {"instruction": columns["prompt"], "output": columns["completion"]}
+        return source | {"shape": "alpaca", "columns": turns}
+    if is_by_decoder:
         return source | {"shape": "pair", "columns": columns}
     if match.is_usual:
         return source
