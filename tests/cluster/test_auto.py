@@ -59,12 +59,7 @@ def tree(**sections: dict[str, Any]) -> dict[str, Any]:
     ],
 )
 def test_values(found: Hardware, sections: dict[str, Any], expected: tuple[Any, ...]) -> None:
-    def fill_with(recipe: dict[str, Any], keys: Any) -> None:
-        for path, value in chosen(recipe, keys, found).items():
-            section, key = path.split(".")
-            recipe[section][key] = value
-
-    recipe = from_tree(tree(**sections), {}, fill_with)
+    recipe = from_tree(tree(**sections), {}, lambda recipe, keys: chosen(recipe, keys, found))
     train, cluster = recipe.train, recipe.cluster
     values = (train.micro_batch, train.dtype, cluster.num_workers, cluster.gpus_per_worker)
     assert values == expected

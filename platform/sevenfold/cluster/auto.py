@@ -1,4 +1,4 @@
-"""Replaces `auto` in a recipe by what this machine, or the cluster that is used, has."""
+"""Chooses values for `auto` in a recipe by what this machine, or the cluster that is used, has."""
 
 from __future__ import annotations
 
@@ -78,35 +78,31 @@ def _of_cluster() -> Hardware:
     return Hardware(gpus, bfloat16 and gpus > 0, memory, nodes, os.cpu_count() or 1, "this cluster")
 
 
-def fill(tree: dict[str, Any], keys: Sequence[str]) -> None:
-    """Replaces `auto` by values, and says which.
+def fill(
+    tree: Mapping[str, Any], keys: Sequence[str], found: Hardware | None = None
+) -> dict[str, Any]:
+    """Returns values for the keys that are `auto`, and says which.
 
     Args:
-        tree: The recipe, which is changed.
-        keys: The keys that are `auto`.
+        tree: The recipe.
+        keys: The keys.
+        found: What the run can use. Default: as `find_hardware`.
 
     Raises:
         InputError: As `find_hardware`.
         RunError: As `find_hardware`.
     """
-    found = find_hardware()
+    found = found or find_hardware()
     values = chosen(tree, keys, found)
-    set_values(tree, values)
     has = f"{found.gpus} GPUs" if found.gpus else "no GPU"
     texts = ", ".join(f"{key}={value}" for key, value in values.items())
     say(f"auto: {texts}, since {found.where} has {has}")
+    return values
 
 
-def fill_for_gpus(tree: dict[str, Any], keys: Sequence[str]) -> None:
-    """Replaces `auto` by values for one recent GPU; `sevenfold plan` chooses all but the dtype."""
-    set_values(tree, chosen(tree, keys, Hardware(1, True, GPU_GIB, 1, 1, "")))
-
-
-def set_values(tree: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Sets values, given as {"section.key": value}, in a recipe."""
-    for path, value in values.items():
-        section, key = path.split(".")
-        tree[section][key] = value
+def fill_for_gpus(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """Returns values for one recent GPU; `sevenfold plan` chooses all of them but the dtype."""
+    return chosen(tree, keys, Hardware(1, True, GPU_GIB, 1, 1, ""))
 
 
 def chosen(tree: Mapping[str, Any], keys: Sequence[str], found: Hardware) -> dict[str, Any]:

@@ -6,12 +6,13 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import typer
 
 from sevenfold import storage
-from sevenfold.cluster.auto import fill, find_hardware
+from sevenfold.cluster.auto import Hardware, fill, find_hardware
 from sevenfold.errors import InputError
 from sevenfold.init.rows import Rows, look
 from sevenfold.init.settings import Settings, choose, look_at_base
@@ -37,8 +38,8 @@ def run(path: str, task: str | None, model: str | None, out: str | None, ask: bo
     Raises:
         InputError: The data, the model or both together cannot be used, or the file exists.
     """
-    text, settings = draft(path, task, model, ask)
-    recipe = _parsed(text, settings.name)
+    text, settings, hardware = draft(path, task, model, ask)
+    recipe = _parsed(text, settings.name, hardware)
     file = Path(out or f"{recipe.name}.yaml")
     if file.exists() and file.read_text(encoding="utf-8") != text:
         raise InputError(
@@ -54,8 +55,10 @@ def run(path: str, task: str | None, model: str | None, out: str | None, ask: bo
 
 def draft(
     path: str, task: str | None, model: str | None, ask: bool = False
-) -> tuple[str, Settings]:
-    """Returns the text of a recipe for data, and its numbers; arguments as in `run`.
+) -> tuple[str, Settings, Hardware]:
+    """Returns the text of a recipe for data, its numbers, and what they were chosen for.
+
+    The arguments are those of `run`.
 
     Raises:
         InputError: The data, the model or both together cannot be used.
@@ -73,8 +76,9 @@ def draft(
     if ask and model is None:
         model = _ask_model(match)
     base = look_at_base(model, rows, match) if model else None
-    settings = choose(rows, match, base, find_hardware())
-    return recipe_text(rows, _absolute(path), match, settings, base), settings
+    hardware = find_hardware()
+    settings = choose(rows, match, base, hardware)
+    return recipe_text(rows, _absolute(path), match, settings, base), settings, hardware
 
 
 def recipe_of(path: str, task: str | None, model: str | None, overrides: Sequence[str]) -> Recipe:
@@ -89,16 +93,16 @@ def recipe_of(path: str, task: str | None, model: str | None, overrides: Sequenc
     Raises:
         InputError: As for `draft`.
     """
-    text, settings = draft(path, task, model)
-    return _parsed(text, settings.name, overrides)
+    text, settings, hardware = draft(path, task, model)
+    return _parsed(text, settings.name, hardware, overrides)
 
 
-def _parsed(text: str, name: str, overrides: Sequence[str] = ()) -> Recipe:
+def _parsed(text: str, name: str, hardware: Hardware, overrides: Sequence[str] = ()) -> Recipe:
     """Returns the recipe that a text describes."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / f"{name}.yaml"
         file.write_text(text, encoding="utf-8")
-        return parse(str(file), tuple(overrides), fill)
+        return parse(str(file), tuple(overrides), partial(fill, found=hardware))
 
 
 def is_data(path: str) -> bool:

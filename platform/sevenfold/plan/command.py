@@ -6,7 +6,7 @@ With `--budget` it also shows what a sum of money can train.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sevenfold.cluster.auto import fill_for_gpus
@@ -59,9 +59,9 @@ def run(
         )
     auto: list[str] = []
 
-    def fill(tree: dict[str, Any], keys: Sequence[str]) -> None:
+    def fill(tree: Mapping[str, Any], keys: Sequence[str]) -> dict[str, Any]:
         auto.extend(keys)
-        fill_for_gpus(tree, keys)
+        return fill_for_gpus(tree, keys)
 
     recipe = parse(path, overrides, fill).trusting(trusted_code) if path is not None else None
     table = hardware.load(hardware_file)

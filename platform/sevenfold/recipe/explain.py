@@ -25,7 +25,7 @@ from sevenfold.recipe.keys import (
 from sevenfold.recipe.mistakes import advice
 from sevenfold.recipe.places import shown_argument, text_of
 from sevenfold.recipe.recipe import Recipe
-from sevenfold.recipe.section import OrAuto, Section
+from sevenfold.recipe.section import Section
 from sevenfold.recipe.units import EXAMPLES, unit_of
 
 # Sections that are as another one, and are not listed again.
@@ -96,8 +96,7 @@ def type_text(key: Key) -> str:
             if limit is not None:
                 bounds.append(f"{word} {limit:,}" if isinstance(limit, int) else f"{word} {limit}")
     text = " ".join([" or ".join(dict.fromkeys(kinds)), " and ".join(bounds)]).strip()
-    may_be_auto = any(isinstance(item, OrAuto) for item in key.field.metadata)
-    return f"{text}, or auto" if may_be_auto else text
+    return f"{text}, or auto" if key.may_be_auto else text
 
 
 def _kind(kind: Any) -> str:

@@ -43,6 +43,11 @@ class Key(NamedTuple):
         """The last part of the path."""
         return self.path.rpartition(".")[2]
 
+    @property
+    def may_be_auto(self) -> bool:
+        """Whether its value can be `auto` in a file, and is chosen while the recipe is read."""
+        return any(isinstance(item, OrAuto) for item in self.field.metadata)
+
 
 @functools.cache
 def all_keys() -> tuple[Key, ...]:
@@ -85,7 +90,7 @@ def _by_path() -> dict[str, Key]:
 
 def auto_keys(tree: Mapping[str, Any]) -> list[str]:
     """Returns the keys of a recipe that are `auto` and whose value is to be chosen."""
-    keys = [k.path for k in all_keys() if any(isinstance(m, OrAuto) for m in k.field.metadata)]
+    keys = [key.path for key in all_keys() if key.may_be_auto]
     sections = {path: tree.get(path.partition(".")[0]) for path in keys}
     return [
         path

@@ -36,8 +36,9 @@ class Change(NamedTuple):
     argument: str
 
 
-# Replaces `auto` in a recipe: called with the recipe and its keys that are `auto`.
-Fill = Callable[[dict[str, Any], Sequence[str]], None]
+# Chooses values for `auto`: called with the recipe and its keys that are `auto`; returns a value
+# for each key.
+Fill = Callable[[Mapping[str, Any], Sequence[str]], Mapping[str, Any]]
 
 
 def parse(path: str, overrides: Sequence[str] = (), fill: Fill | None = None) -> Recipe:
@@ -268,7 +269,7 @@ def _no_change(key: str, item: str) -> str:
 
 def _fill(tree: dict[str, Any], fill: Fill | None) -> None:
     if fill is not None and (keys := auto_keys(tree)):
-        fill(tree, keys)
+        _apply_all(tree, fill(tree, keys), "auto")
 
 
 def _stored_tree(text: str, where: str) -> dict[str, Any]:

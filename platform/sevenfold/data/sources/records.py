@@ -17,12 +17,12 @@ from sevenfold.data.sources.source_files import find_files
 from sevenfold.data.sources.text_blocks import blocks, lines
 from sevenfold.data.sources.text_encoding import with_text_format
 from sevenfold.errors import InputError, first_line
-from sevenfold.recipe import Source
+from sevenfold.recipe import Data, Source
 
 TEXT_COLUMNS = ("text", "document", "content")  # usual names of the column with a document's text
 _BATCH_ROWS = 256  # read from a parquet file at once
 _PIECE_BYTES = 2**20  # read from a CSV file at once
-_MAX_DOCUMENT_BYTES = 64 * 10**6  # as data.max_document_mb
+_MAX_DOCUMENT_BYTES = int(Data.model_fields["max_document_mb"].default * 1e6)
 
 
 @dataclass(frozen=True)
